@@ -1,0 +1,35 @@
+"""The objective as a formula of Torch operations, which autograd can differentiate as often as it likes.
+
+What calls use that are traced by `torch.compile` or transformed by `torch.func`, and backward with `create_graph=True`.
+"""
+
+import torch
+from torch import Tensor
+
+from .likelihoods import LIKELIHOODS
+
+
+def objective(recon_x, x, mu, logvar, kl, beta, *, likelihood, scale, target_scale, weights, per_sample, dtype):
+    """`(loss, recon, kl)` as `torch_backend.loss_forward` computes them."""
+    target = x.to(dtype) * target_scale
+    recon = _reduce(LIKELIHOODS[likelihood].nll(recon_x.to(dtype), target, scale), weights[0], per_sample)
+    kl = divergence(mu, logvar, weights[1], per_sample, dtype) if kl is None else kl.to(dtype, copy=True)
+    if isinstance(beta, Tensor):
+        beta = beta.to(dtype)
+    return recon + beta * kl, recon, kl
+
+
+def divergence(mu: Tensor, logvar: Tensor, weight: float, per_sample: bool, dtype: torch.dtype) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, 1)) in nats, reduced."""
+    mu, logvar = mu.to(dtype), logvar.to(dtype)
+    return _reduce(0.5 * (mu.square() + (torch.expm1(logvar) - logvar)), weight, per_sample)
+
+
+def sample(mu: Tensor, logvar: Tensor, eps: Tensor, dtype: torch.dtype) -> Tensor:
+    """z = mu + exp(logvar / 2) * eps."""
+    z = mu.to(dtype) + eps.to(dtype) * torch.exp(0.5 * logvar.to(dtype))
+    return z.to(torch.promote_types(mu.dtype, logvar.dtype))
+
+
+def _reduce(values: Tensor, weight: float, per_sample: bool) -> Tensor:
+    return (values.flatten(1).sum(1) if per_sample else values.sum()) * weight

@@ -1,0 +1,98 @@
+"""How a launch is laid out: tiles, programs, integer width, and the counters by which programs find out who is last."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+# What every launch is compiled with. Triton's default for the fusion of products and sums changes after 3.9.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+# A row's partial sums are added up this many at a time.
+FINISH = 1024
+
+
+# The dtype that a kernel computes and accumulates in, by the dtype of its results.
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def as_bytes(target: torch.Tensor) -> torch.Tensor:
+    """Booleans as the bytes 0 and 1 that they are."""
+    return target.view(torch.uint8) if target.dtype == torch.bool else target
+
+
+def pointer_and_value(*numbers: torch.Tensor | float) -> list:
+    """A kernel takes each number twice: the pointers first, then the values. One of the two is None or unused."""
+    pointers = [n if isinstance(n, torch.Tensor) else None for n in numbers]
+    return pointers + [1.0 if isinstance(n, torch.Tensor) else n for n in numbers]
+
+
+def tile_size(*tensors: torch.Tensor | None) -> int:
+    """Elements of a tile: enough for every thread to load 16 bytes or more of each tensor, few enough registers."""
+    if INTERPRETED:
+        return 65536  # a tile costs the interpreter about 3 ms, whatever its size
+    widest = max(t.element_size() for t in tensors if t is not None)
+    return {8: 512, 4: 1024}.get(widest, 2048)
+
+
+@functools.cache
+def _resident_programs(device: torch.device) -> int:
+    """Programs that the device can hold at once, at most 16 on a multiprocessor; more only queue up."""
+    if device.type != "cuda":
+        return 16
+    return 16 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Segment(NamedTuple):
+    """`rows` rows of `columns` elements each, flat in memory, and the programs that stream one row."""
+
+    columns: int
+    programs: int
+    aligned: bool  # every row starts at a multiple of 16 elements
+    wide: bool  # offsets need 64 bits
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor | None, rows: int, tile: int) -> "Segment":
+        if tensor is None or rows == 0:
+            return cls(0, 0, True, False)
+        columns = tensor.numel() // rows
+        programs = min(triton.cdiv(columns, tile), max(1, _resident_programs(tensor.device) // rows))
+        # The loop counter runs past the end by at most one stride.
+        wide = tensor.numel() + programs * tile >= 2**31
+        return cls(columns, max(1, programs), rows == 1 or columns % 16 == 0, wide)
+
+
+_arrivals: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def arrivals(device: torch.device, rows: int) -> torch.Tensor:
+    """One zero a row, `[rows]` int32: the counters that the last program of each row sets back to zero.
+
+    Launches on one stream run one after the other and share theirs. A captured launch takes its own, since its graph may be
+    replayed on any stream.
+    """
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(rows, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    counters = _arrivals.get((device, stream))
+    if counters is None or counters.numel() < rows:
+        counters = torch.zeros(max(rows, 1024), dtype=torch.int32, device=device)
+        _arrivals[device, stream] = counters
+    return counters
+
+
+def launch(kernel, programs: int, device: torch.device, *args, **constants) -> None:
+    """Launch on `device`, whichever is current. No programs, no launch."""
+    if programs == 0:
+        return
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(programs,)](*args, **constants, **OPTIONS)
+    else:
+        kernel[(programs,)](*args, **constants, **OPTIONS)

@@ -1,0 +1,45 @@
+"""One device function per likelihood: `(prediction, target, scale) -> (negative log-likelihood, gradient)`.
+
+They are found by name (see `fastelbo.likelihoods`), take and return tiles of the accumulation dtype, and know nothing
+of memory. `scale` is a scalar that only some of them read. Their plain Torch twins are in `fastelbo/likelihoods.py`.
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import exp_and_expm1, log1p
+
+
+@triton.jit
+def bernoulli(probability, target, scale):
+    log_p = tl.log(probability)
+    log_q = log1p(-probability)
+    # `where` and not `maximum`: NaN, which a probability outside [0, 1] gives, must pass.
+    log_p = tl.where(log_p < -100.0, -100.0, log_p)
+    log_q = tl.where(log_q < -100.0, -100.0, log_q)
+    variance = (1.0 - probability) * probability
+    nll = -(target * log_p + (1.0 - target) * log_q)
+    return nll, (probability - target) / tl.where(variance < 1e-12, 1e-12, variance)
+
+
+@triton.jit
+def bernoulli_logits(logit, target, scale):
+    e, _ = exp_and_expm1(-tl.abs(logit))
+    q = e / (1.0 + e)  # sigmoid(-|logit|)
+    positive = logit >= 0.0
+    rest = 1.0 - target
+    nll = tl.where(positive, rest, -target) * logit + log1p(e)
+    return nll, tl.where(positive, rest - q, q - target)
+
+
+@triton.jit
+def mse(prediction, target, scale):
+    d = prediction - target
+    return d * d, 2.0 * d
+
+
+@triton.jit
+def gaussian(mean, target, scale):
+    d = mean - target
+    gradient = d * (1.0 / (scale * scale))
+    return 0.5 * gradient * d + (tl.log(scale) + 0.9189385332046727), gradient  # log(2 pi) / 2

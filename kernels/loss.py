@@ -1,0 +1,245 @@
+"""The loss: reconstruction, KL and the prediction's gradient in one launch; its backward in another.
+
+Every tensor is seen as `rows` rows: one row of everything, or one row a sample for `reduction="none"`. A row belongs to
+`recon_programs + kl_programs` programs. The first stream the reconstruction, the others the KL, each program a tile at a
+time, and the last one to arrive adds their partial sums up.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import likelihoods
+from .launch import FINISH, TRITON_DTYPE, Segment, arrivals, as_bytes, launch, pointer_and_value, tile_size
+from .numerics import exp_and_expm1
+from .reduction import arrive_last, ordered_sum
+
+
+@triton.jit
+def scalar(pointer, value, DTYPE: tl.constexpr):
+    """A number that is given on the device or, where `pointer` is None, by the host."""
+    if pointer is None:
+        return tl.full([], value, DTYPE)  # in the interpreter, tl.cast would take a Python float through float32
+    else:
+        return tl.load(pointer).to(DTYPE)
+
+
+@triton.jit
+def positive(scale):
+    """`scale`, or NaN where it is not positive: there is no asking the device for an error."""
+    return tl.where(scale > 0.0, scale, float("nan"))
+
+
+@triton.jit
+def row_bounds(row, columns, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
+    """Start of a row, and how much of it is streamed in whole tiles; ALIGNED rows leave the last 15 or fewer elements.
+
+    The compiler knows that `columns // 16 * 16` is a multiple of 16, so accesses under a mask on it stay 128 bits wide;
+    `columns` itself would make them scalar.
+    """
+    if WIDE:
+        row = row.to(tl.int64)
+    else:
+        columns = columns.to(tl.int32)
+    if ALIGNED:
+        end = columns // 16 * 16
+        return row * end, end
+    else:
+        return row * columns, columns
+
+
+@triton.jit
+def recon_tile(
+    prediction, target, gradient, offsets, mask, factor, scale, target_scale, LIKELIHOOD: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Negative log-likelihood of a tile; stores the gradient times `factor` unless `gradient` is None."""
+    p = tl.load(prediction + offsets, mask=mask, other=0.0).to(DTYPE)
+    t = tl.load(target + offsets, mask=mask, other=0).to(DTYPE) * target_scale
+    nll, slope = LIKELIHOOD(p, t, scale)
+    if gradient is not None:
+        tl.store(gradient + offsets, (slope * factor).to(gradient.dtype.element_ty), mask=mask)
+    return tl.where(mask, nll, 0.0)
+
+
+@triton.jit
+def kl_tile(mu, logvar, offsets, mask, DTYPE: tl.constexpr):
+    """KL(N(mu, exp(logvar)) || N(0, 1)) of a tile, in nats."""
+    m = tl.load(mu + offsets, mask=mask, other=0.0).to(DTYPE)
+    lv = tl.load(logvar + offsets, mask=mask, other=0.0).to(DTYPE)
+    _, expm1 = exp_and_expm1(lv)
+    return tl.where(mask, 0.5 * (m * m + (expm1 - lv)), 0.0)
+
+
+@triton.jit
+def kl_backward_tile(mu, logvar, grad_mu, grad_logvar, offsets, mask, factor, DTYPE: tl.constexpr):
+    m = tl.load(mu + offsets, mask=mask, other=0.0).to(DTYPE)
+    lv = tl.load(logvar + offsets, mask=mask, other=0.0).to(DTYPE)
+    _, expm1 = exp_and_expm1(lv)
+    tl.store(grad_mu + offsets, (factor * m).to(grad_mu.dtype.element_ty), mask=mask)
+    tl.store(grad_logvar + offsets, (0.5 * factor * expm1).to(grad_logvar.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def upstream(first, second, row, DTYPE: tl.constexpr):
+    """Sum of the gradients that arrive at two outputs; None stands for zero."""
+    total = tl.zeros([], dtype=DTYPE)
+    if first is not None:
+        total += tl.load(first + row).to(DTYPE)
+    if second is not None:
+        total += tl.load(second + row).to(DTYPE)
+    return total
+
+
+@triton.jit(do_not_specialize=["features", "latents", "recon_programs", "kl_programs"])
+def loss_fwd_kernel(
+    prediction, target, gradient, guess, mu, logvar, kl, partials, arrived, loss_out, recon_out, kl_out, scale, beta,
+    scale_value: tl.float64, beta_value: tl.float64, target_scale: tl.float64, recon_weight: tl.float64, kl_weight: tl.float64,
+    features: tl.int64, latents: tl.int64, recon_programs: tl.int32, kl_programs: tl.int32,
+    LIKELIHOOD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LATENTS_ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, FINISH: tl.constexpr,
+):  # fmt: skip
+    programs = recon_programs + kl_programs
+    row = tl.program_id(0) // programs
+    worker = tl.program_id(0) % programs
+    total = tl.zeros([], dtype=DTYPE)
+    if worker < recon_programs:
+        factor = scalar(None, recon_weight, DTYPE)
+        if gradient is not None:
+            factor *= tl.load(guess + row)
+        s = positive(scalar(scale, scale_value, DTYPE))
+        ts = scalar(None, target_scale, DTYPE)
+        base, end = row_bounds(row, features, ALIGNED, WIDE)
+        sums = tl.zeros([BLOCK], dtype=DTYPE)
+        for start in tl.range(worker * BLOCK, end, recon_programs * BLOCK):
+            o = start + tl.arange(0, BLOCK)
+            sums += recon_tile(prediction, target, gradient, base + o, o < end, factor, s, ts, LIKELIHOOD, DTYPE)
+        total += tl.sum(sums)
+        if ALIGNED:
+            if worker == 0:
+                o = end + tl.arange(0, 16)
+                last = recon_tile(prediction, target, gradient, base + o, o < features, factor, s, ts, LIKELIHOOD, DTYPE)
+                total += tl.sum(last)
+    elif mu is not None:
+        base, end = row_bounds(row, latents, LATENTS_ALIGNED, WIDE)
+        sums = tl.zeros([BLOCK], dtype=DTYPE)
+        for start in tl.range((worker - recon_programs) * BLOCK, end, kl_programs * BLOCK):
+            o = start + tl.arange(0, BLOCK)
+            sums += kl_tile(mu, logvar, base + o, o < end, DTYPE)
+        total += tl.sum(sums)
+        if LATENTS_ALIGNED:
+            if worker == recon_programs:
+                o = end + tl.arange(0, 16)
+                total += tl.sum(kl_tile(mu, logvar, base + o, o < latents, DTYPE))
+    if arrive_last(partials, arrived, row, programs, total):
+        first = partials + row * programs
+        recon_sum = ordered_sum(first, recon_programs, FINISH) * scalar(None, recon_weight, DTYPE)
+        if kl is None:
+            kl_sum = ordered_sum(first + recon_programs, kl_programs, FINISH) * scalar(None, kl_weight, DTYPE)
+        else:
+            kl_sum = tl.load(kl + row).to(DTYPE)
+        tl.store(loss_out + row, recon_sum + scalar(beta, beta_value, DTYPE) * kl_sum)
+        tl.store(recon_out + row, recon_sum)
+        tl.store(kl_out + row, kl_sum)
+
+
+@triton.jit(do_not_specialize=["features", "latents", "recon_programs", "kl_programs"])
+def loss_bwd_kernel(
+    prediction, target, gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl, grad_loss, grad_recon, grad_own_kl,
+    scale, beta,
+    scale_value: tl.float64, beta_value: tl.float64, target_scale: tl.float64, recon_weight: tl.float64, kl_weight: tl.float64,
+    features: tl.int64, latents: tl.int64, recon_programs: tl.int32, kl_programs: tl.int32,
+    LIKELIHOOD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LATENTS_ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    programs = recon_programs + kl_programs
+    row = tl.program_id(0) // programs
+    worker = tl.program_id(0) % programs
+    if worker < recon_programs:
+        factor = upstream(grad_loss, grad_recon, row, DTYPE)
+        if worker == 0:
+            tl.store(seen + row, factor)
+        wrong = True
+        if used is not None:
+            wrong = factor != tl.load(used + row)  # NaN is never what was guessed
+        if wrong:
+            factor *= scalar(None, recon_weight, DTYPE)
+            s = positive(scalar(scale, scale_value, DTYPE))
+            ts = scalar(None, target_scale, DTYPE)
+            base, end = row_bounds(row, features, ALIGNED, WIDE)
+            for start in tl.range(worker * BLOCK, end, recon_programs * BLOCK):
+                o = start + tl.arange(0, BLOCK)
+                recon_tile(prediction, target, gradient, base + o, o < end, factor, s, ts, LIKELIHOOD, DTYPE)
+            if ALIGNED:
+                if worker == 0:
+                    o = end + tl.arange(0, 16)
+                    recon_tile(prediction, target, gradient, base + o, o < features, factor, s, ts, LIKELIHOOD, DTYPE)
+    else:
+        factor = scalar(beta, beta_value, DTYPE) * upstream(grad_loss, None, row, DTYPE) + upstream(grad_own_kl, None, row, DTYPE)
+        if grad_kl is not None:
+            tl.store(grad_kl + row, factor)
+        if mu is not None:
+            factor *= scalar(None, kl_weight, DTYPE)
+            base, end = row_bounds(row, latents, LATENTS_ALIGNED, WIDE)
+            for start in tl.range((worker - recon_programs) * BLOCK, end, kl_programs * BLOCK):
+                o = start + tl.arange(0, BLOCK)
+                kl_backward_tile(mu, logvar, grad_mu, grad_logvar, base + o, o < end, factor, DTYPE)
+            if LATENTS_ALIGNED:
+                if worker == recon_programs:
+                    o = end + tl.arange(0, 16)
+                    kl_backward_tile(mu, logvar, grad_mu, grad_logvar, base + o, o < latents, factor, DTYPE)
+
+
+def loss_forward(recon_x, x, mu, logvar, kl, beta, guess, *, likelihood, scale, target_scale, weights, per_sample, dtype):
+    """See `fastelbo.torch_backend.loss_forward`."""
+    rows = recon_x.shape[0] if per_sample else 1
+    terms = [recon_x.new_empty(rows if per_sample else (), dtype=dtype) for _ in range(3)]
+    gradient = None if guess is None else torch.empty_like(recon_x)
+    tile = tile_size(recon_x, x, mu, logvar)
+    recon, latents = Segment.of(recon_x, rows, tile), Segment.of(mu, rows, tile)
+    programs = rows * (recon.programs + latents.programs)
+    launch(
+        loss_fwd_kernel, programs, recon_x.device,
+        recon_x, as_bytes(x), gradient, guess, mu, logvar, kl,
+        recon_x.new_empty(programs, dtype=dtype), arrivals(recon_x.device, rows), *terms,
+        *pointer_and_value(scale, beta), target_scale, *weights,
+        recon.columns, latents.columns, recon.programs, latents.programs,
+        LIKELIHOOD=getattr(likelihoods, likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,
+        LATENTS_ALIGNED=latents.aligned, WIDE=recon.wide or latents.wide, BLOCK=tile, FINISH=FINISH,
+    )  # fmt: skip
+    return *terms, gradient
+
+
+def loss_backward(
+    recon_x, x, mu, logvar, beta, upstreams, gradient, used, *,
+    likelihood, scale, target_scale, weights, per_sample, dtype, wants_recon, wants_latents, wants_kl,
+):  # fmt: skip
+    """See `fastelbo.torch_backend.loss_backward`. A stored `gradient` is corrected where it lies."""
+    rows = recon_x.shape[0] if per_sample else 1
+    upstreams = [g if g is None else g.contiguous() for g in upstreams]
+    seen = grad_mu = grad_logvar = grad_kl = None
+    tile = tile_size(recon_x, x, mu, logvar)
+    recon = latents = Segment.of(None, rows, tile)
+    if wants_recon:
+        recon = Segment.of(recon_x, rows, tile)
+        seen = recon_x.new_empty(rows, dtype=dtype)
+        if gradient is None:
+            gradient = torch.empty_like(recon_x)
+    else:
+        gradient = None
+    if wants_latents:
+        latents = Segment.of(mu, rows, tile)
+        grad_mu, grad_logvar = torch.empty_like(mu), torch.empty_like(logvar)
+    else:
+        mu = logvar = None
+    if wants_kl:
+        latents = latents._replace(programs=1)
+        grad_kl = recon_x.new_empty(rows if per_sample else (), dtype=dtype)
+    launch(
+        loss_bwd_kernel, rows * (recon.programs + latents.programs), recon_x.device,
+        recon_x, as_bytes(x), gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl,
+        *upstreams, *pointer_and_value(scale, beta), target_scale, *weights,
+        recon.columns, latents.columns, recon.programs, latents.programs,
+        LIKELIHOOD=getattr(likelihoods, likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,
+        LATENTS_ALIGNED=latents.aligned, WIDE=recon.wide or latents.wide, BLOCK=tile,
+    )  # fmt: skip
+    return gradient, grad_mu, grad_logvar, grad_kl, seen

@@ -1,0 +1,28 @@
+"""Sums over many programs in one launch: partial sums, then the last program of a row adds them in a fixed order."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def arrive_last(partials, arrivals, row, programs, value):
+    """Leave `value` as this program's partial sum; true in the last program of the row to do so.
+
+    The counter is acquire-release: whoever sees it full sees every partial sum. It is set back to zero for the next launch.
+    """
+    tl.store(partials + tl.program_id(0), value)
+    last = tl.atomic_add(arrivals + row, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(arrivals + row, 0)
+    return last
+
+
+@triton.jit
+def ordered_sum(partials, count, SIZE: tl.constexpr):
+    """Sum of `count` partial sums, bitwise the same on each run."""
+    total = tl.zeros([SIZE], dtype=partials.dtype.element_ty)
+    for start in tl.range(0, count, SIZE):
+        i = start + tl.arange(0, SIZE)
+        # Other programs wrote them: past the L1 cache.
+        total += tl.load(partials + i, mask=i < count, other=0.0, cache_modifier=".cg")
+    return tl.sum(total)
