@@ -11,7 +11,7 @@ from .launch import FINISH, TRITON_DTYPE, Segment, arrivals, launch, pointer_and
 from .loss import row_bounds, scalar, upstream
 from .noise import normals
 from .numerics import exp_and_expm1
-from .reduction import arrive_last, ordered_sum
+from .reduction import arrive_last, fold, ordered_sum
 
 
 @triton.jit
@@ -67,9 +67,9 @@ def sample_fwd_kernel(
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
     base, end = row_bounds(row, latents, ALIGNED, WIDE)
-    sums = tl.zeros([BLOCK], dtype=DTYPE)
+    sums = tl.zeros([BLOCK // 8], dtype=DTYPE)
     for start in tl.range(worker * BLOCK, end, programs * BLOCK):
-        sums += sample_tile(mu, logvar, noise, z, base + start, base + end, BLOCK, ALIGNED, DTYPE)
+        sums += fold(sample_tile(mu, logvar, noise, z, base + start, base + end, BLOCK, ALIGNED, DTYPE), BLOCK)
     total = tl.sum(sums)
     if ALIGNED:
         if worker == 0:

@@ -31,12 +31,15 @@ def pointer_and_value(*numbers: torch.Tensor | float) -> list:
     return pointers + [1.0 if isinstance(n, torch.Tensor) else n for n in numbers]
 
 
-def tile_size(*tensors: torch.Tensor | None) -> int:
-    """Elements of a tile: enough for every thread to load 16 bytes or more of each tensor, few enough registers."""
+def tile_size(first: torch.Tensor, second: torch.Tensor) -> int:
+    """Elements of a tile, from the two tensors that are loaded together.
+
+    Every thread should load 16 bytes of each, and every program some 8 KB at once to hide latency, in few registers.
+    """
     if INTERPRETED:
         return 65536  # a tile costs the interpreter about 3 ms, whatever its size
-    widest = max(t.element_size() for t in tensors if t is not None)
-    return {8: 512, 4: 1024}.get(widest, 2048)
+    pair = first.element_size() + second.element_size()
+    return 2048 if pair <= 4 else 1024 if pair <= 8 else 512
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import triton.language as tl
 from . import likelihoods
 from .launch import FINISH, TRITON_DTYPE, Segment, arrivals, as_bytes, launch, pointer_and_value, tile_size
 from .numerics import exp_and_expm1
-from .reduction import arrive_last, ordered_sum
+from .reduction import arrive_last, fold, ordered_sum
 
 
 @triton.jit
@@ -25,9 +25,12 @@ def scalar(pointer, value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def positive(scale):
-    """`scale`, or NaN where it is not positive: there is no asking the device for an error."""
-    return tl.where(scale > 0.0, scale, float("nan"))
+def positive_scalar(pointer, value, DTYPE: tl.constexpr):
+    """Likewise, and NaN where the device's number is not positive; the host's has been checked."""
+    number = scalar(pointer, value, DTYPE)
+    if pointer is not None:
+        number = tl.where(number > 0.0, number, float("nan"))
+    return number
 
 
 @triton.jit
@@ -106,13 +109,14 @@ def loss_fwd_kernel(
         factor = scalar(None, recon_weight, DTYPE)
         if gradient is not None:
             factor *= tl.load(guess + row)
-        s = positive(scalar(scale, scale_value, DTYPE))
+        s = positive_scalar(scale, scale_value, DTYPE)
         ts = scalar(None, target_scale, DTYPE)
         base, end = row_bounds(row, features, ALIGNED, WIDE)
-        sums = tl.zeros([BLOCK], dtype=DTYPE)
+        sums = tl.zeros([BLOCK // 8], dtype=DTYPE)
         for start in tl.range(worker * BLOCK, end, recon_programs * BLOCK):
             o = start + tl.arange(0, BLOCK)
-            sums += recon_tile(prediction, target, gradient, base + o, o < end, factor, s, ts, LIKELIHOOD, DTYPE)
+            tile = recon_tile(prediction, target, gradient, base + o, o < end, factor, s, ts, LIKELIHOOD, DTYPE)
+            sums += fold(tile, BLOCK)
         total += tl.sum(sums)
         if ALIGNED:
             if worker == 0:
@@ -121,10 +125,10 @@ def loss_fwd_kernel(
                 total += tl.sum(last)
     elif mu is not None:
         base, end = row_bounds(row, latents, LATENTS_ALIGNED, WIDE)
-        sums = tl.zeros([BLOCK], dtype=DTYPE)
+        sums = tl.zeros([BLOCK // 8], dtype=DTYPE)
         for start in tl.range((worker - recon_programs) * BLOCK, end, kl_programs * BLOCK):
             o = start + tl.arange(0, BLOCK)
-            sums += kl_tile(mu, logvar, base + o, o < end, DTYPE)
+            sums += fold(kl_tile(mu, logvar, base + o, o < end, DTYPE), BLOCK)
         total += tl.sum(sums)
         if LATENTS_ALIGNED:
             if worker == recon_programs:
@@ -163,7 +167,7 @@ def loss_bwd_kernel(
             wrong = factor != tl.load(used + row)  # NaN is never what was guessed
         if wrong:
             factor *= scalar(None, recon_weight, DTYPE)
-            s = positive(scalar(scale, scale_value, DTYPE))
+            s = positive_scalar(scale, scale_value, DTYPE)
             ts = scalar(None, target_scale, DTYPE)
             base, end = row_bounds(row, features, ALIGNED, WIDE)
             for start in tl.range(worker * BLOCK, end, recon_programs * BLOCK):
@@ -194,7 +198,7 @@ def loss_forward(recon_x, x, mu, logvar, kl, beta, guess, *, likelihood, scale, 
     rows = recon_x.shape[0] if per_sample else 1
     terms = [recon_x.new_empty(rows if per_sample else (), dtype=dtype) for _ in range(3)]
     gradient = None if guess is None else torch.empty_like(recon_x)
-    tile = tile_size(recon_x, x, mu, logvar)
+    tile = tile_size(recon_x, x)
     recon, latents = Segment.of(recon_x, rows, tile), Segment.of(mu, rows, tile)
     programs = rows * (recon.programs + latents.programs)
     launch(
@@ -217,7 +221,7 @@ def loss_backward(
     rows = recon_x.shape[0] if per_sample else 1
     upstreams = [g if g is None else g.contiguous() for g in upstreams]
     seen = grad_mu = grad_logvar = grad_kl = None
-    tile = tile_size(recon_x, x, mu, logvar)
+    tile = tile_size(recon_x, x)
     recon = latents = Segment.of(None, rows, tile)
     if wants_recon:
         recon = Segment.of(recon_x, rows, tile)
