@@ -20,14 +20,15 @@ class Likelihood(NamedTuple):
     """One row of the table.
 
     `nll(prediction, target, scale)` is the negative log-likelihood of each element, in nats.
-    `fused(prediction, target, scale, nll, gradient, spare)` writes it and its derivative by the prediction into the buffers
-    `nll` and `gradient`, either of which may be None; `spare` is scratch. All have one shape and dtype.
+    `fused(prediction, target, scale, wants_nll, factor, a, b)` returns its sum over the last dimension, if `wants_nll`, and
+    leaves its derivative by the prediction, times `factor`, in the buffer `a`, unless `factor` is None. `b` is scratch.
+    All tensors have one shape and dtype; `factor` is a float or broadcasts.
     `name` is also that of the device function. `bounded`: prediction and target must lie in [0, 1].
     """
 
     name: str
     nll: Callable[[Tensor, Tensor, Number], Tensor]
-    fused: Callable[[Tensor, Tensor, Number, Tensor | None, Tensor | None, Tensor], None]
+    fused: Callable[[Tensor, Tensor, Number, bool, Number | None, Tensor, Tensor], Tensor | None]
     bounded: bool = False
     has_scale: bool = False
 
@@ -36,57 +37,69 @@ def _bernoulli(p: Tensor, x: Tensor, scale: Number) -> Tensor:
     return F.binary_cross_entropy(p, x, reduction="none")
 
 
-def _bernoulli_fused(p, x, scale, nll, gradient, spare):
+def _bernoulli_fused(p, x, scale, wants_nll, factor, a, b):
     # As in Torch: logarithms clamped at -100, the gradient's denominator at 1e-12.
-    if nll is not None:
-        torch.log(p, out=nll).clamp_(min=-100)
-        torch.neg(p, out=spare).log1p_().clamp_(min=-100)
-        torch.lerp(spare, nll, x, out=nll).neg_()
-    if gradient is not None:
-        torch.neg(p, out=spare).add_(1).mul_(p).clamp_(min=1e-12)
-        torch.sub(p, x, out=gradient).div_(spare)
+    total = None
+    if wants_nll:
+        torch.log(p, out=a).clamp_(min=-100)
+        torch.neg(p, out=b).log1p_().clamp_(min=-100)
+        total = torch.lerp(b, a, x, out=b).sum(-1).neg_()
+    if factor is not None:
+        torch.neg(p, out=b).add_(1).mul_(p).clamp_(min=1e-12)
+        _times(torch.sub(p, x, out=a).div_(b), factor)
+    return total
 
 
 def _bernoulli_logits(logit: Tensor, x: Tensor, scale: Number) -> Tensor:
     return F.binary_cross_entropy_with_logits(logit, x, reduction="none")
 
 
-def _bernoulli_logits_fused(logit, x, scale, nll, gradient, spare):
+def _bernoulli_logits_fused(logit, x, scale, wants_nll, factor, a, b):
     # max(l, 0) - x l + log1p(exp(-|l|)); the last term is -log(1 - q) with q = sigmoid(-|l|), which is cheaper than exp.
-    if nll is not None:
-        torch.abs(logit, out=spare).neg_().sigmoid_().neg_().log1p_()
-        torch.clamp(logit, min=0, out=nll).addcmul_(logit, x, value=-1).sub_(spare)
-    if gradient is not None:
-        torch.sigmoid(logit, out=gradient).sub_(x)
+    total = None
+    if wants_nll:
+        torch.copysign(logit, -1.0, out=b).sigmoid_().neg_().log1p_()
+        total = torch.clamp(logit, min=0, out=a).addcmul_(logit, x, value=-1).sub_(b).sum(-1)
+    if factor is not None:
+        _times(torch.sigmoid(logit, out=a).sub_(x), factor)
+    return total
 
 
 def _mse(y: Tensor, x: Tensor, scale: Number) -> Tensor:
     return F.mse_loss(y, x, reduction="none")
 
 
-def _mse_fused(y, x, scale, nll, gradient, spare):
-    torch.sub(y, x, out=spare)
-    if nll is not None:
-        torch.mul(spare, spare, out=nll)
-    if gradient is not None:
-        torch.mul(spare, 2, out=gradient)
+def _mse_fused(y, x, scale, wants_nll, factor, a, b):
+    torch.sub(y, x, out=a)
+    total = torch.mul(a, a, out=b).sum(-1) if wants_nll else None
+    if factor is not None:
+        a.mul_(2 * factor)
+    return total
 
 
 def _gaussian(mean: Tensor, x: Tensor, scale: Number) -> Tensor:
     return 0.5 * ((x - mean) / scale).square() + _log_normalizer(scale)
 
 
-def _gaussian_fused(mean, x, scale, nll, gradient, spare):
-    torch.sub(mean, x, out=spare).div_(scale)
-    if nll is not None:
-        torch.mul(spare, spare, out=nll).mul_(0.5).add_(_log_normalizer(scale))
-    if gradient is not None:
-        torch.div(spare, scale, out=gradient)
+def _gaussian_fused(mean, x, scale, wants_nll, factor, a, b):
+    torch.sub(mean, x, out=a).div_(scale)
+    total = None
+    if wants_nll:
+        total = torch.mul(a, a, out=b).sum(-1).mul_(0.5).add_(mean.shape[-1] * _log_normalizer(scale))
+    if factor is not None:
+        a.mul_(factor / scale)
+    return total
 
 
 def _log_normalizer(scale: Number) -> Number:
+    """log(scale sqrt(2 pi))."""
     log_scale = scale.log() if isinstance(scale, Tensor) else math.log(scale)
     return log_scale + 0.5 * math.log(2 * math.pi)
+
+
+def _times(gradient: Tensor, factor: Number) -> None:
+    if isinstance(factor, Tensor) or factor != 1:
+        gradient.mul_(factor)
 
 
 LIKELIHOODS = {
