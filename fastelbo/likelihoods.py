@@ -15,6 +15,8 @@ from torch import Tensor
 
 Number = float | Tensor
 
+DENOMINATOR = 9.999999960041972e-13  # 1e-12 in float32, which Torch clamps by in every dtype
+
 
 class Likelihood(NamedTuple):
     """One row of the table.
@@ -38,14 +40,14 @@ def _bernoulli(p: Tensor, x: Tensor, scale: Number) -> Tensor:
 
 
 def _bernoulli_fused(p, x, scale, wants_nll, factor, a, b):
-    # As in Torch: logarithms clamped at -100, the gradient's denominator at 1e-12.
+    # As in Torch: logarithms clamped at -100.
     total = None
     if wants_nll:
         torch.log(p, out=a).clamp_(min=-100)
         torch.neg(p, out=b).log1p_().clamp_(min=-100)
         total = torch.lerp(b, a, x, out=b).sum(-1).neg_()
     if factor is not None:
-        torch.neg(p, out=b).add_(1).mul_(p).clamp_(min=1e-12)
+        torch.neg(p, out=b).add_(1).mul_(p).clamp_(min=DENOMINATOR)
         _times(torch.sub(p, x, out=a).div_(b), factor)
     return total
 

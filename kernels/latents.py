@@ -70,14 +70,12 @@ def sample_fwd_kernel(
     sums = tl.zeros([BLOCK // 8], dtype=DTYPE)
     for start in tl.range(worker * BLOCK, end, programs * BLOCK):
         sums += fold(sample_tile(mu, logvar, noise, z, base + start, base + end, BLOCK, ALIGNED, DTYPE), BLOCK)
-    total = tl.sum(sums)
     if ALIGNED:
         if worker == 0:
-            total += tl.sum(sample_tile(mu, logvar, noise, z, base + end, base + latents, 16, ALIGNED, DTYPE))
+            sums += sample_tile(mu, logvar, noise, z, base + end, base + latents, BLOCK // 8, ALIGNED, DTYPE)
     if kl_out is not None:
-        if arrive_last(partials, arrived, row, programs, total):
-            total = ordered_sum(partials + row * programs, programs, FINISH)
-            tl.store(kl_out + row, total * scalar(None, kl_weight, DTYPE))
+        if arrive_last(partials, arrived, row, programs, tl.sum(sums.to(tl.float64))):
+            tl.store(kl_out + row, (ordered_sum(partials + row * programs, programs, FINISH) * kl_weight).to(DTYPE))
 
 
 @triton.jit(do_not_specialize=["latents", "programs"])
@@ -111,7 +109,7 @@ def sample_forward(mu, logvar, noise, *, kl_weight, per_sample, dtype, wants_kl)
     tile = tile_size(mu, logvar)
     latents = Segment.of(mu, rows, tile)
     programs = rows * latents.programs
-    partials, arrived = (mu.new_empty(programs, dtype=dtype), arrivals(mu.device, rows)) if wants_kl else (None, None)
+    partials, arrived = (mu.new_empty(programs, dtype=torch.float64), arrivals(mu.device, rows)) if wants_kl else (None, None)
     launch(
         sample_fwd_kernel, programs, mu.device,
         mu, logvar, noise, z, kl, partials, arrived, kl_weight, latents.columns, latents.programs,

@@ -19,7 +19,8 @@ def bernoulli(probability, target, scale):
     log_q = tl.where(log_q < -100.0, -100.0, log_q)
     variance = (1.0 - probability) * probability
     nll = -(target * log_p + (1.0 - target) * log_q)
-    return nll, (probability - target) / tl.where(variance < 1e-12, 1e-12, variance)
+    # 1e-12 in float32, which Torch clamps by in every dtype.
+    return nll, (probability - target) / tl.where(variance < 9.999999960041972e-13, 9.999999960041972e-13, variance)
 
 
 @triton.jit

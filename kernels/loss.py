@@ -104,7 +104,7 @@ def loss_fwd_kernel(
     programs = recon_programs + kl_programs
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
-    total = tl.zeros([], dtype=DTYPE)
+    sums = tl.zeros([BLOCK // 8], dtype=DTYPE)
     if worker < recon_programs:
         factor = scalar(None, recon_weight, DTYPE)
         if gradient is not None:
@@ -112,38 +112,33 @@ def loss_fwd_kernel(
         s = positive_scalar(scale, scale_value, DTYPE)
         ts = scalar(None, target_scale, DTYPE)
         base, end = row_bounds(row, features, ALIGNED, WIDE)
-        sums = tl.zeros([BLOCK // 8], dtype=DTYPE)
         for start in tl.range(worker * BLOCK, end, recon_programs * BLOCK):
             o = start + tl.arange(0, BLOCK)
             tile = recon_tile(prediction, target, gradient, base + o, o < end, factor, s, ts, LIKELIHOOD, DTYPE)
             sums += fold(tile, BLOCK)
-        total += tl.sum(sums)
         if ALIGNED:
             if worker == 0:
-                o = end + tl.arange(0, 16)
-                last = recon_tile(prediction, target, gradient, base + o, o < features, factor, s, ts, LIKELIHOOD, DTYPE)
-                total += tl.sum(last)
+                o = end + tl.arange(0, BLOCK // 8)
+                sums += recon_tile(prediction, target, gradient, base + o, o < features, factor, s, ts, LIKELIHOOD, DTYPE)
     elif mu is not None:
         base, end = row_bounds(row, latents, LATENTS_ALIGNED, WIDE)
-        sums = tl.zeros([BLOCK // 8], dtype=DTYPE)
         for start in tl.range((worker - recon_programs) * BLOCK, end, kl_programs * BLOCK):
             o = start + tl.arange(0, BLOCK)
             sums += fold(kl_tile(mu, logvar, base + o, o < end, DTYPE), BLOCK)
-        total += tl.sum(sums)
         if LATENTS_ALIGNED:
             if worker == recon_programs:
-                o = end + tl.arange(0, 16)
-                total += tl.sum(kl_tile(mu, logvar, base + o, o < latents, DTYPE))
-    if arrive_last(partials, arrived, row, programs, total):
+                o = end + tl.arange(0, BLOCK // 8)
+                sums += kl_tile(mu, logvar, base + o, o < latents, DTYPE)
+    if arrive_last(partials, arrived, row, programs, tl.sum(sums.to(tl.float64))):
         first = partials + row * programs
-        recon_sum = ordered_sum(first, recon_programs, FINISH) * scalar(None, recon_weight, DTYPE)
+        recon_sum = ordered_sum(first, recon_programs, FINISH) * recon_weight
         if kl is None:
-            kl_sum = ordered_sum(first + recon_programs, kl_programs, FINISH) * scalar(None, kl_weight, DTYPE)
+            kl_sum = ordered_sum(first + recon_programs, kl_programs, FINISH) * kl_weight
         else:
-            kl_sum = tl.load(kl + row).to(DTYPE)
-        tl.store(loss_out + row, recon_sum + scalar(beta, beta_value, DTYPE) * kl_sum)
-        tl.store(recon_out + row, recon_sum)
-        tl.store(kl_out + row, kl_sum)
+            kl_sum = tl.load(kl + row).to(tl.float64)
+        tl.store(loss_out + row, (recon_sum + scalar(beta, beta_value, tl.float64) * kl_sum).to(DTYPE))
+        tl.store(recon_out + row, recon_sum.to(DTYPE))
+        tl.store(kl_out + row, kl_sum.to(DTYPE))
 
 
 @triton.jit(do_not_specialize=["features", "latents", "recon_programs", "kl_programs"])
@@ -204,7 +199,7 @@ def loss_forward(recon_x, x, mu, logvar, kl, beta, guess, *, likelihood, scale, 
     launch(
         loss_fwd_kernel, programs, recon_x.device,
         recon_x, as_bytes(x), gradient, guess, mu, logvar, kl,
-        recon_x.new_empty(programs, dtype=dtype), arrivals(recon_x.device, rows), *terms,
+        recon_x.new_empty(programs, dtype=torch.float64), arrivals(recon_x.device, rows), *terms,
         *pointer_and_value(scale, beta), target_scale, *weights,
         recon.columns, latents.columns, recon.programs, latents.programs,
         LIKELIHOOD=getattr(likelihoods, likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,

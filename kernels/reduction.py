@@ -1,4 +1,8 @@
-"""Sums over many programs in one launch: partial sums, then the last program of a row adds them in a fixed order."""
+"""Sums over many programs in one launch: partial sums, then the last program of a row adds them in a fixed order.
+
+Tiles are accumulated in the kernel's own dtype. What is left then is short and is added up in float64: equal or similar
+terms, which data are full of, would all be rounded the same way in float32.
+"""
 
 import triton
 import triton.language as tl
@@ -12,7 +16,7 @@ def fold(tile, SIZE: tl.constexpr):
 
 @triton.jit
 def arrive_last(partials, arrivals, row, programs, value):
-    """Leave `value` as this program's partial sum; true in the last program of the row to do so.
+    """Leave `value`, float64, as this program's partial sum; true in the last program of the row to do so.
 
     The counter is acquire-release: whoever sees it full sees every partial sum. It is set back to zero for the next launch.
     """
@@ -26,7 +30,7 @@ def arrive_last(partials, arrivals, row, programs, value):
 @triton.jit
 def ordered_sum(partials, count, SIZE: tl.constexpr):
     """Sum of `count` partial sums, bitwise the same on each run."""
-    total = tl.zeros([SIZE], dtype=partials.dtype.element_ty)
+    total = tl.zeros([SIZE], dtype=tl.float64)
     for start in tl.range(0, count, SIZE):
         i = start + tl.arange(0, SIZE)
         # Other programs wrote them: past the L1 cache.

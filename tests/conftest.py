@@ -1,0 +1,35 @@
+"""The same tests run for both backends: `FASTELBO_BACKEND` and `TRITON_INTERPRET` choose, in a process each (see the Makefile)."""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKEND = os.environ.get("FASTELBO_BACKEND") or ("triton" if DEVICE.type == "cuda" else "torch")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    """Memory that nobody has written holds NaN, so that an element left out shows."""
+
+    def poisoned(allocate):
+        def call(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

@@ -1,0 +1,66 @@
+"""Inputs, and truth in float64 to hold results against."""
+
+import torch
+from torch import Tensor
+
+from fastelbo import reference
+
+LIKELIHOODS = ("bernoulli", "bernoulli_logits", "mse", "gaussian")
+SCALE = {"gaussian": 0.3}
+
+
+def options(likelihood: str) -> dict:
+    """The keyword arguments that go with a likelihood."""
+    return {"likelihood": likelihood, "scale": SCALE.get(likelihood)}
+
+
+def naive(recon_x, x, mu, logvar, beta=1.0, *, likelihood="bernoulli", scale=None):
+    return reference.elbo_loss(recon_x, x, mu, logvar, beta, likelihood=likelihood, scale=scale or 1.0)
+
+
+def make_inputs(likelihood, shape, latent, dtype=torch.float32, device="cpu", extremes=False) -> tuple[Tensor, ...]:
+    """`recon_x`, `x`, `mu`, `logvar`: all but the target require grad. `extremes`: with the values that break naive code."""
+    probabilities = likelihood == "bernoulli"
+    recon_x = torch.rand(shape) if probabilities else 3 * torch.randn(shape)
+    x = torch.rand(shape) if likelihood.startswith("bernoulli") else torch.randn(shape)
+    x.view(-1)[::2] = x.view(-1)[::2].round()
+    mu, logvar = torch.randn(latent), torch.randn(latent)
+    if extremes:
+        edge = (0.0, 1.0) if probabilities else (50.0, -50.0)
+        for i, value in enumerate((*edge, *reversed(edge))):
+            recon_x.view(-1)[i :: 7] = value
+        for i, value in enumerate((20.0, -20.0, 0.0)):
+            logvar.view(-1)[i :: 5] = value
+    tensors = [t.to(device, dtype) for t in (recon_x, x, mu, logvar)]
+    return tuple(t.requires_grad_(i != 1) for i, t in enumerate(tensors))
+
+
+def as_double(*tensors: Tensor) -> list[Tensor]:
+    """Independent copies in float64 that require grad like the originals."""
+    return [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+
+
+def gradients(output: Tensor, *inputs: Tensor, **kwargs) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(output, inputs, **kwargs)
+
+
+def relative(value: Tensor, truth: Tensor) -> float:
+    """Largest difference over the largest magnitude."""
+    value, truth = value.detach().double(), truth.detach().double()
+    if truth.numel() == 0:
+        return 0.0
+    return ((value - truth).abs().max() / truth.abs().max().clamp_min(1e-300)).item()
+
+
+def assert_no_worse(value: Tensor, by_naive: Tensor, truth: Tensor, terms: Tensor, name: str) -> None:
+    """The eighth promise: the error, over the magnitude of the terms, is at most the naive code's own plus one rounding."""
+    terms = terms.double().clamp_min(1e-300)
+
+    def error(result: Tensor) -> float:
+        difference = (result.detach().double() - truth).abs() / terms
+        difference[result.detach().double() == truth] = 0  # infinities of one sign agree
+        worst = difference.max().item()
+        return worst if worst == worst else float("inf")
+
+    allowed = error(by_naive) + torch.finfo(value.dtype).eps
+    assert error(value) <= allowed, f"{name}: error {error(value):.2e}, allowed {allowed:.2e}"

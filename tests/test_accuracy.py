@@ -1,0 +1,87 @@
+"""Promise 8: values and gradients are those of the naive code, and nearer to the truth or as near."""
+
+import math
+
+import pytest
+import torch
+from support import LIKELIHOODS, as_double, assert_no_worse, gradients, make_inputs, naive, options, relative
+
+import fastelbo
+
+# One element; a lone tail of the last 15 or fewer; a tile and a tail; MNIST; more than a block and odd.
+SIZES = (((1, 1), (1, 1)), ((1, 7), (1, 3)), ((8, 125), (8, 2)), ((128, 784), (128, 20)), ((1, 10**6 + 3), (1, 50_001)))
+BETA = 0.7
+
+
+def run(function, inputs, likelihood):
+    terms = function(*inputs, BETA, **options(likelihood))
+    return terms, gradients(terms[0], inputs[0], inputs[2], inputs[3])
+
+
+@pytest.mark.parametrize("shapes", SIZES, ids=lambda s: str(s[0]))
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_float64_equals_the_naive_code(likelihood, shapes, device):
+    inputs = make_inputs(likelihood, *shapes, torch.float64, device, extremes=True)
+    got, expected = run(fastelbo.loss, inputs, likelihood), run(naive, inputs, likelihood)
+    for a, b in zip((*got[0], *got[1]), (*expected[0], *expected[1]), strict=True):
+        assert a.dtype == torch.float64
+        assert relative(a, b) <= 1e-12
+
+
+def magnitudes(likelihood, inputs):
+    """Sums of the absolute values of what is added up: for the three results, and element by element for the gradients."""
+    recon_x, x, mu, logvar = as_double(*inputs)
+    scale = options(likelihood)["scale"] or 1.0
+    elementwise = {
+        "bernoulli": lambda: torch.nn.functional.binary_cross_entropy(recon_x, x, reduction="none"),
+        "bernoulli_logits": lambda: torch.nn.functional.binary_cross_entropy_with_logits(recon_x, x, reduction="none"),
+        "mse": lambda: (recon_x - x).square(),
+        "gaussian": lambda: 0.5 * ((recon_x - x) / scale).square() + abs(math.log(scale * math.sqrt(2 * math.pi))),
+    }[likelihood]()
+    recon = elementwise.abs().sum()
+    kl = 0.5 * (1 + logvar.abs() + mu.square() + logvar.exp()).sum()
+    grad_recon = gradients(elementwise.sum(), recon_x)[0].abs()
+    if likelihood == "bernoulli_logits":
+        grad_recon = torch.sigmoid(recon_x) + x
+    grad_mu, grad_logvar = BETA * mu.abs(), BETA * 0.5 * (1 + logvar.exp())
+    return (recon + BETA * kl, recon, kl), (grad_recon, grad_mu, grad_logvar)
+
+
+@pytest.mark.parametrize("extremes", (False, True), ids=("usual", "extremes"))
+@pytest.mark.parametrize("shapes", SIZES, ids=lambda s: str(s[0]))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_error_is_no_larger_than_the_naive_codes(likelihood, dtype, shapes, extremes, device):
+    inputs = make_inputs(likelihood, *shapes, dtype, device, extremes)
+    truth = run(naive, as_double(*inputs), likelihood)
+    by_naive = run(naive, inputs, likelihood)
+    got = run(fastelbo.loss, inputs, likelihood)
+    names = (("loss", "recon", "kl"), ("d/d recon_x", "d/d mu", "d/d logvar"))
+    for parts in zip(got, by_naive, truth, magnitudes(likelihood, inputs), names, strict=True):
+        for value, other, exact, terms, name in zip(*parts, strict=True):
+            exact = exact.detach()
+            if value.dtype == torch.float16:  # what overflows is infinite in both
+                exact = torch.where(exact.abs() > 65519, exact.sign() * torch.inf, exact)
+            assert_no_worse(value, other, exact, terms.detach(), name)
+    assert all(t.dtype == torch.float32 for t in got[0])
+
+
+def test_confident_logits_keep_their_loss(device):
+    """Where exp(-|logit|) is far below a rounding of 1, and where Torch's own code returns 0."""
+    logit = torch.tensor([[-30.0, 30.0, -17.0, 25.0]], device=device, requires_grad=True)
+    x = torch.tensor([[0.0, 1.0, 0.0, 1.0]], device=device)
+    mu = torch.zeros(1, 1, device=device)
+    for i in range(4):
+        recon = fastelbo.loss(logit[:, i : i + 1], x[:, i : i + 1], mu, mu, likelihood="bernoulli_logits").recon
+        exact = torch.log1p(torch.exp(-logit.detach()[0, i].double().abs()))
+        assert relative(recon, exact) < 1e-6
+
+
+def test_collapsed_posterior_keeps_its_kl(device):
+    """1 + logvar - exp(logvar) cancels near 0, where the naive float32 sum is noise."""
+    logvar = torch.linspace(-1e-3, 1e-3, 1000, device=device).reshape(10, 100).requires_grad_()
+    mu = torch.zeros_like(logvar)
+    kl = fastelbo.sample_kl(mu, logvar).kl
+    lv = logvar.detach().double()
+    assert relative(kl, (0.5 * (torch.expm1(lv) - lv)).sum()) < 1e-3
+    assert relative(gradients(kl, logvar)[0], 0.5 * torch.expm1(lv)) < 1e-6
