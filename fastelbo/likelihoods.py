@@ -84,12 +84,12 @@ def _gaussian(mean: Tensor, x: Tensor, scale: Number) -> Tensor:
 
 
 def _gaussian_fused(mean, x, scale, wants_nll, factor, a, b):
-    torch.sub(mean, x, out=a).div_(scale)
+    torch.sub(mean, x, out=a)
     total = None
     if wants_nll:
-        total = torch.mul(a, a, out=b).sum(-1).mul_(0.5).add_(mean.shape[-1] * _log_normalizer(scale))
+        total = torch.mul(a, a, out=b).sum(-1).mul_(0.5 / scale**2).add_(mean.shape[-1] * _log_normalizer(scale))
     if factor is not None:
-        a.mul_(factor / scale)
+        a.mul_(factor / scale**2)
     return total
 
 

@@ -1,0 +1,91 @@
+"""Promises 1 and 2: first and second derivatives against finite differences, in float64."""
+
+import pytest
+import torch
+from support import LIKELIHOODS, gradients, make_inputs, options
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastelbo
+
+REDUCTIONS = ("sum", "batchmean", "mean", "none", ("mean", "sum"))
+
+
+def inputs_for(likelihood, device):
+    recon_x, x, mu, logvar = make_inputs(likelihood, (3, 2), (3, 2), torch.float64, device)
+    if likelihood == "bernoulli":  # away from the ends, where finite differences leave the domain
+        recon_x, x = recon_x.detach().clamp(0.1, 0.9).requires_grad_(), x.clamp(0.1, 0.9)
+    return recon_x, x.requires_grad_(), mu, logvar
+
+
+@pytest.mark.parametrize("check", (gradcheck, gradgradcheck), ids=("first", "second"))
+@pytest.mark.parametrize("reduction", REDUCTIONS, ids=str)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_loss(check, reduction, likelihood, device):
+    beta = torch.tensor(0.7, dtype=torch.float64, device=device, requires_grad=True)
+
+    def function(recon_x, x, mu, logvar, beta):
+        return fastelbo.loss(recon_x, x, mu, logvar, beta, reduction=reduction, target_scale=0.9, **options(likelihood))
+
+    assert check(function, (*inputs_for(likelihood, device), beta))
+
+
+@pytest.mark.parametrize("check", (gradcheck, gradgradcheck), ids=("first", "second"))
+def test_loss_of_a_given_kl(check, device):
+    recon_x, x, _, _ = inputs_for("mse", device)
+    kl = torch.rand(3, dtype=torch.float64, device=device, requires_grad=True)
+
+    def function(recon_x, x, kl):
+        return fastelbo.loss(recon_x, x, kl=kl, beta=0.3, likelihood="mse", reduction="none")
+
+    assert check(function, (recon_x, x, kl))
+
+
+@pytest.mark.parametrize("check", (gradcheck, gradgradcheck), ids=("first", "second"))
+@pytest.mark.parametrize("given", (True, False), ids=("eps", "generated"))
+@pytest.mark.parametrize("reduction", ("sum", "mean", "none"))
+def test_sample_kl(check, given, reduction, device):
+    _, _, mu, logvar = inputs_for("mse", device)
+    eps = torch.randn_like(mu).requires_grad_() if given else None
+
+    def function(mu, logvar, *eps):
+        torch.manual_seed(3)
+        return fastelbo.sample_kl(mu, logvar, reduction=reduction, eps=eps[0] if eps else None)
+
+    assert check(function, (mu, logvar, eps) if given else (mu, logvar))
+
+
+@pytest.mark.parametrize("check", (gradcheck, gradgradcheck), ids=("first", "second"))
+def test_reparameterize(check, device):
+    _, _, mu, logvar = inputs_for("mse", device)
+
+    def function(mu, logvar):
+        torch.manual_seed(3)
+        return fastelbo.reparameterize(mu, logvar)
+
+    assert check(function, (mu, logvar))
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_elbo(likelihood, device):
+    _, x, mu, logvar = inputs_for(likelihood, device)
+    weight = torch.randn(2, 2, dtype=torch.float64, device=device, requires_grad=True)
+    eps = torch.randn_like(mu)
+
+    def function(x, mu, logvar, weight):
+        decoder = lambda z: torch.sigmoid(z @ weight)  # noqa: E731
+        return fastelbo.elbo(decoder, x, mu, logvar, 0.7, eps=eps, reduction="none", **options(likelihood))
+
+    assert gradcheck(function, (x, mu, logvar, weight))
+
+
+def test_create_graph_gives_the_gradient_penalty_of_the_naive_code(device):
+    """What `once_differentiable` would drop in silence: a term of the loss that is itself a gradient."""
+    penalties = []
+    for function in (fastelbo.loss, fastelbo.reference.elbo_loss):
+        torch.manual_seed(1)
+        recon_x, x, mu, logvar = make_inputs("mse", (4, 3), (4, 2), torch.float64, device)
+        loss = function(recon_x, x, mu, logvar, 0.5, likelihood="mse")[0]
+        grads = gradients(loss, recon_x, mu, create_graph=True)
+        penalties.append(gradients(sum(g.square().sum() for g in grads), recon_x, mu))
+    for got, expected in zip(*penalties, strict=True):
+        torch.testing.assert_close(got, expected)

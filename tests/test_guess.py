@@ -1,0 +1,146 @@
+"""The gradient stored in forward with a guessed upstream factor: right for every factor, computed anew only when it changes."""
+
+import math
+import threading
+
+import pytest
+import torch
+from support import LIKELIHOODS, gradients, make_inputs, options, relative
+
+import fastelbo
+
+FACTORS = (1.0, 1.0, 1 / 64, 1 / 64, 65536.0, 0.0, math.nan, 3.0, 3.0, 3.0)
+
+
+def loss_of(recon_x, x, likelihood, **kwargs):
+    kl = torch.zeros(recon_x.shape[:1] if kwargs.get("reduction") == "none" else (), device=x.device)
+    return fastelbo.loss(recon_x, x, kl=kl, **kwargs, **options(likelihood)).loss
+
+
+def true_gradient(recon_x, x, likelihood):
+    recon_x = recon_x.detach().double().requires_grad_()
+    return gradients(loss_of(recon_x, x.double(), likelihood), recon_x)[0]
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_any_sequence_of_factors(likelihood, device):
+    recomputed = []
+    for factor in FACTORS:
+        recon_x, x, _, _ = make_inputs(likelihood, (4, 51), (4, 1), device=device)
+        truth = true_gradient(recon_x, x, likelihood) * factor
+        (gradient,) = gradients(loss_of(recon_x, x, likelihood) * factor, recon_x)
+        if math.isnan(factor):
+            assert gradient.isnan().all()
+        elif factor == 0:
+            assert not gradient.any()
+        else:
+            assert relative(gradient, truth) < 1e-6
+        recomputed.append(was_recomputed(likelihood, factor, (4, 51), device))
+    # The factor has just been seen by the backward above, so a second call of its like computes nothing anew; NaN always does.
+    assert recomputed == [math.isnan(f) for f in FACTORS]
+
+
+def was_recomputed(likelihood, factor, shape, device, **kwargs) -> bool:
+    """Whether backward looks at prediction and target again: between the two passes they are replaced behind autograd's back."""
+    recon_x, x, _, _ = make_inputs(likelihood, shape, (shape[0], 1), device=device)
+    loss = loss_of(recon_x, x, likelihood, **kwargs).sum() * factor
+    original = recon_x.detach().clone(), x.clone()
+    recon_x.data.fill_(0.25)
+    x.data.fill_(0.75)
+    (gradient,) = gradients(loss, recon_x)
+    recon_x.data.copy_(original[0])
+    x.data.copy_(original[1])
+    kwargs.pop("reduction", None)
+    return not relative(gradient, true_gradient(recon_x, x, likelihood) * factor) < 1e-6 and factor != 0
+
+
+def test_a_repeated_factor_recomputes_nothing(device):
+    """The counter: of each run of equal factors only the first is computed anew."""
+    shape = (4, 60)
+    counter = [was_recomputed("mse", f, shape, device) for f in (1.0, 1.0, 0.25, 0.25, 0.25, 65536.0, 65536.0, 1.0, 1.0)]
+    assert counter == [False, False, True, False, False, True, False, True, False]
+
+
+def test_calls_of_different_kinds_do_not_disturb_each_other(device):
+    """Other sizes, likelihoods and dtypes have factors of their own, as the last, smaller batch of an epoch has."""
+    counter = []
+    for _ in range(3):
+        counter.append(was_recomputed("mse", 0.5, (6, 10), device))
+        counter.append(was_recomputed("mse", 0.125, (5, 10), device))
+        counter.append(was_recomputed("bernoulli_logits", 4.0, (6, 10), device))
+    assert counter == [True] * 3 + [False] * 6
+
+
+@pytest.mark.parametrize("factor", (65536.0, 1 / 64))
+def test_float16_under_a_loss_scale(factor, device):
+    """An unscaled gradient stored in float16 would overflow or underflow; one that is mean-scaled would lose its bits."""
+    for _ in range(3):
+        recon_x, x, _, _ = make_inputs("bernoulli_logits", (64, 784), (64, 1), torch.float16, device)
+        truth = true_gradient(recon_x, x, "bernoulli_logits") * factor / recon_x.numel()
+        loss = loss_of(recon_x, x, "bernoulli_logits", reduction="mean")
+        (gradient,) = gradients(loss * factor, recon_x)
+        assert gradient.dtype == torch.float16
+        # One rounding of float16, and half of its smallest number.
+        assert ((gradient.double() - truth).abs() <= 1e-3 * truth.abs() + 3e-8).all()
+
+
+def test_factors_of_samples(device):
+    """`reduction="none"`: each row has a factor of its own."""
+    for factors in ([1.0, 1.0, 1.0], [1.0, 2.0, 1.0], [1.0, 2.0, 1.0], [0.0, math.nan, -3.0]):
+        recon_x, x, _, _ = make_inputs("mse", (3, 20), (3, 1), device=device)
+        upstream = torch.tensor(factors, device=device)
+        (gradient,) = gradients(loss_of(recon_x, x, "mse", reduction="none"), recon_x, grad_outputs=upstream)
+        truth = true_gradient(recon_x, x, "mse")
+        for row, factor in enumerate(factors):
+            if math.isnan(factor):
+                assert gradient[row].isnan().all()
+            else:
+                torch.testing.assert_close(gradient[row], (truth[row] * factor).float())
+
+
+def test_expanded_upstream_of_samples(device):
+    """`loss.mean().backward()` brings a gradient with stride 0."""
+    counter = [was_recomputed("mse", f, (6, 33), device, reduction="none") for f in (1.0, 0.5, 0.5, 0.5)]
+    assert counter == [False, True, False, False]
+
+
+def test_two_threads(device):
+    """Each thread with factors of its own, calls of one kind: a guess from the other thread may be wrong, never a gradient."""
+    errors, failures = [], []
+
+    def work(factor):
+        try:
+            generator = torch.Generator(device).manual_seed(int(factor))
+            for step in range(40):
+                recon_x = torch.randn(16, 50, generator=generator, device=device).requires_grad_()
+                x = torch.randn(16, 50, generator=generator, device=device)
+                f = factor + step % 3
+                (gradient,) = gradients(loss_of(recon_x, x, "mse") * f, recon_x)
+                errors.append(relative(gradient, 2 * f * (recon_x - x)))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(f,)) for f in (3.0, 7.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(errors) == 80
+    assert max(errors) < 1e-6
+
+
+def test_the_table_of_guesses_is_bounded(device):
+    from fastelbo import guess
+
+    limit = guess.LIMIT
+    guess.LIMIT = 4
+    try:
+        for size in range(1, 12):
+            recon_x, x, _, _ = make_inputs("mse", (1, size), (1, 1), device=device)
+            (gradient,) = gradients(loss_of(recon_x, x, "mse") * 2, recon_x)
+            assert relative(gradient, 4 * (recon_x - x)) < 1e-6
+            assert len(guess._table) <= 1025
+        assert len(guess._table) <= 4
+    finally:
+        guess.LIMIT = limit
