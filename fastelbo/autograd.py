@@ -208,18 +208,17 @@ def _normals(mu: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
 def _forward(ctx, settings: Settings, recon_x, x, mu, logvar, kl, beta, wants_recon, wants_beta, *also_saved):
     """Compute, and save what `_loss_backward` needs."""
     ctx.set_materialize_grads(False)
-    ctx.settings, ctx.key, ctx.used, ctx.handed_out = settings, None, None, False
+    ctx.settings, ctx.key, ctx.used = settings, None, None
     if wants_recon:
         rows = recon_x.shape[0] if settings.per_sample else 1
         ctx.key = (recon_x.device, recon_x.dtype, recon_x.shape, *settings._replace(scale=None))
         ctx.used = guess(ctx.key, rows, settings.dtype, recon_x.device)
-    *terms, gradient = loss_forward(settings, recon_x, x, mu, logvar, kl, beta, ctx.used)
+    *terms, ctx.gradient = loss_forward(settings, recon_x, x, mu, logvar, kl, beta, ctx.used)
     ctx.beta = None if isinstance(beta, Tensor) else beta
     ctx.save_for_backward(
         recon_x, x, mu, logvar, kl,
         beta if isinstance(beta, Tensor) else None,
         settings.scale if isinstance(settings.scale, Tensor) else None,  # so that a change in place is noticed
-        gradient,  # saved, not kept on ctx: as the only reference it becomes `.grad` without a copy
         terms[2].clone() if wants_beta else None,  # the user may write to the KL that is returned
         *also_saved,
     )  # fmt: skip
@@ -228,20 +227,19 @@ def _forward(ctx, settings: Settings, recon_x, x, mu, logvar, kl, beta, wants_re
 
 def _loss_backward(ctx, recon_x, upstreams, wants_recon, wants_latents, wants_kl):
     """Gradients by prediction, mu, logvar and kl: None where unwanted, or where no upstream gradient arrives."""
-    _, x, mu, logvar, _, beta, _, gradient, *_ = ctx.saved_tensors
+    _, x, mu, logvar, _, beta, *_ = ctx.saved_tensors
     grad_loss, grad_recon, grad_kl = upstreams
     wants_recon = wants_recon and not (grad_loss is None and grad_recon is None)
     reaches_kl = not (grad_loss is None and grad_kl is None)
     wants_latents, wants_kl = wants_latents and reaches_kl, wants_kl and reaches_kl
     if not (wants_recon or wants_latents or wants_kl):
         return None, None, None, None
-    used = ctx.used
+    gradient = None
     if wants_recon:
-        if ctx.handed_out:  # a retained graph: the stored gradient is somebody's by now
-            gradient = used = None
-        ctx.handed_out = True
-    if gradient is None:
-        used = None
+        # Handed out once, and without keeping a reference: it becomes `.grad` without a copy, and a second backward through a
+        # retained graph, which finds None, leaves it alone.
+        gradient, ctx.gradient = ctx.gradient, None
+    used = None if gradient is None else ctx.used
     recon_x, x = dense(recon_x, x)
     if mu is not None:
         mu, logvar = dense(mu, logvar)
@@ -262,7 +260,7 @@ def _target_gradient(ctx, recon_x, upstreams):
 
 
 def _beta_gradient(ctx, upstreams):
-    beta, kl = ctx.saved_tensors[5], ctx.saved_tensors[8]
+    beta, kl = ctx.saved_tensors[5], ctx.saved_tensors[7]
     return None if upstreams[0] is None else (upstreams[0] * kl).sum().to(beta)
 
 

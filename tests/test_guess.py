@@ -1,6 +1,7 @@
 """The gradient stored in forward with a guessed upstream factor: right for every factor, computed anew only when it changes."""
 
 import math
+import os
 import threading
 
 import pytest
@@ -104,6 +105,7 @@ def test_expanded_upstream_of_samples(device):
     assert counter == [False, True, False, False]
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton's interpreter patches triton.language while it runs")
 def test_two_threads(device):
     """Each thread with factors of its own, calls of one kind: a guess from the other thread may be wrong, never a gradient."""
     errors, failures = [], []
