@@ -53,7 +53,7 @@ def check_latents(mu, logvar) -> None:
 
 
 def check_batch(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    if value.shape[0] != other.shape[0]:
+    if value.shape[:1] != other.shape[:1]:
         raise ValueError(
             f"{name} and {other_name} must have the same batch size, their first dimension:"
             f" got {name} {tuple(value.shape)} and {other_name} {tuple(other.shape)}"

@@ -4,7 +4,7 @@ They have the plain form, with ctx in forward, which costs the least in eager mo
 here but use `formula`, and so does every backward whose own result will be differentiated again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,19 @@ def loss_forward(settings: Settings, recon_x, x, mu, logvar, kl, beta, factor: T
     return backend.loss_forward(recon_x, x, mu, logvar, kl, _near(beta, recon_x), factor, **settings._asdict())
 
 
+class Saved(NamedTuple):
+    """What `Loss` and `Elbo` save. It is unpacked once in a backward pass: checkpointing allows no more."""
+
+    recon_x: Tensor
+    x: Tensor
+    mu: Tensor | None
+    logvar: Tensor | None
+    kl: Tensor | None
+    beta: Tensor | None  # None: a number, kept on ctx
+    scale: Tensor | None  # here only so that a change in place is noticed
+    kl_value: Tensor | None
+
+
 class Loss(torch.autograd.Function):
     """Reconstruction, KL (or one that is given, already reduced) and their sum."""
 
@@ -51,16 +64,15 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstreams):
-        recon_x, x, mu, logvar, kl, beta, *_ = ctx.saved_tensors
-        inputs, needs = (recon_x, x, mu, logvar, kl, beta), ctx.needs_input_grad[1:]
+        saved = Saved(*ctx.saved_tensors)
+        _, *needs = ctx.needs_input_grad
         if torch.is_grad_enabled() or is_traced():
-            return None, *_differentiate(_objective(ctx), inputs, needs, upstreams)
+            return None, *_loss_differentiated(ctx, saved, needs, upstreams)
         wants_recon, wants_x, wants_mu, wants_logvar, wants_kl, wants_beta = needs
         grad_recon_x, grad_mu, grad_logvar, grad_kl = _loss_backward(
-            ctx, recon_x, upstreams, wants_recon, wants_mu or wants_logvar, wants_kl
+            ctx, saved, upstreams, wants_recon, wants_mu or wants_logvar, wants_kl
         )
-        grad_x = _target_gradient(ctx, recon_x, upstreams) if wants_x else None
-        grad_beta = _beta_gradient(ctx, upstreams) if wants_beta else None
+        grad_x, grad_beta = _seldom_wanted(ctx, saved, upstreams, wants_x, wants_beta)
         return None, grad_recon_x, grad_x, grad_mu, grad_logvar, grad_kl, grad_beta
 
 
@@ -102,67 +114,74 @@ class Elbo(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, settings: Settings, inner, noise, x, mu, logvar, kl, beta, *leaves):
-        ctx.inner = inner
-        ctx.leaves = leaves
-        prediction = inner[0].detach()
-        terms = _forward(ctx, settings, prediction, x, None, None, kl, beta, True, ctx.needs_input_grad[7], mu, logvar, noise)
-        return terms
+        ctx.inner, ctx.leaves = inner, leaves
+        prediction, wants_beta = inner[0].detach(), ctx.needs_input_grad[7]
+        return _forward(ctx, settings, prediction, x, None, None, kl, beta, True, wants_beta, mu, logvar, noise)
 
     @staticmethod
     def backward(ctx, *upstreams):
-        prediction, x, _, _, _, beta, *_, mu, logvar, noise = ctx.saved_tensors
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "fastelbo.elbo cannot be differentiated twice (create_graph=True): use fastelbo.sample_kl, the decoder and"
                 " fastelbo.loss(..., kl=kl), which can"
             )
+        *saved, mu, logvar, noise = ctx.saved_tensors
+        saved = Saved(*saved)
         _, _, _, wants_x, wants_mu, wants_logvar, _, wants_beta, *wants_leaves = ctx.needs_input_grad
-        settings = ctx.settings
         wants_latents = wants_mu or wants_logvar
         output, z = ctx.inner
         wrt = [edge for edge, wanted in zip((z, *ctx.leaves), (wants_latents, *wants_leaves), strict=True) if wanted]
-        gradient, *_ = _loss_backward(ctx, prediction, upstreams, bool(wrt), False, False)
         found = iter([None] * len(wrt))
+        gradient, *_ = _loss_backward(ctx, saved, upstreams, bool(wrt), False, False)
         if gradient is not None:
             keep = torch._C._autograd._get_current_graph_task_keep_graph()
             found = iter(torch.autograd.grad(output, wrt, gradient, retain_graph=keep, allow_unused=True))
             if not keep:
                 ctx.inner = ctx.leaves = None
         grad_z = next(found) if wants_latents else None
-        grad_mu = grad_logvar = None
         grad_loss, _, grad_kl = upstreams
+        grad_mu = grad_logvar = None
         if wants_latents and not (grad_z is None and grad_loss is None and grad_kl is None):
+            settings = ctx.settings
             grad_mu, grad_logvar = _sample_backward(
-                grad_z, mu, logvar, noise, ctx.beta if beta is None else beta, (grad_loss, grad_kl),
+                grad_z, mu, logvar, noise, _beta(ctx, saved), (grad_loss, grad_kl),
                 settings.weights[1], settings.per_sample, settings.dtype,
             )  # fmt: skip
-        grad_x = _target_gradient(ctx, prediction, upstreams) if wants_x else None
-        grad_beta = _beta_gradient(ctx, upstreams) if wants_beta else None
+        grad_x, grad_beta = _seldom_wanted(ctx, saved, upstreams, wants_x, wants_beta)
         return None, None, None, grad_x, grad_mu, grad_logvar, None, grad_beta, *(next(found) if w else None for w in wants_leaves)
 
 
 def decoder_leaves(output: Tensor, z: torch.autograd.graph.GradientEdge) -> list[Tensor] | None:
     """The leaves, z aside, of the graph that a decoder has built from z to `output`; None where `Elbo` cannot hold that graph.
 
-    That is so where the graph reaches into an older one, which the outer graph may need as well; where a leaf has hooks,
-    which would run twice; and where a reentrant checkpoint hides the leaves inside it.
+    That is so where it reaches into an older graph, which the outer one may need as well; where it shares a leaf with the graph
+    behind z, into which its differentiation would go on; where a leaf has hooks, which would run twice; and where a reentrant
+    checkpoint hides the leaves inside it.
     """
-    oldest = z.node._sequence_nr()  # nodes are numbered as they are made, per thread; leaves come last
-    seen, leaves, todo = {z.node, None}, [], [output.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
+    oldest = z.node._sequence_nr()  # nodes are numbered as they are made, in each thread; leaves come last
+    accumulators = {}
+    for node in _graph([output.grad_fn], stop=z.node):
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             if leaf._backward_hooks:
                 return None
-            leaves.append(leaf)
+            accumulators[node] = leaf
         elif node._sequence_nr() < oldest or node.name() == "CheckpointFunctionBackward":
             return None
-        todo.extend(following for following, _ in node.next_functions)
-    return leaves
+    if any(node in accumulators for node in _graph([node for node, _ in z.node.next_functions])):
+        return None
+    return list(accumulators.values())
+
+
+def _graph(todo: list, stop=None) -> Iterator:
+    """The nodes from which those of `todo` were computed, and these; as far as `stop`."""
+    seen = {None, stop}
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            todo.extend(following for following, _ in node.next_functions)
 
 
 def sample_forward(mu, logvar, noise, kl_weight: float, per_sample: bool, dtype: torch.dtype, wants_kl: bool):
@@ -206,7 +225,7 @@ def _normals(mu: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _forward(ctx, settings: Settings, recon_x, x, mu, logvar, kl, beta, wants_recon, wants_beta, *also_saved):
-    """Compute, and save what `_loss_backward` needs."""
+    """Compute, and save what the backward passes need."""
     ctx.set_materialize_grads(False)
     ctx.settings, ctx.key, ctx.used = settings, None, None
     if wants_recon:
@@ -214,20 +233,22 @@ def _forward(ctx, settings: Settings, recon_x, x, mu, logvar, kl, beta, wants_re
         ctx.key = (recon_x.device, recon_x.dtype, recon_x.shape, *settings._replace(scale=None))
         ctx.used = guess(ctx.key, rows, settings.dtype, recon_x.device)
     *terms, ctx.gradient = loss_forward(settings, recon_x, x, mu, logvar, kl, beta, ctx.used)
-    ctx.beta = None if isinstance(beta, Tensor) else beta
-    ctx.save_for_backward(
-        recon_x, x, mu, logvar, kl,
-        beta if isinstance(beta, Tensor) else None,
-        settings.scale if isinstance(settings.scale, Tensor) else None,  # so that a change in place is noticed
+    ctx.beta, beta = (None, beta) if isinstance(beta, Tensor) else (beta, None)
+    saved = Saved(
+        recon_x, x, mu, logvar, kl, beta,
+        settings.scale if isinstance(settings.scale, Tensor) else None,
         terms[2].clone() if wants_beta else None,  # the user may write to the KL that is returned
-        *also_saved,
     )  # fmt: skip
+    ctx.save_for_backward(*saved, *also_saved)
     return tuple(terms)
 
 
-def _loss_backward(ctx, recon_x, upstreams, wants_recon, wants_latents, wants_kl):
+def _beta(ctx, saved: Saved) -> float | Tensor:
+    return ctx.beta if saved.beta is None else saved.beta
+
+
+def _loss_backward(ctx, saved: Saved, upstreams, wants_recon, wants_latents, wants_kl):
     """Gradients by prediction, mu, logvar and kl: None where unwanted, or where no upstream gradient arrives."""
-    _, x, mu, logvar, _, beta, *_ = ctx.saved_tensors
     grad_loss, grad_recon, grad_kl = upstreams
     wants_recon = wants_recon and not (grad_loss is None and grad_recon is None)
     reaches_kl = not (grad_loss is None and grad_kl is None)
@@ -239,13 +260,13 @@ def _loss_backward(ctx, recon_x, upstreams, wants_recon, wants_latents, wants_kl
         # Handed out once, and without keeping a reference: it becomes `.grad` without a copy, and a second backward through a
         # retained graph, which finds None, leaves it alone.
         gradient, ctx.gradient = ctx.gradient, None
-    used = None if gradient is None else ctx.used
-    recon_x, x = dense(recon_x, x)
+    recon_x, x = dense(saved.recon_x, saved.x)
+    mu, logvar = saved.mu, saved.logvar
     if mu is not None:
         mu, logvar = dense(mu, logvar)
     backend = backend_for(recon_x.device)
     *grads, seen = backend.loss_backward(
-        recon_x, x, mu, logvar, _near(ctx.beta if beta is None else beta, recon_x), upstreams, gradient, used,
+        recon_x, x, mu, logvar, _near(_beta(ctx, saved), recon_x), upstreams, gradient, None if gradient is None else ctx.used,
         **ctx.settings._asdict(), wants_recon=wants_recon, wants_latents=wants_latents, wants_kl=wants_kl,
     )  # fmt: skip
     if wants_recon:
@@ -253,22 +274,23 @@ def _loss_backward(ctx, recon_x, upstreams, wants_recon, wants_latents, wants_kl
     return grads
 
 
-def _target_gradient(ctx, recon_x, upstreams):
-    """Seldom wanted, so without a kernel: by the formula."""
-    _, x, mu, logvar, kl, beta, *_ = ctx.saved_tensors
-    return _differentiate(_objective(ctx), (recon_x, x, mu, logvar, kl, beta), (False, True) + (False,) * 4, upstreams)[1]
+def _seldom_wanted(ctx, saved: Saved, upstreams, wants_x: bool, wants_beta: bool):
+    """Gradients by the target, from the formula and without a kernel, and by beta."""
+    grad_x = grad_beta = None
+    if wants_x:
+        grad_x = _loss_differentiated(ctx, saved, (False, True, False, False, False, False), upstreams)[1]
+    if wants_beta and upstreams[0] is not None:
+        grad_beta = (upstreams[0] * saved.kl_value).sum().to(saved.beta)
+    return grad_x, grad_beta
 
 
-def _beta_gradient(ctx, upstreams):
-    beta, kl = ctx.saved_tensors[5], ctx.saved_tensors[7]
-    return None if upstreams[0] is None else (upstreams[0] * kl).sum().to(beta)
+def _loss_differentiated(ctx, saved: Saved, needs, upstreams):
+    """Gradients of the formula by recon_x, x, mu, logvar, kl and beta."""
 
-
-def _objective(ctx) -> Callable:
     def objective(recon_x, x, mu, logvar, kl, beta):
         return formula.objective(recon_x, x, mu, logvar, kl, ctx.beta if beta is None else beta, **ctx.settings._asdict())
 
-    return objective
+    return _differentiate(objective, saved[:6], needs, upstreams)
 
 
 def _differentiate(function: Callable, inputs: Sequence, needs: Sequence[bool], upstreams: Sequence) -> list[Tensor | None]:

@@ -101,7 +101,7 @@ def elbo(
     The decoder's own graph is released with the backward pass. To use something else from inside it in another loss, or to
     differentiate twice, compose `sample_kl`, the decoder and `loss(..., kl=kl)`; that is also what happens here, with the
     same results, under `torch.compile` and `torch.func`, and where the decoder uses a tensor that is neither a leaf nor
-    computed in it, a leaf with hooks, or a reentrant checkpoint.
+    computed in it, a leaf with hooks or one that the encoder uses too, or a reentrant checkpoint.
 
     Args:
         decoder: a module, bound method or function from z, of the shape of `mu`, to a prediction of the shape of `x`.
@@ -117,8 +117,12 @@ def elbo(
     """
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
+    # All that can be checked before the decoder runs, which may draw noise and move statistics.
     check_latents(mu, logvar)
     check_target("x", x)
+    check_device("x", x, "mu", mu)
+    check_batch("x", x, "mu", mu)
+    find_likelihood(likelihood)
     recon_reduction, kl_reduction = split_reduction(reduction)
     noise = draw(mu, logvar, eps, generator)
     kl_weight = weight(kl_reduction, mu)

@@ -1,0 +1,328 @@
+"""`elbo`: one autograd Function around the decoder, with the gradients of the composed calls and of the naive code."""
+
+import copy
+
+import pytest
+import torch
+from support import gradients, options
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastelbo
+from fastelbo import reference
+
+B, LATENT, FEATURES = 6, 4, 10
+
+
+def latents(device):
+    mu = (0.3 * torch.randn(B, LATENT, device=device)).requires_grad_()
+    logvar = (0.3 * torch.randn(B, LATENT, device=device)).requires_grad_()
+    return mu, logvar
+
+
+def network(device, batchnorm=False, dropout=False) -> nn.Sequential:
+    middle = [nn.BatchNorm1d(16)] * batchnorm + [nn.ReLU()] + [nn.Dropout(0.5)] * dropout
+    return nn.Sequential(nn.Linear(LATENT, 16), *middle, nn.Linear(16, FEATURES)).to(device)
+
+
+def by_elbo(decoder, x, mu, logvar, eps, beta=0.5, **kwargs):
+    return fastelbo.elbo(decoder, x, mu, logvar, beta, eps=eps, **kwargs)
+
+
+def composed(decoder, x, mu, logvar, eps, beta=0.5, **kwargs):
+    z, kl = fastelbo.sample_kl(mu, logvar, eps=eps)
+    return fastelbo.loss(decoder(z), x, kl=kl, beta=beta, **kwargs)
+
+
+def naive(decoder, x, mu, logvar, eps, beta=0.5, likelihood="bernoulli", scale=None):
+    z = mu + torch.exp(0.5 * logvar) * eps
+    return reference.elbo_loss(decoder(z), x, mu, logvar, beta, likelihood=likelihood, scale=scale or 1.0)
+
+
+def compare(make_decoder, device, expected="ElboBackward", likelihood="bernoulli_logits", use=lambda t: 3 * t[0] + t[2], rtol=1e-4):
+    """Results and gradients by all three ways; `make_decoder()` gives a decoder and the tensors whose gradients count."""
+    results = []
+    for way in (by_elbo, composed, naive):
+        torch.manual_seed(0)
+        mu, logvar = latents(device)
+        x, eps = torch.rand(B, FEATURES, device=device), torch.randn(B, LATENT, device=device)
+        decoder, tensors = make_decoder()
+        terms = way(decoder, x, mu, logvar, eps, **options(likelihood))
+        if way is by_elbo:
+            assert terms.loss.grad_fn.name() == expected
+        for t in tensors:
+            t.grad = None
+        use(terms).backward()
+        results.append([*(t.detach() for t in terms), mu.grad, logvar.grad, *(t.grad for t in tensors)])
+    assert all(t is not None for t in results[0])
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", (False, True), ids=("", "dropout"))
+@pytest.mark.parametrize("batchnorm", (False, True), ids=("", "batchnorm"))
+def test_module(batchnorm, dropout, device):
+    def make():
+        net = network(device, batchnorm, dropout)
+        return net, list(net.parameters())
+
+    compare(make, device)
+
+
+def test_batchnorm_statistics_move_once(device):
+    net = network(device, batchnorm=True)
+    mu, logvar = latents(device)
+    by_elbo(net, torch.rand(B, FEATURES, device=device), mu, logvar, None, likelihood="mse").loss.backward()
+    assert net[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("likelihood", ("bernoulli", "mse", "gaussian"))
+def test_likelihoods(likelihood, device):
+    def make():
+        net = network(device)
+        return (lambda z: torch.sigmoid(net(z))), list(net.parameters())
+
+    compare(make, device, likelihood=likelihood)
+
+
+@pytest.mark.parametrize("use", (lambda t: t[0], lambda t: t[1], lambda t: 2 * t[1] + 5 * t[2], lambda t: t[0] * 1e-3), ids=range(4))
+def test_outputs_apart(use, device):
+    def make():
+        net = network(device)
+        return net, list(net.parameters())
+
+    compare(make, device, use=use)
+
+
+def test_only_the_kl_is_used(device):
+    net = network(device)
+    mu, logvar = latents(device)
+    terms = by_elbo(net, torch.rand(B, FEATURES, device=device), mu, logvar, None, likelihood="mse")
+    terms.kl.backward()
+    torch.testing.assert_close(mu.grad, mu.detach())
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_bound_method(device):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network(device)
+
+        def decode(self, z):
+            return self.net(z)
+
+    def make():
+        model = Model()
+        return model.decode, list(model.parameters())
+
+    compare(make, device)
+
+
+def test_lambda_over_leaves(device):
+    def make():
+        net, shift = network(device), torch.randn(FEATURES, device=device, requires_grad=True)
+        return (lambda z: net(z) + shift), [shift, *net.parameters()]
+
+    compare(make, device)
+
+
+def test_a_parameter_used_outside_as_well(device):
+    """Weights tied between encoder and decoder: both paths count."""
+
+    def make():
+        weight = torch.randn(LATENT, FEATURES, device=device, requires_grad=True)
+        return (lambda z: z @ weight), [weight]
+
+    results = []
+    for way in (by_elbo, composed, naive):
+        torch.manual_seed(0)
+        x, eps = torch.rand(B, FEATURES, device=device), torch.randn(B, LATENT, device=device)
+        decoder, (weight,) = make()
+        hidden = x @ weight.T
+        way(decoder, x, hidden, 0.1 * hidden, eps, likelihood="mse")[0].backward()
+        results.append(weight.grad)
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
+
+
+def test_lambda_over_a_tensor_computed_before(device):
+    """A conditional decoder: what it closes over has a graph of its own, shared with the encoder. Composed, and right."""
+
+    def make():
+        net, condition = network(device), torch.randn(B, FEATURES, device=device, requires_grad=True)
+        hidden = condition.tanh()
+        return (lambda z: net(z) * hidden + hidden), [condition, *net.parameters()]
+
+    compare(make, device, expected="LossBackward")
+
+
+def test_decoder_that_sees_the_latents_graph(device):
+    results = []
+    for way in (by_elbo, composed, naive):
+        torch.manual_seed(0)
+        x, eps = torch.rand(B, FEATURES, device=device), torch.randn(B, LATENT, device=device)
+        encoder, net = nn.Linear(FEATURES, LATENT).to(device), network(device)
+        h = encoder(x)
+        mu, logvar = 2 * h, 0.1 * h
+        way(lambda z: net(z + h), x, mu, logvar, eps, likelihood="mse")[0].backward()  # noqa: B023
+        results.append([p.grad for p in (*encoder.parameters(), *net.parameters())])
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
+
+
+def test_leaf_with_hooks_runs_them_once(device):
+    calls = []
+
+    def make():
+        net = network(device)
+        net[0].weight.register_hook(lambda g: calls.append(1) or 2 * g)
+        return net, list(net.parameters())
+
+    compare(make, device, expected="LossBackward")
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("reentrant", (False, True), ids=("", "reentrant"))
+def test_checkpoint_inside_the_decoder(reentrant, device):
+    def make():
+        net = network(device, dropout=True)
+        return (lambda z: checkpoint(net, z, use_reentrant=reentrant)), list(net.parameters())
+
+    compare(make, device, expected="LossBackward" if reentrant else "ElboBackward")
+
+
+@pytest.mark.parametrize("reentrant", (False, True), ids=("", "reentrant"))
+def test_checkpoint_around_elbo(reentrant, device):
+    results = []
+    for checkpointed in (True, False):
+        torch.manual_seed(0)
+        encoder, net = nn.Linear(FEATURES, 2 * LATENT).to(device), network(device)
+        x = torch.rand(B, FEATURES, device=device, requires_grad=True)
+
+        def region(x):
+            return fastelbo.elbo(net, x.detach(), *encoder(x).chunk(2, 1), likelihood="mse").loss  # noqa: B023
+
+        torch.manual_seed(5)
+        loss = checkpoint(region, x, use_reentrant=reentrant) if checkpointed else region(x)
+        loss.backward()
+        results.append([p.grad for p in (*encoder.parameters(), *net.parameters())])
+    torch.testing.assert_close(*results)
+
+
+def test_decoder_that_writes_to_z(device):
+    def make():
+        net = network(device)
+        return (lambda z: net(z.mul_(2))), list(net.parameters())
+
+    compare(make, device)
+
+
+def test_identity_decoder(device):
+    for way in (by_elbo, composed):
+        torch.manual_seed(0)
+        mu, logvar = latents(device)
+        x, eps = torch.rand(B, LATENT, device=device), torch.randn(B, LATENT, device=device)
+        way(lambda z: z, x, mu, logvar, eps, likelihood="mse").loss.backward()
+        z = mu + torch.exp(0.5 * logvar) * eps
+        torch.testing.assert_close(mu.grad, (2 * (z - x) + 0.5 * mu).detach())
+
+
+@pytest.mark.parametrize("frozen", ("encoder", "decoder", "mu", "logvar"))
+def test_frozen_parts(frozen, device):
+    results = []
+    for way in (by_elbo, composed, naive):
+        torch.manual_seed(0)
+        mu, logvar = latents(device)
+        net = network(device)
+        mu.requires_grad_(frozen not in ("encoder", "mu"))
+        logvar.requires_grad_(frozen not in ("encoder", "logvar"))
+        net.requires_grad_(frozen != "decoder")
+        x, eps = torch.rand(B, FEATURES, device=device), torch.randn(B, LATENT, device=device)
+        way(net, x, mu, logvar, eps, likelihood="mse")[0].backward()
+        results.append([t.grad for t in (mu, logvar, *net.parameters())])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b)
+
+
+def test_target_and_beta_that_require_grad(device):
+    results = []
+    for way in (by_elbo, naive):
+        torch.manual_seed(0)
+        mu, logvar = latents(device)
+        net = network(device)
+        x = torch.rand(B, FEATURES, device=device, requires_grad=True)
+        beta = torch.tensor(0.2, device=device, requires_grad=True)
+        way(net, x, mu, logvar, torch.ones_like(mu), beta, likelihood="mse")[0].backward()
+        results.append([x.grad, beta.grad, mu.grad])
+    torch.testing.assert_close(*results)
+
+
+def test_retained_graph(device):
+    mu, logvar = latents(device)
+    net = network(device)
+    loss = by_elbo(net, torch.rand(B, FEATURES, device=device), mu, logvar, None, likelihood="mse").loss
+    first = gradients(loss, mu, net[0].weight, retain_graph=True)
+    second = gradients(3 * loss, mu, net[0].weight, retain_graph=True)
+    (only,) = gradients(loss, net[2].bias)
+    torch.testing.assert_close([3 * g for g in first], list(second))
+    assert only.abs().sum() > 0
+
+
+def test_accumulation_over_micro_batches(device):
+    net = network(device)
+    twin = copy.deepcopy(net)
+    x, eps = torch.rand(B, FEATURES, device=device), torch.randn(B, LATENT, device=device)
+    mu, logvar = latents(device)
+    by_elbo(net, x, mu, logvar, eps, likelihood="mse").loss.backward()
+    whole = mu.grad.clone()
+    mu.grad = None
+    for part in (slice(0, 2), slice(2, B)):
+        by_elbo(twin, x[part], mu[part], logvar[part], eps[part], likelihood="mse").loss.backward()
+    torch.testing.assert_close(mu.grad, whole)
+    torch.testing.assert_close([p.grad for p in twin.parameters()], [p.grad for p in net.parameters()])
+
+
+def test_create_graph_raises_and_names_the_alternative(device):
+    mu, logvar = latents(device)
+    net = network(device)
+    loss = by_elbo(net, torch.rand(B, FEATURES, device=device), mu, logvar, None, likelihood="mse").loss
+    with pytest.raises(RuntimeError, match="sample_kl"):
+        gradients(loss, mu, create_graph=True)
+
+
+@pytest.mark.parametrize("reduction", ("batchmean", "mean", "none", ("mean", "sum")), ids=str)
+def test_reductions(reduction, device):
+    mu, logvar = latents(device)
+    net = network(device)
+    x, eps = torch.rand(B, FEATURES, device=device), torch.randn(B, LATENT, device=device)
+    got = by_elbo(net, x, mu, logvar, eps, likelihood="mse", reduction=reduction)
+    z = mu + torch.exp(0.5 * logvar) * eps
+    expected = fastelbo.loss(net(z), x, mu, logvar, 0.5, likelihood="mse", reduction=reduction)
+    torch.testing.assert_close(list(got), list(expected))
+    wrt = (mu, logvar, *net.parameters())
+    torch.testing.assert_close(gradients(got.loss.sum(), *wrt), gradients(expected.loss.sum(), *wrt))
+
+
+def test_bad_decoders(device):
+    mu, logvar = latents(device)
+    x = torch.rand(B, FEATURES, device=device)
+    with pytest.raises(TypeError, match="decoder must be callable"):
+        fastelbo.elbo(3, x, mu, logvar)
+    with pytest.raises(TypeError, match=r"decoder\(z\) must be a tensor, got tuple"):
+        fastelbo.elbo(lambda z: (z, z), x, mu, logvar)
+    with pytest.raises(ValueError, match=r"decoder\(z\) must have the shape of x: .*\(6, 4\).*\(6, 10\)"):
+        fastelbo.elbo(lambda z: z, x, mu, logvar)
+    with pytest.raises(ValueError, match="batch size"):
+        fastelbo.elbo(lambda z: z, x[:3], mu, logvar)
+
+
+def test_no_grad(device):
+    mu, logvar = latents(device)
+    net = network(device)
+    with torch.no_grad():
+        terms = by_elbo(net, torch.rand(B, FEATURES, device=device), mu, logvar, None, likelihood="mse")
+    assert terms.loss.grad_fn is None
