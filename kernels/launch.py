@@ -39,7 +39,7 @@ def tile_size(first: torch.Tensor, second: torch.Tensor) -> int:
     if INTERPRETED:
         return 65536  # a tile costs the interpreter about 3 ms, whatever its size
     pair = first.element_size() + second.element_size()
-    return 2048 if pair <= 4 else 1024 if pair <= 8 else 512
+    return 2048 if pair <= 4 else 1024 if pair <= 8 else 256
 
 
 @functools.cache

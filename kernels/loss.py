@@ -1,8 +1,8 @@
 """The loss: reconstruction, KL and the prediction's gradient in one launch; its backward in another.
 
-Every tensor is seen as `rows` rows: one row of everything, or one row a sample for `reduction="none"`. A row belongs to
-`recon_programs + kl_programs` programs. The first stream the reconstruction, the others the KL, each program a tile at a
-time, and the last one to arrive adds their partial sums up.
+Every tensor is seen as `rows` rows: one row of everything, or one row a sample for `reduction="none"`. Each row has `programs`
+programs. The first `recon_programs` of them stream the reconstruction, the others the KL, a tile at a time, and the last one
+to arrive adds their partial sums up.
 """
 
 import torch
@@ -93,15 +93,14 @@ def upstream(first, second, row, DTYPE: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["features", "latents", "recon_programs", "kl_programs"])
+@triton.jit(do_not_specialize=["features", "latents", "recon_programs", "programs"])
 def loss_fwd_kernel(
     prediction, target, gradient, guess, mu, logvar, kl, partials, arrived, loss_out, recon_out, kl_out, scale, beta,
     scale_value: tl.float64, beta_value: tl.float64, target_scale: tl.float64, recon_weight: tl.float64, kl_weight: tl.float64,
-    features: tl.int64, latents: tl.int64, recon_programs: tl.int32, kl_programs: tl.int32,
+    features: tl.int64, latents: tl.int64, recon_programs: tl.int32, programs: tl.int32,
     LIKELIHOOD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LATENTS_ALIGNED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
-    programs = recon_programs + kl_programs
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
     sums = tl.zeros([BLOCK // 8], dtype=DTYPE)
@@ -122,7 +121,7 @@ def loss_fwd_kernel(
                 sums += recon_tile(prediction, target, gradient, base + o, o < features, factor, s, ts, LIKELIHOOD, DTYPE)
     elif mu is not None:
         base, end = row_bounds(row, latents, LATENTS_ALIGNED, WIDE)
-        for start in tl.range((worker - recon_programs) * BLOCK, end, kl_programs * BLOCK):
+        for start in tl.range((worker - recon_programs) * BLOCK, end, (programs - recon_programs) * BLOCK):
             o = start + tl.arange(0, BLOCK)
             sums += fold(kl_tile(mu, logvar, base + o, o < end, DTYPE), BLOCK)
         if LATENTS_ALIGNED:
@@ -133,7 +132,7 @@ def loss_fwd_kernel(
         first = partials + row * programs
         recon_sum = ordered_sum(first, recon_programs, FINISH) * recon_weight
         if kl is None:
-            kl_sum = ordered_sum(first + recon_programs, kl_programs, FINISH) * kl_weight
+            kl_sum = ordered_sum(first + recon_programs, programs - recon_programs, FINISH) * kl_weight
         else:
             kl_sum = tl.load(kl + row).to(tl.float64)
         tl.store(loss_out + row, (recon_sum + scalar(beta, beta_value, tl.float64) * kl_sum).to(DTYPE))
@@ -141,16 +140,15 @@ def loss_fwd_kernel(
         tl.store(kl_out + row, kl_sum.to(DTYPE))
 
 
-@triton.jit(do_not_specialize=["features", "latents", "recon_programs", "kl_programs"])
+@triton.jit(do_not_specialize=["features", "latents", "recon_programs", "programs"])
 def loss_bwd_kernel(
     prediction, target, gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl, grad_loss, grad_recon, grad_own_kl,
     scale, beta,
     scale_value: tl.float64, beta_value: tl.float64, target_scale: tl.float64, recon_weight: tl.float64, kl_weight: tl.float64,
-    features: tl.int64, latents: tl.int64, recon_programs: tl.int32, kl_programs: tl.int32,
+    features: tl.int64, latents: tl.int64, recon_programs: tl.int32, programs: tl.int32,
     LIKELIHOOD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LATENTS_ALIGNED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    programs = recon_programs + kl_programs
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
     if worker < recon_programs:
@@ -179,7 +177,7 @@ def loss_bwd_kernel(
         if mu is not None:
             factor *= scalar(None, kl_weight, DTYPE)
             base, end = row_bounds(row, latents, LATENTS_ALIGNED, WIDE)
-            for start in tl.range((worker - recon_programs) * BLOCK, end, kl_programs * BLOCK):
+            for start in tl.range((worker - recon_programs) * BLOCK, end, (programs - recon_programs) * BLOCK):
                 o = start + tl.arange(0, BLOCK)
                 kl_backward_tile(mu, logvar, grad_mu, grad_logvar, base + o, o < end, factor, DTYPE)
             if LATENTS_ALIGNED:
@@ -195,13 +193,13 @@ def loss_forward(recon_x, x, mu, logvar, kl, beta, guess, *, likelihood, scale, 
     gradient = None if guess is None else torch.empty_like(recon_x)
     tile = tile_size(recon_x, x)
     recon, latents = Segment.of(recon_x, rows, tile), Segment.of(mu, rows, tile)
-    programs = rows * (recon.programs + latents.programs)
+    programs = recon.programs + latents.programs
     launch(
-        loss_fwd_kernel, programs, recon_x.device,
+        loss_fwd_kernel, rows * programs, recon_x.device,
         recon_x, as_bytes(x), gradient, guess, mu, logvar, kl,
-        recon_x.new_empty(programs, dtype=torch.float64), arrivals(recon_x.device, rows), *terms,
+        recon_x.new_empty(rows * programs, dtype=torch.float64), arrivals(recon_x.device, rows), *terms,
         *pointer_and_value(scale, beta), target_scale, *weights,
-        recon.columns, latents.columns, recon.programs, latents.programs,
+        recon.columns, latents.columns, recon.programs, programs,
         LIKELIHOOD=getattr(likelihoods, likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,
         LATENTS_ALIGNED=latents.aligned, WIDE=recon.wide or latents.wide, BLOCK=tile, FINISH=FINISH,
     )  # fmt: skip
@@ -233,11 +231,12 @@ def loss_backward(
     if wants_kl:
         latents = latents._replace(programs=1)
         grad_kl = recon_x.new_empty(rows if per_sample else (), dtype=dtype)
+    programs = recon.programs + latents.programs
     launch(
-        loss_bwd_kernel, rows * (recon.programs + latents.programs), recon_x.device,
+        loss_bwd_kernel, rows * programs, recon_x.device,
         recon_x, as_bytes(x), gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl,
         *upstreams, *pointer_and_value(scale, beta), target_scale, *weights,
-        recon.columns, latents.columns, recon.programs, latents.programs,
+        recon.columns, latents.columns, recon.programs, programs,
         LIKELIHOOD=getattr(likelihoods, likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,
         LATENTS_ALIGNED=latents.aligned, WIDE=recon.wide or latents.wide, BLOCK=tile,
     )  # fmt: skip

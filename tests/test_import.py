@@ -1,0 +1,65 @@
+"""Importing fastelbo costs little: no triton, no CUDA. And where triton is missing, or cannot run, it works or says why."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+RUN = """
+import torch, fastelbo
+x = torch.rand(4, 6, requires_grad=True)
+mu = torch.randn(4, 3, requires_grad=True)
+loss = fastelbo.loss(x, x.detach(), mu, mu).loss
+loss.backward()
+z, kl = fastelbo.sample_kl(mu, mu)
+print(loss.item() > 0, x.grad is not None)
+"""
+
+
+def python(code: str, **environment) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k not in ("FASTELBO_BACKEND", "TRITON_INTERPRET")}
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env={**env, **environment})
+
+
+def test_import_brings_no_triton_and_asks_cuda_nothing():
+    code = """
+import sys, torch
+def forbidden(*args, **kwargs): raise AssertionError("CUDA was asked")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.current_device = torch.cuda._lazy_init = forbidden
+import fastelbo, fastelbo.nn, fastelbo.reference
+print("triton" in sys.modules, "fastelbo.kernels" in sys.modules)
+"""
+    result = python(code)
+    assert result.stdout.split() == ["False", "False"], result.stderr
+
+
+def test_cpu_tensors_bring_no_triton():
+    assert python(RUN + "\nimport sys; print('triton' in sys.modules)").stdout.split() == ["True", "True", "False"]
+
+
+def test_without_triton():
+    blocked = "import sys; sys.modules['triton'] = None\n"
+    assert python(blocked + RUN).stdout.split() == ["True", "True"]
+    finder = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
+"""
+    result = python(finder + RUN, FASTELBO_BACKEND="triton")
+    assert "FASTELBO_BACKEND=triton, but the package triton is not installed" in result.stderr
+
+
+@pytest.mark.parametrize("backend", ("torch", ""))
+def test_forced_backend(backend):
+    assert python(RUN, FASTELBO_BACKEND=backend).stdout.split() == ["True", "True"]
+
+
+def test_triton_forced_on_a_cpu_without_its_interpreter():
+    result = python(RUN, FASTELBO_BACKEND="triton")
+    assert "the tensors are on cpu: Triton needs a GPU, or TRITON_INTERPRET=1" in result.stderr
+
+
+def test_unknown_backend():
+    result = python(RUN, FASTELBO_BACKEND="cuda")
+    assert "FASTELBO_BACKEND is 'cuda'; expected 'torch' or 'triton'" in result.stderr

@@ -1,0 +1,122 @@
+"""The noise: standard normal to the far tail, keyed on (seed, index), the same in forward and backward."""
+
+import pytest
+import torch
+from conftest import BACKEND
+from scipy import stats
+from support import gradients, relative
+
+import fastelbo
+
+triton_only = pytest.mark.skipif(BACKEND != "triton", reason="the kernels' own noise")
+
+
+def standard_normals(*shape, device, **kwargs):
+    zeros = torch.zeros(*shape, device=device)
+    return fastelbo.reparameterize(zeros, zeros, **kwargs)
+
+
+@triton_only
+def test_ten_million_normals(device):
+    z = standard_normals(10_000_000, device=device).double().cpu()
+    assert stats.kstest(z.numpy(), "norm").pvalue > 1e-3
+    for sigma in (3, 4):
+        for tail in ((z > sigma).sum().item(), (z < -sigma).sum().item()):
+            expected = len(z) * stats.norm.sf(sigma)
+            assert abs(tail - expected) < 5 * expected**0.5
+    assert z.abs().max() > 5
+    # Neighbours, which share a Philox call or a Box-Muller radius, are independent in value and in magnitude.
+    for lag in (1, 2, 3, 4):
+        for series in (z, z.abs()):
+            a, b = series[:-lag] - series.mean(), series[lag:] - series.mean()
+            assert abs((a * b).mean() / series.var()) < 5 / len(z) ** 0.5
+
+
+def test_seed_and_generator(device):
+    def draw(seed):
+        torch.manual_seed(seed)
+        return standard_normals(3, 50, device=device)
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert not torch.equal(standard_normals(3, 50, device=device), standard_normals(3, 50, device=device))
+    own = [standard_normals(3, 50, device=device, generator=torch.Generator(device).manual_seed(4)) for _ in range(2)]
+    assert torch.equal(*own)
+
+
+def test_two_calls_share_no_noise(device):
+    z = torch.cat([standard_normals(1, 10_000, device=device) for _ in range(4)])
+    correlation = torch.corrcoef(z) - torch.eye(4, device=device)
+    assert correlation.abs().max() < 0.06
+
+
+@pytest.mark.parametrize("features", (1, 3, 16, 37, 2053))
+@pytest.mark.parametrize("reduction", ("sum", "none"))
+def test_backward_has_the_noise_of_forward(features, reduction, device):
+    """Also where a row starts in the middle of a Philox call."""
+    mu = torch.zeros(5, features, device=device, requires_grad=True)
+    logvar = torch.zeros(5, features, device=device, requires_grad=True)
+    z, kl = fastelbo.sample_kl(mu, logvar, reduction=reduction)
+    upstream = torch.randn_like(z)
+    (gradient,) = gradients(z, logvar, grad_outputs=upstream)
+    torch.testing.assert_close(gradient, 0.5 * upstream * z.detach())
+    assert not kl.detach().any()
+
+
+def test_noise_depends_on_the_index_only(device):
+    """Not on reduction, dtype of the mean, or how the work is cut."""
+    zeros = torch.zeros(7, 37, device=device)
+    samples = []
+    for reduction in ("sum", "none"):
+        torch.manual_seed(9)
+        samples.append(fastelbo.sample_kl(zeros, zeros, reduction=reduction).z)
+    torch.manual_seed(9)
+    samples.append(fastelbo.reparameterize(zeros, zeros))
+    assert torch.equal(samples[0], samples[1])
+    assert torch.equal(samples[0], samples[2])
+    if BACKEND == "triton":
+        torch.manual_seed(9)
+        longer = torch.zeros(7 * 37 + 5, device=device)
+        assert torch.equal(fastelbo.reparameterize(longer, longer)[: 7 * 37], samples[0].flatten())
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the values of torch.randn_like are the Torch backend's")
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
+def test_the_naive_codes_own_z(layout, device):
+    mu, logvar = (torch.randn(3, 4, 5, 6, device=device).to(memory_format=layout) for _ in range(2))
+    torch.manual_seed(11)
+    z = fastelbo.reparameterize(mu, logvar)
+    torch.manual_seed(11)
+    assert torch.equal(z, fastelbo.reference.reparameterize(mu, logvar))
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32, torch.float64), ids=str)
+def test_sample_is_mu_plus_std_times_eps(dtype, device):
+    mu, logvar, eps = (torch.randn(33, 129, device=device).to(dtype) for _ in range(3))
+    mu.requires_grad_()
+    logvar.requires_grad_()
+    z, kl = fastelbo.sample_kl(mu, logvar, eps=eps)
+    m, lv, e = (t.detach().double().requires_grad_() for t in (mu, logvar, eps))
+    exact = m + torch.exp(0.5 * lv) * e
+    exact_kl = -0.5 * (1 + lv - m.square() - lv.exp()).sum()
+    tolerance = 2 * torch.finfo(dtype).eps
+    assert z.dtype == dtype
+    assert relative(z, exact) <= tolerance
+    assert relative(kl, exact_kl) <= 2e-7
+    upstream = torch.randn_like(z)
+    got = gradients((z * upstream).sum() + 0.3 * kl, mu, logvar)
+    expected = gradients((exact * upstream.double()).sum() + 0.3 * exact_kl, m, lv)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == dtype
+        assert relative(a, b) <= tolerance
+
+
+def test_dtypes_of_mu_and_logvar_may_differ(device):
+    mu = torch.randn(4, 5, device=device, dtype=torch.bfloat16, requires_grad=True)
+    logvar = torch.randn(4, 5, device=device, requires_grad=True)
+    z, kl = fastelbo.sample_kl(mu, logvar, eps=torch.ones_like(logvar))
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(z, mu.float() + torch.exp(0.5 * logvar))
+    grads = gradients(z.sum() + kl, mu, logvar)
+    assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32]
+    torch.testing.assert_close(grads[0], (1 + mu.detach().float()).bfloat16())

@@ -1,0 +1,66 @@
+"""The kernels' own elementary functions against float64."""
+
+import pytest
+import torch
+from conftest import BACKEND
+
+if BACKEND != "triton":
+    pytest.skip("the Torch backend uses Torch's own functions", allow_module_level=True)
+
+from device_functions import SIZE, run_box_muller, run_exp_and_expm1, run_log1p
+
+
+def relative_error(value, exact):
+    return ((value.double() - exact) / exact.abs().clamp_min(1e-300))[exact != 0].abs().max().item()
+
+
+def padded(values) -> torch.Tensor:
+    return torch.cat([values, torch.zeros(-len(values) % SIZE, dtype=values.dtype)])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_exp_and_expm1(dtype, device):
+    wide = torch.linspace(-86.9, 88.3, 100 * SIZE, dtype=dtype)
+    near_zero = torch.cat([s * torch.logspace(-30, 0, 20 * SIZE, dtype=dtype) for s in (1, -1)])
+    for x in (wide, near_zero):
+        exp, expm1 = (t.cpu() for t in run_exp_and_expm1(x.to(device)))
+        eps = torch.finfo(dtype).eps
+        assert relative_error(exp, torch.exp(x.double())) <= 1.5 * eps
+        assert relative_error(expm1, torch.expm1(x.double())) <= 3 * eps
+
+
+def test_exp_at_the_ends(device):
+    inf, nan = float("inf"), float("nan")
+    x = padded(torch.tensor([88.72, 88.73, 89.0, 1e30, inf, -87.1, -1e30, -inf, nan, 0.0]))
+    exp, expm1 = (t[:10].tolist() for t in run_exp_and_expm1(x.to(device)))
+    assert exp[0] == pytest.approx(3.3931e38, rel=1e-4)
+    assert exp[1:8] == [inf, inf, inf, inf, 0, 0, 0]
+    assert expm1[1:8] == [inf, inf, inf, inf, -1, -1, -1]
+    assert exp[8] != exp[8]
+    assert expm1[8] != expm1[8]
+    assert (exp[9], expm1[9]) == (1, 0)
+
+
+def test_log1p(device):
+    positive = torch.logspace(-38, 0, 50 * SIZE)
+    for x in (positive, -positive[positive < 0.99999][: 49 * SIZE]):
+        assert relative_error(run_log1p(x.to(device)).cpu(), torch.log1p(x.double())) <= 4 * torch.finfo(torch.float32).eps
+    ends = run_log1p(padded(torch.tensor([0.0, -1.0, -1.5, float("nan")])).to(device))[:4].tolist()
+    assert ends[:2] == [0, -float("inf")]
+    assert ends[2] != ends[2]
+    assert ends[3] != ends[3]
+
+
+def test_box_muller_at_the_extreme_integers(device):
+    edges = torch.tensor([0, 1, 2, 3, -1, -2, 2**31 - 1, -(2**31), 2**29, -(2**29), 2**30, -(2**30)])
+    edges = torch.cat([edges, edges + 1, edges - 1]).clamp(-(2**31), 2**31 - 1)
+    random = torch.randint(-(2**31), 2**31, (2**16 - len(edges) ** 2, 2))
+    pairs = torch.cat([torch.cartesian_prod(edges, edges), random])
+    out = run_box_muller(*(p.contiguous().to(device, torch.int32) for p in pairs.T)).double().cpu()
+    # u is what the kernel rounds to float32: near 1 its logarithm depends on it. The rest is float64.
+    u = ((pairs[:, 0] & 0xFFFFFFFF).float() + 0.5) * 2.0**-32
+    radius = torch.sqrt(-2 * torch.log(u.double()))
+    angle = 2 * torch.pi * (pairs[:, 1] & 0xFFFFFFFF).double() * 2.0**-32
+    assert (out[0] - radius * torch.cos(angle)).abs().max() < 5e-6
+    assert (out[1] - radius * torch.sin(angle)).abs().max() < 5e-6
+    assert 6.7 < out.abs().max() < 6.8
