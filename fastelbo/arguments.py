@@ -11,7 +11,17 @@ from .likelihoods import LIKELIHOODS, Likelihood
 
 REDUCTIONS = ("sum", "batchmean", "mean", "none")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+_INTEGERS = (
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
 
 
 def check_prediction(name: str, value) -> None:

@@ -32,6 +32,14 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def _by_formula(*upstreams: Tensor | None) -> bool:
+    """Whether a backward pass must be made of Torch operations: it will be differentiated (create_graph), or it is itself
+    traced, transformed, or batched by `is_grads_batched`."""
+    if torch.is_grad_enabled() or is_traced():
+        return True
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in upstreams)
+
+
 def loss_forward(settings: Settings, recon_x, x, mu, logvar, kl, beta, factor: Tensor | None = None):
     """`(loss, recon, kl, gradient)` from the backend of the tensors' device; no gradient is stored without a `factor`."""
     backend = backend_for(recon_x.device)
@@ -66,7 +74,7 @@ class Loss(torch.autograd.Function):
     def backward(ctx, *upstreams):
         saved = Saved(*ctx.saved_tensors)
         _, *needs = ctx.needs_input_grad
-        if torch.is_grad_enabled() or is_traced():
+        if _by_formula(*upstreams):
             return None, *_loss_differentiated(ctx, saved, needs, upstreams)
         wants_recon, wants_x, wants_mu, wants_logvar, wants_kl, wants_beta = needs
         grad_recon_x, grad_mu, grad_logvar, grad_kl = _loss_backward(
@@ -91,7 +99,7 @@ class Sample(torch.autograd.Function):
         mu, logvar, noise = ctx.saved_tensors
         kl_weight, per_sample, dtype = ctx.settings
         needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() or is_traced() or needs[2]:
+        if needs[2] or _by_formula(grad_z, grad_kl):
 
             def outputs(mu, logvar, noise):
                 eps = _normals(mu, noise, dtype)
@@ -120,10 +128,10 @@ class Elbo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstreams):
-        if torch.is_grad_enabled():
+        if _by_formula(*upstreams):
             raise RuntimeError(
-                "fastelbo.elbo cannot be differentiated twice (create_graph=True): use fastelbo.sample_kl, the decoder and"
-                " fastelbo.loss(..., kl=kl), which can"
+                "fastelbo.elbo cannot be differentiated twice (create_graph=True) or in batches (is_grads_batched=True):"
+                " use fastelbo.sample_kl, the decoder and fastelbo.loss(..., kl=kl), which can"
             )
         *saved, mu, logvar, noise = ctx.saved_tensors
         saved = Saved(*saved)
@@ -148,7 +156,17 @@ class Elbo(torch.autograd.Function):
                 settings.weights[1], settings.per_sample, settings.dtype,
             )  # fmt: skip
         grad_x, grad_beta = _seldom_wanted(ctx, saved, upstreams, wants_x, wants_beta)
-        return None, None, None, grad_x, grad_mu, grad_logvar, None, grad_beta, *(next(found) if w else None for w in wants_leaves)
+        return (
+            None,
+            None,
+            None,
+            grad_x,
+            grad_mu,
+            grad_logvar,
+            None,
+            grad_beta,
+            *(next(found) if w else None for w in wants_leaves),
+        )
 
 
 def decoder_leaves(output: Tensor, z: torch.autograd.graph.GradientEdge) -> list[Tensor] | None:
@@ -188,9 +206,7 @@ def sample_forward(mu, logvar, noise, kl_weight: float, per_sample: bool, dtype:
     """`(z, kl or None)` from the backend of the tensors' device."""
     mu, logvar, noise = _latents(mu, logvar, noise)
     backend = backend_for(mu.device)
-    return backend.sample_forward(
-        mu, logvar, noise, kl_weight=kl_weight, per_sample=per_sample, dtype=dtype, wants_kl=wants_kl
-    )
+    return backend.sample_forward(mu, logvar, noise, kl_weight=kl_weight, per_sample=per_sample, dtype=dtype, wants_kl=wants_kl)
 
 
 def _near(number: float | Tensor, like: Tensor) -> float | Tensor:

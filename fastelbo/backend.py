@@ -43,6 +43,7 @@ def backend_for(device: torch.device) -> ModuleType:
         return torch_backend
     if device.type != "cuda" and not kernels.INTERPRETED:
         raise RuntimeError(
-            f"{VARIABLE}=triton, but the tensors are on {device}: Triton needs a GPU, or TRITON_INTERPRET=1 set before it is imported"
+            f"{VARIABLE}=triton, but the tensors are on {device}:"
+            " Triton needs a GPU, or TRITON_INTERPRET=1 set before it is imported"
         )
     return kernels

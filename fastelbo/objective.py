@@ -113,7 +113,7 @@ def elbo(
 
     Raises:
         TypeError, ValueError: as `loss`; also if the decoder returns anything but a tensor of the shape of `x`.
-        RuntimeError: in backward with `create_graph=True`.
+        RuntimeError: in backward with `create_graph=True` or `is_grads_batched=True`.
     """
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
@@ -130,7 +130,9 @@ def elbo(
     # Taken before the decoder runs, which may write to z.
     edge = torch.autograd.graph.get_gradient_edge(z) if z.requires_grad and not is_traced() else None
     prediction = decoder(z)
-    settings, beta = _check_loss("decoder(z)", prediction, x, None, None, kl, beta, likelihood, recon_reduction, scale, target_scale)
+    settings, beta = _check_loss(
+        "decoder(z)", prediction, x, None, None, kl, beta, likelihood, recon_reduction, scale, target_scale
+    )
     if edge is not None and prediction.requires_grad:
         leaves = decoder_leaves(prediction, edge)
         if leaves is not None:

@@ -19,7 +19,7 @@ def elbo_loss(
     """Negative ELBO in nats, summed over the batch: `(loss, recon, kl)`, each `[]`.
 
     `recon_x` is what the decoder says of `x`, of the same shape; `mu` and `logvar` are the mean and the logarithm of the
-    variance of the encoder's Gaussian. The KL is that of Kingma and Welling, Auto-Encoding Variational Bayes (2013), appendix B.
+    variance of the encoder's Gaussian. The KL: Kingma and Welling, Auto-Encoding Variational Bayes (2013), appendix B.
     """
     if likelihood == "bernoulli":
         recon = F.binary_cross_entropy(recon_x, x, reduction="sum")

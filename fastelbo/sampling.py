@@ -38,7 +38,7 @@ def reparameterize(
         z, of the shape of `mu` and the wider of the two dtypes.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or both `eps` and `generator` are given.
+        TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or both `eps` and `generator` came.
     """
     check_latents(mu, logvar)
     return sample(mu, logvar, draw(mu, logvar, eps, generator), 1.0, False, wants_kl=False)[0]

@@ -90,10 +90,14 @@ def sample_bwd_kernel(
     factor *= scalar(None, kl_weight, DTYPE)
     base, end = row_bounds(row, latents, ALIGNED, WIDE)
     for start in tl.range(worker * BLOCK, end, programs * BLOCK):
-        sample_backward_tile(grad_z, mu, logvar, noise, grad_mu, grad_logvar, base + start, base + end, factor, HAS_KL, BLOCK, ALIGNED, DTYPE)  # fmt: skip
+        sample_backward_tile(
+            grad_z, mu, logvar, noise, grad_mu, grad_logvar, base + start, base + end, factor, HAS_KL, BLOCK, ALIGNED, DTYPE
+        )  # fmt: skip
     if ALIGNED:
         if worker == 0:
-            sample_backward_tile(grad_z, mu, logvar, noise, grad_mu, grad_logvar, base + end, base + latents, factor, HAS_KL, 16, ALIGNED, DTYPE)  # fmt: skip
+            sample_backward_tile(
+                grad_z, mu, logvar, noise, grad_mu, grad_logvar, base + end, base + latents, factor, HAS_KL, 16, ALIGNED, DTYPE
+            )  # fmt: skip
 
 
 def draw_noise(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

@@ -171,7 +171,9 @@ def loss_bwd_kernel(
                     o = end + tl.arange(0, 16)
                     recon_tile(prediction, target, gradient, base + o, o < features, factor, s, ts, LIKELIHOOD, DTYPE)
     else:
-        factor = scalar(beta, beta_value, DTYPE) * upstream(grad_loss, None, row, DTYPE) + upstream(grad_own_kl, None, row, DTYPE)
+        factor = scalar(beta, beta_value, DTYPE) * upstream(grad_loss, None, row, DTYPE) + upstream(
+            grad_own_kl, None, row, DTYPE
+        )
         if grad_kl is not None:
             tl.store(grad_kl + row, factor)
         if mu is not None:

@@ -92,14 +92,18 @@ def _amd(compiled) -> Accesses:
     return Accesses(widths, sum(map(int, spilled)))
 
 
-def loss_forward(likelihood, prediction, target, latent=torch.float32, *, features=784, per_sample=False, gradient=True, kl=False):
+def loss_forward(
+    likelihood, prediction, target, latent=torch.float32, *, features=784, per_sample=False, gradient=True, kl=False
+):
     recon_x, x, mu, logvar = _tensors(prediction, target, latent, features)
     rows = len(recon_x) if per_sample else 1
     dtype = torch.float64 if prediction == torch.float64 else torch.float32
     given = torch.zeros((rows,) if per_sample else ()) if kl else None
     guess = torch.ones(rows, dtype=dtype) if gradient else None
     latents = (None, None) if kl else (mu, logvar)
-    return record(lambda: kernels.loss_forward(recon_x, x, *latents, given, 1.0, guess, **_settings(likelihood, per_sample, dtype)))
+    return record(
+        lambda: kernels.loss_forward(recon_x, x, *latents, given, 1.0, guess, **_settings(likelihood, per_sample, dtype))
+    )
 
 
 def loss_backward(likelihood, prediction, target, latent=torch.float32, *, retained=False):
@@ -141,5 +145,6 @@ def _latents(latent, seeded, features=20):
 
 def _settings(likelihood, per_sample, dtype):
     return {
-        "likelihood": likelihood, "scale": 1.0, "target_scale": 1.0, "weights": (1.0, 1.0), "per_sample": per_sample, "dtype": dtype,
+        "likelihood": likelihood, "scale": 1.0, "target_scale": 1.0, "weights": (1.0, 1.0), "per_sample": per_sample,
+        "dtype": dtype,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The same tests run for both backends: `FASTELBO_BACKEND` and `TRITON_INTERPRET` choose, in a process each (see the Makefile)."""
+"""The same tests run for both backends, a process each: `FASTELBO_BACKEND` and `TRITON_INTERPRET` choose (see Makefile)."""
 
 import os
 

@@ -28,9 +28,9 @@ def make_inputs(likelihood, shape, latent, dtype=torch.float32, device="cpu", ex
     if extremes:
         edge = (0.0, 1.0) if probabilities else (50.0, -50.0)
         for i, value in enumerate((*edge, *reversed(edge))):
-            recon_x.view(-1)[i :: 7] = value
+            recon_x.view(-1)[i::7] = value
         for i, value in enumerate((20.0, -20.0, 0.0)):
-            logvar.view(-1)[i :: 5] = value
+            logvar.view(-1)[i::5] = value
     tensors = [t.to(device, dtype) for t in (recon_x, x, mu, logvar)]
     return tuple(t.requires_grad_(i != 1) for i, t in enumerate(tensors))
 

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+
 from support import LIKELIHOODS
 
 if os.environ.get("TRITON_INTERPRET") == "1":

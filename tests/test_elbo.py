@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from support import gradients, options
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastelbo
 from fastelbo import reference
+from support import gradients, options
 
 B, LATENT, FEATURES = 6, 4, 10
 
@@ -39,7 +39,9 @@ def naive(decoder, x, mu, logvar, eps, beta=0.5, likelihood="bernoulli", scale=N
     return reference.elbo_loss(decoder(z), x, mu, logvar, beta, likelihood=likelihood, scale=scale or 1.0)
 
 
-def compare(make_decoder, device, expected="ElboBackward", likelihood="bernoulli_logits", use=lambda t: 3 * t[0] + t[2], rtol=1e-4):
+def compare(
+    make_decoder, device, expected="ElboBackward", likelihood="bernoulli_logits", use=lambda t: 3 * t[0] + t[2], rtol=1e-4
+):
     """Results and gradients by all three ways; `make_decoder()` gives a decoder and the tensors whose gradients count."""
     results = []
     for way in (by_elbo, composed, naive):
@@ -85,7 +87,9 @@ def test_likelihoods(likelihood, device):
     compare(make, device, likelihood=likelihood)
 
 
-@pytest.mark.parametrize("use", (lambda t: t[0], lambda t: t[1], lambda t: 2 * t[1] + 5 * t[2], lambda t: t[0] * 1e-3), ids=range(4))
+@pytest.mark.parametrize(
+    "use", (lambda t: t[0], lambda t: t[1], lambda t: 2 * t[1] + 5 * t[2], lambda t: t[0] * 1e-3), ids=range(4)
+)
 def test_outputs_apart(use, device):
     def make():
         net = network(device)
@@ -292,6 +296,8 @@ def test_create_graph_raises_and_names_the_alternative(device):
     loss = by_elbo(net, torch.rand(B, FEATURES, device=device), mu, logvar, None, likelihood="mse").loss
     with pytest.raises(RuntimeError, match="sample_kl"):
         gradients(loss, mu, create_graph=True)
+    with pytest.raises(RuntimeError, match="sample_kl"):
+        gradients(loss, mu, grad_outputs=torch.ones(2, device=device), is_grads_batched=True)
 
 
 @pytest.mark.parametrize("reduction", ("batchmean", "mean", "none", ("mean", "sum")), ids=str)

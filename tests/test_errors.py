@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import DEVICE
 
 import fastelbo
+from conftest import DEVICE
 
 GOOD = {
     "recon_x": torch.rand(4, 6, device=DEVICE),
@@ -48,7 +48,11 @@ BAD = [
     ({"mu": None, "logvar": None, "kl": KL.long()}, TypeError, "kl must be of a floating dtype"),
     ({"mu": None, "logvar": None, "kl": rand(4)}, ValueError, r"kl must have shape \(\) for the reduction 'sum', got \(4,\)"),
     ({"mu": None, "logvar": None, "kl": KL, "reduction": "none"}, ValueError, r"kl must have shape \(4,\)"),
-    ({"mu": None, "logvar": None, "kl": KL, "reduction": ("sum", "sum")}, ValueError, "reduction must be one name where kl is given"),
+    (
+        {"mu": None, "logvar": None, "kl": KL, "reduction": ("sum", "sum")},
+        ValueError,
+        "reduction must be one name where kl is given",
+    ),
     ({"beta": rand(4)}, ValueError, r"beta must be a number or a 0-d tensor, got shape \(4,\)"),
     ({"beta": "1"}, TypeError, "beta must be a number or a 0-d tensor, got str"),
     ({"beta": torch.tensor(1j)}, TypeError, "beta must be real"),
@@ -110,7 +114,7 @@ def test_module():
 def test_devices(name):
     """The `meta` device stands for a second one where there is none."""
     other = GOOD["mu" if name == "eps" else name].to("meta")
-    with pytest.raises(ValueError, match="must be on the device of|must have"):
+    with pytest.raises(ValueError, match="must be on the device of"):
         if name == "eps":
             fastelbo.reparameterize(GOOD["mu"], GOOD["logvar"], eps=other)
         else:
@@ -130,7 +134,9 @@ def test_probabilities_outside_0_and_1(bad):
     arguments = {**GOOD, "recon_x": recon_x}
     if DEVICE.type == "cpu":
         for function in (lambda: fastelbo.loss(**arguments), lambda: fastelbo.loss(**arguments, reduction="none")):
-            with pytest.raises(ValueError, match=r"recon_x must lie in \[0, 1\] for the likelihood 'bernoulli', got values from"):
+            with pytest.raises(
+                ValueError, match=r"recon_x must lie in \[0, 1\] for the likelihood 'bernoulli', got values from"
+            ):
                 function()
         with pytest.raises(ValueError, match=r"decoder\(z\) must lie in \[0, 1\]"):
             fastelbo.elbo(lambda z: recon_x, GOOD["x"], GOOD["mu"], GOOD["logvar"])

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support import LIKELIHOODS, gradients, make_inputs, options
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastelbo
+from support import LIKELIHOODS, gradients, make_inputs, options
 
 REDUCTIONS = ("sum", "batchmean", "mean", "none", ("mean", "sum"))
 

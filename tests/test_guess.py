@@ -6,9 +6,9 @@ import threading
 
 import pytest
 import torch
-from support import LIKELIHOODS, gradients, make_inputs, options, relative
 
 import fastelbo
+from support import LIKELIHOODS, gradients, make_inputs, options, relative
 
 FACTORS = (1.0, 1.0, 1 / 64, 1 / 64, 65536.0, 0.0, math.nan, 3.0, 3.0, 3.0)
 
@@ -42,7 +42,7 @@ def test_any_sequence_of_factors(likelihood, device):
 
 
 def was_recomputed(likelihood, factor, shape, device, **kwargs) -> bool:
-    """Whether backward looks at prediction and target again: between the two passes they are replaced behind autograd's back."""
+    """Whether backward looks at prediction and target again: in between they are replaced behind autograd's back."""
     recon_x, x, _, _ = make_inputs(likelihood, shape, (shape[0], 1), device=device)
     loss = loss_of(recon_x, x, likelihood, **kwargs).sum() * factor
     original = recon_x.detach().clone(), x.clone()
@@ -105,7 +105,9 @@ def test_expanded_upstream_of_samples(device):
     assert counter == [False, True, False, False]
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton's interpreter patches triton.language while it runs")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="Triton's interpreter patches triton.language while it runs"
+)
 def test_two_threads(device):
     """Each thread with factors of its own, calls of one kind: a guess from the other thread may be wrong, never a gradient."""
     errors, failures = [], []

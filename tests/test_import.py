@@ -19,7 +19,9 @@ print(loss.item() > 0, x.grad is not None)
 
 def python(code: str, **environment) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k not in ("FASTELBO_BACKEND", "TRITON_INTERPRET")}
-    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env={**env, **environment})
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env={**env, **environment}
+    )
 
 
 def test_import_brings_no_triton_and_asks_cuda_nothing():

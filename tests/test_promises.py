@@ -4,19 +4,24 @@ import itertools
 
 import pytest
 import torch
-from support import LIKELIHOODS, as_double, gradients, make_inputs, naive, options, relative
 
 import fastelbo
+from support import LIKELIHOODS, as_double, gradients, make_inputs, naive, options, relative
 
 
-@pytest.mark.parametrize("needs", [n for n in itertools.product((False, True), repeat=5) if any(n)], ids=lambda n: "".join("01"[b] for b in n))
+@pytest.mark.parametrize(
+    "needs", [n for n in itertools.product((False, True), repeat=5) if any(n)], ids=lambda n: "".join("01"[b] for b in n)
+)
 def test_any_subset_of_inputs(needs, device):
     """Promise 3, for recon_x, x, mu, logvar and beta: a gradient for each that requires one, and for no other."""
     likelihood = "bernoulli_logits"
     results = []
     for function in (fastelbo.loss, naive):
         torch.manual_seed(0)
-        inputs = [t.detach().requires_grad_(n) for t, n in zip(make_inputs(likelihood, (5, 9), (5, 3), device=device), needs, strict=False)]
+        inputs = [
+            t.detach().requires_grad_(n)
+            for t, n in zip(make_inputs(likelihood, (5, 9), (5, 3), device=device), needs, strict=False)
+        ]
         beta = torch.tensor(0.3, device=device, requires_grad=needs[4])
         function(*inputs, beta, **options(likelihood))[0].backward()
         results.append([t.grad for t in (*inputs, beta)])

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support import LIKELIHOODS, gradients, make_inputs, options
 
 import fastelbo
+from support import LIKELIHOODS, gradients, make_inputs, options
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,176 @@
+"""What only a CUDA GPU can show: graphs, streams, launches, syncs, autocast, and tensors of more than 2^31 elements."""
+
+import itertools
+
+import pytest
+import torch
+
+import fastelbo
+from support import gradients, make_inputs, naive, relative
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def test_two_runs_are_bitwise_equal(device):
+    inputs = make_inputs("bernoulli_logits", (512, 4001), (512, 33), device=device)
+    results = []
+    for _ in range(3):
+        torch.manual_seed(7)
+        terms = fastelbo.loss(*inputs, 0.3, likelihood="bernoulli_logits")
+        z, kl = fastelbo.sample_kl(inputs[2], inputs[3])
+        results.append([*terms, z, kl, *gradients(terms.loss + z.sum() + kl, inputs[0], inputs[2], inputs[3])])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def count_kernels(function) -> int:
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    return sum(e.count for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def test_launches(device):
+    """One for the loss, one for its backward, two for seed and sample, one for their backward."""
+    recon_x, x, mu, logvar = make_inputs("mse", (128, 784), (128, 20), device=device)
+    one = torch.ones((), device=device)
+    with torch.no_grad():
+        assert count_kernels(lambda: fastelbo.loss(recon_x, x, mu, logvar, likelihood="mse")) == 1
+        assert count_kernels(lambda: fastelbo.sample_kl(mu, logvar)) == 2
+    wrt = recon_x, mu, logvar
+
+    def loss():
+        gradients(fastelbo.loss(recon_x, x, mu, logvar, likelihood="mse").loss, *wrt, grad_outputs=one)
+
+    upstream = torch.ones_like(mu)
+
+    def sample():
+        z, kl = fastelbo.sample_kl(mu, logvar)
+        torch.autograd.grad((z, kl), (mu, logvar), (upstream, one))
+
+    assert count_kernels(loss) == 2
+    assert count_kernels(sample) == 3
+
+
+def test_no_sync(device):
+    recon_x, x, mu, logvar = make_inputs("bernoulli", (128, 784), (128, 20), device=device)
+    beta = torch.tensor(0.5, device=device, requires_grad=True)
+    net = torch.nn.Linear(20, 784).to(device)
+
+    def step():
+        fastelbo.loss(recon_x, x, mu, logvar, beta).loss.backward()
+        fastelbo.elbo(lambda z: net(z).sigmoid(), x, mu, logvar, 0.1).loss.backward()
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_graph_replay(device):
+    """Right gradients for what the inputs hold at replay, with fresh noise each time."""
+    recon_x, x, mu, logvar = make_inputs("mse", (64, 100), (64, 8), device=device)
+    factor = torch.ones((), device=device)
+
+    def step():
+        z, kl = fastelbo.sample_kl(mu, logvar)
+        loss = fastelbo.loss(recon_x, x, kl=kl, likelihood="mse").loss
+        grads = gradients(loss * factor + z.sum(), recon_x, mu, logvar)
+        return loss, z, grads
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, z, grads = step()
+    samples = []
+    for value in (1.0, 1.0, 0.25, 65536.0, 0.25):
+        with torch.no_grad():
+            recon_x.copy_(torch.randn_like(recon_x))
+            factor.fill_(value)
+        graph.replay()
+        torch.testing.assert_close(loss, naive(recon_x, x, mu, logvar, likelihood="mse")[0].detach())
+        torch.testing.assert_close(grads[0], 2 * value * (recon_x - x).detach())
+        torch.testing.assert_close(grads[1], 1 + value * mu.detach())
+        torch.testing.assert_close(grads[2], (0.5 * (z - mu) + 0.5 * value * (logvar.exp() - 1)).detach())
+        samples.append(z.detach().clone())
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(samples))
+
+
+def test_two_streams_at_once(device):
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    inputs = [make_inputs("mse", (256, 1000), (256, 8), device=device) for _ in range(2)]
+    truth = [2 * (r - x).detach() for r, x, _, _ in inputs]
+    torch.cuda.synchronize()
+    for step in range(50):
+        results = []
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                recon_x, x, mu, logvar = inputs[i]
+                factor = 1.0 + i + step % 3
+                loss = fastelbo.loss(recon_x, x, mu, logvar, likelihood="mse").loss * factor
+                results.append((factor, loss, gradients(loss, recon_x)[0]))
+        torch.cuda.synchronize()
+        for i, (factor, _, gradient) in enumerate(results):
+            assert relative(gradient, factor * truth[i]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_autocast(dtype, device):
+    net = torch.nn.Linear(16, 784).to(device)
+    x = torch.rand(32, 784, device=device).round()
+    mu, logvar = (torch.randn(32, 16, device=device, requires_grad=True) for _ in range(2))
+    eps = torch.randn_like(mu)
+    grads = []
+    for autocast in (True, False):
+        with torch.autocast("cuda", dtype, enabled=autocast):
+            terms = fastelbo.elbo(net, x, mu, logvar, likelihood="bernoulli_logits", eps=eps)
+        assert terms.loss.dtype == torch.float32
+        grads.append(gradients(terms.loss, mu, logvar, *net.parameters()))
+    for a, b in zip(*grads, strict=True):
+        assert relative(a, b) < 0.02
+
+
+def test_pointers_that_are_not_aligned(device):
+    recon_x, x = (torch.rand(128 * 784 + 3, device=device)[3:].view(128, 784) for _ in range(2))
+    recon_x.requires_grad_()
+    loss = fastelbo.loss(recon_x, x, kl=torch.zeros((), device=device), likelihood="mse").loss
+    torch.testing.assert_close(gradients(loss, recon_x)[0], 2 * (recon_x - x).detach())
+
+
+def test_more_than_two_to_the_31_elements(device):
+    n = 2**31 + 1037
+    if torch.cuda.get_device_properties(device).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GB")
+    recon_x = torch.zeros(1, n, dtype=torch.bfloat16, device=device)
+    x = torch.zeros(1, n, dtype=torch.uint8, device=device)
+    ends = [0, 2**31 - 1, 2**31, n - 1]
+    recon_x[0, ends] = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.bfloat16, device=device)
+    recon_x.requires_grad_()
+    loss = fastelbo.loss(recon_x, x, kl=torch.zeros((), device=device), likelihood="mse").loss
+    assert loss.item() == 30
+    (gradient,) = gradients(loss, recon_x)
+    assert gradient[0, ends].tolist() == [2, 4, 6, 8]
+    assert gradient.count_nonzero().item() == 4
+
+
+def test_many_latents(device):
+    n = 2**31 + 16
+    if torch.cuda.get_device_properties(device).total_memory < 70 * 2**30:
+        pytest.skip("needs 70 GB")
+    zeros = torch.zeros(1, n, dtype=torch.bfloat16, device=device)
+    z, kl = fastelbo.sample_kl(zeros, zeros)
+    assert kl.item() == 0
+    for part in (z[0, : 2**24], z[0, -(2**24) :]):
+        assert abs(part.float().mean()) < 2e-3
+        assert abs(part.float().std() - 1) < 2e-3
+    assert not torch.equal(z[0, : 2**20], z[0, 2**31 - 2**20 : 2**31])
