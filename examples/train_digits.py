@@ -23,17 +23,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 PIXELS = 64
-SCALE = 0.3  # standard deviation of the Gaussian likelihood
+SCALE = 0.5  # standard deviation of the Gaussian likelihood
 
 
 class VAE(nn.Module):
-    """A multilayer perceptron each way. `decode` gives what the likelihood is parametrized by."""
+    """A multilayer perceptron each way. `decode` gives what the likelihood is parametrized by.
+
+    Its activation is smooth: the kink of a ReLU would turn one rounding into a different training run.
+    """
 
     def __init__(self, latent: int, probabilities: bool, hidden: int = 256) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(PIXELS, hidden), nn.ReLU())
+        self.encoder = nn.Sequential(nn.Linear(PIXELS, hidden), nn.SiLU())
         self.to_mu, self.to_logvar = nn.Linear(hidden, latent), nn.Linear(hidden, latent)
-        self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, PIXELS))
+        self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.SiLU(), nn.Linear(hidden, PIXELS))
         if probabilities:
             self.decoder.append(nn.Sigmoid())
 
