@@ -22,15 +22,15 @@ class Likelihood(NamedTuple):
     """One row of the table.
 
     `nll(prediction, target, scale)` is the negative log-likelihood of each element, in nats.
-    `fused(prediction, target, scale, wants_nll, factor, a, b)` returns its sum over the last dimension, if `wants_nll`, and
-    leaves its derivative by the prediction, times `factor`, in the buffer `a`, unless `factor` is None. `b` is scratch.
-    All tensors have one shape and dtype; `factor` is a float or broadcasts.
+    `fused(prediction, target, scale, dim, factor, a, b)` returns its sum over `dim` (-1; None: over everything; False: not
+    wanted), and leaves its derivative by the prediction, times `factor`, in the buffer `a`, unless `factor` is None. `b` is
+    scratch. All tensors have one shape and dtype; `factor` is a float or broadcasts.
     `name` is also that of the device function. `bounded`: prediction and target must lie in [0, 1].
     """
 
     name: str
     nll: Callable[[Tensor, Tensor, Number], Tensor]
-    fused: Callable[[Tensor, Tensor, Number, bool, Number | None, Tensor, Tensor], Tensor | None]
+    fused: Callable[[Tensor, Tensor, Number, int | bool | None, Number | None, Tensor, Tensor], Tensor | None]
     bounded: bool = False
     has_scale: bool = False
 
@@ -39,13 +39,13 @@ def _bernoulli(p: Tensor, x: Tensor, scale: Number) -> Tensor:
     return F.binary_cross_entropy(p, x, reduction="none")
 
 
-def _bernoulli_fused(p, x, scale, wants_nll, factor, a, b):
+def _bernoulli_fused(p, x, scale, dim, factor, a, b):
     # As in Torch: logarithms clamped at -100.
     total = None
-    if wants_nll:
+    if dim is not False:
         torch.log(p, out=a).clamp_(min=-100)
         torch.neg(p, out=b).log1p_().clamp_(min=-100)
-        total = torch.lerp(b, a, x, out=b).sum(-1).neg_()
+        total = torch.lerp(b, a, x, out=b).sum(dim).neg_()
     if factor is not None:
         torch.neg(p, out=b).add_(1).mul_(p).clamp_(min=DENOMINATOR)
         _times(torch.sub(p, x, out=a).div_(b), factor)
@@ -56,12 +56,12 @@ def _bernoulli_logits(logit: Tensor, x: Tensor, scale: Number) -> Tensor:
     return F.binary_cross_entropy_with_logits(logit, x, reduction="none")
 
 
-def _bernoulli_logits_fused(logit, x, scale, wants_nll, factor, a, b):
+def _bernoulli_logits_fused(logit, x, scale, dim, factor, a, b):
     # max(l, 0) - x l + log1p(exp(-|l|)); the last term is -log(1 - q) with q = sigmoid(-|l|), which is cheaper than exp.
     total = None
-    if wants_nll:
+    if dim is not False:
         torch.copysign(logit, -1.0, out=b).sigmoid_().neg_().log1p_()
-        total = torch.clamp(logit, min=0, out=a).addcmul_(logit, x, value=-1).sub_(b).sum(-1)
+        total = torch.clamp(logit, min=0, out=a).addcmul_(logit, x, value=-1).sub_(b).sum(dim)
     if factor is not None:
         _times(torch.sigmoid(logit, out=a).sub_(x), factor)
     return total
@@ -71,9 +71,9 @@ def _mse(y: Tensor, x: Tensor, scale: Number) -> Tensor:
     return F.mse_loss(y, x, reduction="none")
 
 
-def _mse_fused(y, x, scale, wants_nll, factor, a, b):
+def _mse_fused(y, x, scale, dim, factor, a, b):
     torch.sub(y, x, out=a)
-    total = torch.mul(a, a, out=b).sum(-1) if wants_nll else None
+    total = None if dim is False else torch.mul(a, a, out=b).sum(dim)
     if factor is not None:
         a.mul_(2 * factor)
     return total
@@ -83,13 +83,11 @@ def _gaussian(mean: Tensor, x: Tensor, scale: Number) -> Tensor:
     return 0.5 * ((x - mean) / scale).square() + _log_normalizer(scale)
 
 
-def _gaussian_fused(mean, x, scale, wants_nll, factor, a, b):
-    torch.sub(mean, x, out=a)
-    total = None
-    if wants_nll:
-        total = torch.mul(a, a, out=b).sum(-1).mul_(0.5 / scale**2).add_(mean.shape[-1] * _log_normalizer(scale))
-    if factor is not None:
-        a.mul_(factor / scale**2)
+def _gaussian_fused(mean, x, scale, dim, factor, a, b):
+    total = _mse_fused(mean, x, scale, dim, None if factor is None else factor * 0.5 / scale**2, a, b)
+    if dim is not False:
+        terms = a.numel() // max(total.numel(), 1)
+        total.mul_(0.5 / scale**2).add_(terms * _log_normalizer(scale))
     return total
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .likelihoods import LIKELIHOODS
 
-# Elements of a block for each thread. Smaller blocks fit in a nearer cache, but starting the threads for each operation costs
-# more than that gains: 2^17 was the fastest of 2^14 to 2^18.
-BLOCK = 131072
+# Elements of a block, and of each thread's part of it at least: a few buffers of 2 MB stay in the last-level cache. Smaller
+# blocks would fit in a nearer one, but starting the threads for every operation costs more than that gains.
+BLOCK, THREAD = 2**19, 2**16
 
 
 def draw_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -64,14 +64,17 @@ def loss_backward(
     grad_loss, grad_recon, grad_kl = upstreams
     grad_mu = grad_logvar = seen = factor = None
     if wants_recon:
-        seen = _add(grad_loss, grad_recon).to(dtype, copy=True).reshape(-1)
-        if gradient is None or not torch.equal(seen, used):  # a NaN equals nothing
+        seen = _add(grad_loss, grad_recon).reshape(-1)
+        if gradient is not None and torch.equal(seen, used):  # a NaN equals nothing
+            seen = used
+        else:
+            seen = seen.to(dtype, copy=True)  # whoever passed it in may write to it
             gradient = torch.empty_like(recon_x)
             _reconstruct(recon_x, x, gradient, seen, likelihood, scale, target_scale, weights[0], per_sample, dtype, False)
     if wants_latents or wants_kl:
         factor = _kl_factor(beta, grad_loss, grad_kl)
     if wants_latents:
-        grad_mu, grad_logvar = _latent_gradients(None, mu, logvar, None, factor * weights[1], dtype)
+        grad_mu, grad_logvar = _latent_gradients(None, mu, logvar, None, factor, weights[1], dtype)
     return gradient if wants_recon else None, grad_mu, grad_logvar, factor if wants_kl else None, seen
 
 
@@ -88,10 +91,8 @@ def sample_backward(grad_z, mu, logvar, noise, beta, upstreams, *, kl_weight, pe
 
     At least one of the three is there.
     """
-    factor = None
-    if any(g is not None for g in upstreams):
-        factor = _kl_factor(beta, *upstreams) * kl_weight
-    return _latent_gradients(grad_z, mu, logvar, noise, factor, dtype)
+    factor = _kl_factor(beta, *upstreams) if any(g is not None for g in upstreams) else None
+    return _latent_gradients(grad_z, mu, logvar, noise, factor, kl_weight, dtype)
 
 
 def _reconstruct(
@@ -99,13 +100,9 @@ def _reconstruct(
 ):  # fmt: skip
     """The reduced reconstruction if `wants_sum`; its gradient times `factor` goes into `gradient`, unless that is None."""
     fused = LIKELIHOODS[likelihood].fused
-    if gradient is None:
-        factor = None
-    elif per_sample:
-        factor = (factor * weight).unsqueeze(1)
-    else:
-        factor = (factor.item() if factor.device.type == "cpu" else factor) * weight
-    total = _zeros(recon_x, per_sample, dtype)
+    dim = (-1 if per_sample else None) if wants_sum else False
+    factor = None if gradient is None else _column(factor, weight, per_sample)
+    sums = _Sums()
     scratch: dict[tuple, Tensor] = {}
 
     def buffer(name: str, like: Tensor) -> Tensor:
@@ -120,39 +117,47 @@ def _reconstruct(
         if target_scale != 1:
             t = torch.mul(t, target_scale, out=buffer("target", t))
         slope = g if g is not None and g.dtype == dtype else buffer("gradient", p)
-        spare = buffer("spare", p)
         if p.dtype != dtype:
             p = buffer("prediction", p).copy_(p)
-        part = fused(p, t, scale, wants_sum, factor[rows] if per_sample and factor is not None else factor, slope, spare)
-        if wants_sum:
-            total[rows].add_(part)
+        part = fused(p, t, scale, dim, factor[rows] if isinstance(factor, Tensor) else factor, slope, buffer("spare", p))
+        sums.add(rows, part)
         if g is not None and slope is not g:
             g.copy_(slope)
-    return total.mul_(weight).to(dtype) if wants_sum else None
+    return sums.total(recon_x, weight, per_sample, dtype) if wants_sum else None
 
 
 def _kl_sum(mu, logvar, weight, per_sample, dtype):
     """KL(N(mu, exp(logvar)) || N(0, 1)), reduced. expm1 keeps what cancels near logvar = 0."""
-    total = _zeros(mu, per_sample, dtype)
+    sums = _Sums()
     for rows, m, lv in _blocks(per_sample, mu, logvar):
         m, lv = m.to(dtype), lv.to(dtype)
-        total[rows].add_(torch.expm1(lv).sub_(lv).addcmul_(m, m).sum(-1))
-    return total.mul_(0.5 * weight).to(dtype)
+        sums.add(rows, torch.expm1(lv).sub_(lv).addcmul_(m, m).sum(-1 if per_sample else None))
+    return sums.total(mu, 0.5 * weight, per_sample, dtype)
 
 
-def _latent_gradients(grad_z, mu, logvar, noise, factor, dtype):
-    """Gradients by `mu` and `logvar` of `grad_z . z + factor . KL`; `grad_z` or `factor` may be None."""
+def _latent_gradients(grad_z, mu, logvar, noise, factor, weight, dtype):
+    """Gradients by `mu` and `logvar` of `grad_z . z + factor . weight . KL`; `grad_z` or `factor` may be None."""
     per_sample = factor is not None and factor.dim() == 1
+    factor = None if factor is None else _column(factor, weight, per_sample)
     grad_mu, grad_logvar = torch.empty_like(mu), torch.empty_like(logvar)
     for rows, m, lv, dz, eps, dm, dlv in _blocks(per_sample, mu, logvar, grad_z, noise, grad_mu, grad_logvar):
-        to_mu = to_logvar = None
+        f = factor[rows] if isinstance(factor, Tensor) else factor
+        to_mu = dm if dm.dtype == dtype else torch.empty_like(dm, dtype=dtype)
+        to_logvar = dlv if dlv.dtype == dtype else torch.empty_like(dlv, dtype=dtype)
+        lv = lv.to(dtype)
         if factor is not None:
-            f = factor[rows].unsqueeze(1) if per_sample else factor
-            to_mu, to_logvar = m.to(dtype) * f, torch.expm1(lv.to(dtype)).mul_(f)
-        if dz is not None:
-            to_mu, to_logvar = _add(to_mu, dz), _add(to_logvar, _std(lv, dtype).mul_(eps).mul_(dz))
-        dm.copy_(to_mu)
-        dlv.copy_(to_logvar.mul_(0.5))
+            torch.mul(m, f, out=to_mu)
+            torch.expm1(lv, out=to_logvar).mul_(0.5 * f)
+            if dz is not None:
+                to_mu.add_(dz)
+                to_logvar.add_(_std(lv, dtype).mul_(eps).mul_(dz), alpha=0.5)
+        else:
+            to_mu.copy_(dz)
+            torch.mul(_std(lv, dtype).mul_(eps), dz, out=to_logvar).mul_(0.5)
+        if to_mu is not dm:
+            dm.copy_(to_mu)
+        if to_logvar is not dlv:
+            dlv.copy_(to_logvar)
     return grad_mu, grad_logvar
 
 
@@ -161,7 +166,9 @@ def _std(logvar: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _kl_factor(beta, grad_loss, grad_kl):
-    return _add(None if grad_loss is None else grad_loss * beta, grad_kl)
+    if grad_loss is not None and (isinstance(beta, Tensor) or beta != 1):
+        grad_loss = grad_loss * beta
+    return _add(grad_loss, grad_kl)
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor:
@@ -170,31 +177,51 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor:
     return a + b
 
 
-def _zeros(like: Tensor, per_sample: bool, dtype: torch.dtype) -> Tensor:
-    """Where the sums of the blocks are added up: in float64 on a CPU; elsewhere there is one block only."""
-    shape = like.shape[:1] if per_sample else ()
-    return torch.zeros(shape, dtype=torch.float64 if like.device.type == "cpu" else dtype, device=like.device)
+def _column(factor: Tensor, weight: float, per_sample: bool) -> Tensor | float:
+    """`factor * weight`, `[B, 1]` to multiply rows with; one number, on a CPU, is read."""
+    if per_sample:
+        return (factor * weight).unsqueeze(1)
+    return (factor.item() if factor.device.type == "cpu" else factor) * weight
+
+
+class _Sums:
+    """The sums of the blocks. More than one, which only a CPU has, are added up in float64."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple] = []
+
+    def add(self, rows, part: Tensor | None) -> None:
+        self.parts.append((rows, part))
+
+    def total(self, like: Tensor, weight: float, per_sample: bool, dtype: torch.dtype) -> Tensor:
+        """Their sum times `weight`, `[]` or `[B]`."""
+        if len(self.parts) == 1:
+            return self.parts[0][1].mul_(weight) if weight != 1 else self.parts[0][1]
+        total = torch.zeros(like.shape[:1] if per_sample else (), dtype=torch.float64)
+        for rows, part in self.parts:
+            total[rows] += part
+        return total.mul_(weight).to(dtype)
 
 
 def _blocks(per_sample: bool, *tensors: Tensor | None) -> Iterator[tuple]:
-    """The tensors, flat or as `[B, features]`, cut alike into blocks that fit in cache: `(index of the rows, *blocks)`.
+    """The tensors cut alike into blocks that fit in cache, flat or as `[rows, features]`: `(index of the rows, *blocks)`.
 
     The first of them is not None; None stays None. A device other than a CPU has nothing to gain from blocks and gets one.
     """
     first = tensors[0]
     numel = first.numel()
+    limit = max(BLOCK, THREAD * torch.get_num_threads()) if first.device.type == "cpu" else numel
+    if numel <= limit and not per_sample:
+        yield ..., *tensors
+        return
     rows = first.shape[0] if per_sample else 1
     columns = numel // max(rows, 1)
-    size, strides = ((rows, columns), (columns, 1)) if per_sample else ((numel,), (1,))
-    views = [t if t is None else t.as_strided(size, strides) for t in tensors]
-    limit = BLOCK * torch.get_num_threads() if first.device.type == "cpu" else numel
+    views = [t if t is None else t.as_strided((rows, columns), (columns, 1)) for t in tensors]
     if numel <= limit:
         yield ..., *views
-    elif per_sample:
-        height, width = max(1, limit // columns), min(limit, columns)
-        for i in range(0, rows, height):
-            for j in range(0, columns, width):
-                yield slice(i, i + height), *(v if v is None else v[i : i + height, j : j + width] for v in views)
-    else:
-        for i in range(0, numel, limit):
-            yield ..., *(v if v is None else v[i : i + limit] for v in views)
+        return
+    height, width = max(1, limit // columns), min(limit, columns)
+    for i in range(0, rows, height):
+        for j in range(0, columns, width):
+            index = slice(i, i + height) if per_sample else ...
+            yield index, *(v if v is None else v[i : i + height, j : j + width] for v in views)
