@@ -28,7 +28,7 @@ lint: $(READY)
 
 # The tests on the real kernels, with the torch and triton that PYTHON has. No network, no virtual environment.
 gpu:
-	@if ! $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+	@if ! $(PYTHON) -c "import importlib.util as i, sys; sys.exit(not (i.find_spec('torch') and __import__('torch').cuda.is_available()))"; then \
 		echo "make gpu: no CUDA GPU here, so nothing was run"; \
 	else \
 		set -ex; \
