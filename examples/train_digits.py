@@ -10,17 +10,14 @@ import statistics
 import time
 from pathlib import Path
 
-import matplotlib
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastelbo
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 PIXELS = 64
 SCALE = 0.5  # standard deviation of the Gaussian likelihood
@@ -128,7 +125,8 @@ def picture(options: argparse.Namespace, images: Tensor, trainers: list[Trainer]
         rows = values.cpu().reshape(-1, columns, 8, 8)
         return rows.permute(0, 2, 1, 3).reshape(-1, columns * 8)
 
-    figure, (curves, pairs, prior) = plt.subplots(1, 3, figsize=(14, 4), width_ratios=(3, 3, 2), layout="constrained")
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    curves, pairs, prior = figure.subplots(1, 3, width_ratios=(3, 3, 2))
     for trainer, style in zip(trainers, ({"linewidth": 4, "alpha": 0.4}, {"linewidth": 1}), strict=True):
         curves.plot(torch.stack(trainer.losses).cpu(), label=trainer.name, **style)
     curves.set(xlabel="step", ylabel="negative ELBO of a digit, nats", title=f"{options.likelihood}, beta {options.beta:g}")
