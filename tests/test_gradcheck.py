@@ -89,3 +89,16 @@ def test_create_graph_gives_the_gradient_penalty_of_the_naive_code(device):
         penalties.append(gradients(sum(g.square().sum() for g in grads), recon_x, mu))
     for got, expected in zip(*penalties, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_create_graph_where_one_input_is_computed_from_another(device):
+    """The prediction depends on mu, as it does in every VAE: each of the two paths counts once."""
+    results = []
+    for function in (fastelbo.loss, fastelbo.reference.elbo_loss):
+        torch.manual_seed(1)
+        _, x, mu, logvar = make_inputs("mse", (4, 3), (4, 3), torch.float64, device)
+        loss = function(mu.sin(), x, mu, logvar, 0.5, likelihood="mse")[0]
+        (gradient,) = gradients(loss, mu, create_graph=True)
+        results.append((gradient, *gradients(gradient.square().sum(), mu)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
