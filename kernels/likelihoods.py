@@ -43,4 +43,4 @@ def mse(prediction, target, scale):
 def gaussian(mean, target, scale):
     d = mean - target
     gradient = d * (1.0 / (scale * scale))
-    return 0.5 * gradient * d + (tl.log(scale) + 0.9189385332046727), gradient  # log(2 pi) / 2
+    return 0.5 * (gradient * d) + (tl.log(scale) + 0.9189385332046727), gradient  # log(2 pi) / 2
