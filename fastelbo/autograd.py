@@ -147,6 +147,7 @@ class Elbo(torch.autograd.Function):
             if not keep:
                 ctx.inner = ctx.leaves = None
         grad_z = next(found) if wants_latents else None
+        grad_leaves = [next(found) if wanted else None for wanted in wants_leaves]
         grad_loss, _, grad_kl = upstreams
         grad_mu = grad_logvar = None
         if wants_latents and not (grad_z is None and grad_loss is None and grad_kl is None):
@@ -156,17 +157,7 @@ class Elbo(torch.autograd.Function):
                 settings.weights[1], settings.per_sample, settings.dtype,
             )  # fmt: skip
         grad_x, grad_beta = _seldom_wanted(ctx, saved, upstreams, wants_x, wants_beta)
-        return (
-            None,
-            None,
-            None,
-            grad_x,
-            grad_mu,
-            grad_logvar,
-            None,
-            grad_beta,
-            *(next(found) if w else None for w in wants_leaves),
-        )
+        return None, None, None, grad_x, grad_mu, grad_logvar, None, grad_beta, *grad_leaves
 
 
 def decoder_leaves(output: Tensor, z: torch.autograd.graph.GradientEdge) -> list[Tensor] | None:

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from .launch import FINISH, TRITON_DTYPE, Segment, arrivals, launch, pointer_and_value, tile_size
-from .loss import row_bounds, scalar, upstream
 from .noise import normals
 from .numerics import exp_and_expm1
+from .operands import kl_factor, row_bounds, scalar
 from .reduction import arrive_last, fold, ordered_sum
 
 
@@ -86,8 +86,7 @@ def sample_bwd_kernel(
 ):  # fmt: skip
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
-    factor = scalar(beta, beta_value, DTYPE) * upstream(grad_loss, None, row, DTYPE) + upstream(grad_kl, None, row, DTYPE)
-    factor *= scalar(None, kl_weight, DTYPE)
+    factor = kl_factor(grad_loss, grad_kl, row, beta, beta_value, DTYPE) * scalar(None, kl_weight, DTYPE)
     base, end = row_bounds(row, latents, ALIGNED, WIDE)
     for start in tl.range(worker * BLOCK, end, programs * BLOCK):
         sample_backward_tile(

@@ -15,7 +15,6 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 # A row's partial sums are added up this many at a time.
 FINISH = 1024
 
-
 # The dtype that a kernel computes and accumulates in, by the dtype of its results.
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 

@@ -12,43 +12,8 @@ import triton.language as tl
 from . import likelihoods
 from .launch import FINISH, TRITON_DTYPE, Segment, arrivals, as_bytes, launch, pointer_and_value, tile_size
 from .numerics import exp_and_expm1
+from .operands import kl_factor, positive_scalar, row_bounds, scalar, upstream_of
 from .reduction import arrive_last, fold, ordered_sum
-
-
-@triton.jit
-def scalar(pointer, value, DTYPE: tl.constexpr):
-    """A number that is given on the device or, where `pointer` is None, by the host."""
-    if pointer is None:
-        return tl.full([], value, DTYPE)  # in the interpreter, tl.cast would take a Python float through float32
-    else:
-        return tl.load(pointer).to(DTYPE)
-
-
-@triton.jit
-def positive_scalar(pointer, value, DTYPE: tl.constexpr):
-    """Likewise, and NaN where the device's number is not positive; the host's has been checked."""
-    number = scalar(pointer, value, DTYPE)
-    if pointer is not None:
-        number = tl.where(number > 0.0, number, float("nan"))
-    return number
-
-
-@triton.jit
-def row_bounds(row, columns, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
-    """Start of a row, and how much of it is streamed in whole tiles; ALIGNED rows leave the last 15 or fewer elements.
-
-    The compiler knows that `columns // 16 * 16` is a multiple of 16, so accesses under a mask on it stay 128 bits wide;
-    `columns` itself would make them scalar.
-    """
-    if WIDE:
-        row = row.to(tl.int64)
-    else:
-        columns = columns.to(tl.int32)
-    if ALIGNED:
-        end = columns // 16 * 16
-        return row * end, end
-    else:
-        return row * columns, columns
 
 
 @triton.jit
@@ -82,17 +47,6 @@ def kl_backward_tile(mu, logvar, grad_mu, grad_logvar, offsets, mask, factor, DT
     tl.store(grad_logvar + offsets, (0.5 * factor * expm1).to(grad_logvar.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def upstream(first, second, row, DTYPE: tl.constexpr):
-    """Sum of the gradients that arrive at two outputs; None stands for zero."""
-    total = tl.zeros([], dtype=DTYPE)
-    if first is not None:
-        total += tl.load(first + row).to(DTYPE)
-    if second is not None:
-        total += tl.load(second + row).to(DTYPE)
-    return total
-
-
 @triton.jit(do_not_specialize=["features", "latents", "recon_programs", "programs"])
 def loss_fwd_kernel(
     prediction, target, gradient, guess, mu, logvar, kl, partials, arrived, loss_out, recon_out, kl_out, scale, beta,
@@ -117,7 +71,7 @@ def loss_fwd_kernel(
             sums += fold(tile, BLOCK)
         if ALIGNED:
             if worker == 0:
-                o = end + tl.arange(0, BLOCK // 8)
+                o = end + tl.arange(0, BLOCK // 8)  # more than are left, to fit the sums
                 sums += recon_tile(prediction, target, gradient, base + o, o < features, factor, s, ts, LIKELIHOOD, DTYPE)
     elif mu is not None:
         base, end = row_bounds(row, latents, LATENTS_ALIGNED, WIDE)
@@ -152,7 +106,7 @@ def loss_bwd_kernel(
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
     if worker < recon_programs:
-        factor = upstream(grad_loss, grad_recon, row, DTYPE)
+        factor = upstream_of(grad_loss, row, DTYPE) + upstream_of(grad_recon, row, DTYPE)
         if worker == 0:
             tl.store(seen + row, factor)
         wrong = True
@@ -171,9 +125,7 @@ def loss_bwd_kernel(
                     o = end + tl.arange(0, 16)
                     recon_tile(prediction, target, gradient, base + o, o < features, factor, s, ts, LIKELIHOOD, DTYPE)
     else:
-        factor = scalar(beta, beta_value, DTYPE) * upstream(grad_loss, None, row, DTYPE) + upstream(
-            grad_own_kl, None, row, DTYPE
-        )
+        factor = kl_factor(grad_loss, grad_own_kl, row, beta, beta_value, DTYPE)
         if grad_kl is not None:
             tl.store(grad_kl + row, factor)
         if mu is not None:
@@ -198,7 +150,7 @@ def loss_forward(recon_x, x, mu, logvar, kl, beta, guess, *, likelihood, scale, 
     programs = recon.programs + latents.programs
     launch(
         loss_fwd_kernel, rows * programs, recon_x.device,
-        recon_x, as_bytes(x), gradient, guess, mu, logvar, kl,
+        recon_x, as_bytes(x), gradient, guess, mu, logvar, kl if kl is None else kl.contiguous(),
         recon_x.new_empty(rows * programs, dtype=torch.float64), arrivals(recon_x.device, rows), *terms,
         *pointer_and_value(scale, beta), target_scale, *weights,
         recon.columns, latents.columns, recon.programs, programs,

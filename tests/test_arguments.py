@@ -66,6 +66,18 @@ def test_given_kl(reduction, device):
 
 
 @pytest.mark.parametrize(
+    "layout", (lambda kl: kl[:1].expand(5), lambda kl: kl.repeat_interleave(2)[::2]), ids=("expanded", "strided")
+)
+def test_given_kl_of_samples_in_any_layout(layout, device):
+    recon_x, x, _, _ = make_inputs("mse", (5, 9), (5, 3), device=device)
+    kl = layout(torch.rand(5, device=device)).requires_grad_()
+    got = fastelbo.loss(recon_x, x, kl=kl, beta=0.3, reduction="none", likelihood="mse")
+    torch.testing.assert_close(got.loss, (recon_x - x).square().sum(1) + 0.3 * kl)
+    upstream = torch.rand(5, device=device)
+    torch.testing.assert_close(gradients(got.loss, kl, grad_outputs=upstream)[0], 0.3 * upstream)
+
+
+@pytest.mark.parametrize(
     "beta",
     (2, 0.25, 0.0, -1.0, fractions.Fraction(1, 2), torch.tensor(0.5), torch.tensor(3), torch.tensor(0.1, dtype=torch.float64)),
     ids=repr,

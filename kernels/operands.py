@@ -1,0 +1,55 @@
+"""What the kernels make of their arguments: numbers from host or device, bounds of rows, upstream gradients."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def scalar(pointer, value, DTYPE: tl.constexpr):
+    """A number that is given on the device or, where `pointer` is None, by the host."""
+    if pointer is None:
+        return tl.full([], value, DTYPE)  # in the interpreter, tl.cast would take a Python float through float32
+    else:
+        return tl.load(pointer).to(DTYPE)
+
+
+@triton.jit
+def positive_scalar(pointer, value, DTYPE: tl.constexpr):
+    """Likewise, and NaN where the device's number is not positive; the host's has been checked."""
+    number = scalar(pointer, value, DTYPE)
+    if pointer is not None:
+        number = tl.where(number > 0.0, number, float("nan"))
+    return number
+
+
+@triton.jit
+def row_bounds(row, columns, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
+    """Start of a row, and how much of it is streamed in whole tiles; ALIGNED rows leave the last 15 or fewer elements.
+
+    The compiler knows that `columns // 16 * 16` is a multiple of 16, so accesses under a mask on it stay 128 bits wide;
+    `columns` itself would make them scalar.
+    """
+    if WIDE:
+        row = row.to(tl.int64)
+    else:
+        columns = columns.to(tl.int32)
+    if ALIGNED:
+        end = columns // 16 * 16
+        return row * end, end
+    else:
+        return row * columns, columns
+
+
+@triton.jit
+def upstream_of(pointer, row, DTYPE: tl.constexpr):
+    """The gradient that arrives at an output; None stands for zero."""
+    if pointer is None:
+        return tl.zeros([], dtype=DTYPE)
+    else:
+        return tl.load(pointer + row).to(DTYPE)
+
+
+@triton.jit
+def kl_factor(grad_loss, grad_kl, row, beta, beta_value, DTYPE: tl.constexpr):
+    """The gradient that arrives at the reduced KL, by way of the loss and on its own."""
+    return scalar(beta, beta_value, DTYPE) * upstream_of(grad_loss, row, DTYPE) + upstream_of(grad_kl, row, DTYPE)
