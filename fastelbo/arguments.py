@@ -102,6 +102,12 @@ def weight(reduction: str, value: Tensor) -> float:
     return 1 / count if count else nan
 
 
+def check_real(name: str, value, expected: str = "a number") -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    return float(value)
+
+
 def check_number(name: str, value, like: Tensor) -> float | Tensor:
     """A real number as a float, a real 0-d tensor as it is; as a float, too, if it lies on the CPU and wants no gradient."""
     if isinstance(value, Tensor):
@@ -114,9 +120,7 @@ def check_number(name: str, value, like: Tensor) -> float | Tensor:
         if value.device.type == "cpu" and not value.requires_grad and not is_traced():
             return float(value)
         return value
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
-    return float(value)
+    return check_real(name, value, "a number or a 0-d tensor")
 
 
 def check_scale(scale, row: Likelihood, like: Tensor) -> float | Tensor:
@@ -137,6 +141,8 @@ def check_scale(scale, row: Likelihood, like: Tensor) -> float | Tensor:
 def check_bounded(name: str, value: Tensor, factor: float = 1.0) -> None:
     """Numbers in [0, 1] once multiplied by `factor`; NaN passes, to become a loss of NaN."""
     if value.dtype != torch.bool and value.numel():
-        low, high = (float(v) * factor for v in torch.aminmax(value.detach()))
+        if value.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which have no minimum in Torch
+            value = value.double()
+        low, high = sorted(float(v) * factor for v in torch.aminmax(value.detach()))
         if low < 0 or high > 1:
             raise ValueError(f"{name} must lie in [0, 1] for the likelihood 'bernoulli', got values from {low:g} to {high:g}")

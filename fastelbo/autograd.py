@@ -13,7 +13,7 @@ from torch import Tensor
 from . import formula
 from .backend import backend_for
 from .guess import guess, remember
-from .layout import dense
+from .layout import dense, in_layout, layout_of
 
 
 class Settings(NamedTuple):
@@ -28,8 +28,14 @@ class Settings(NamedTuple):
 
 
 def is_traced() -> bool:
-    """Whether the call is traced by torch.compile or transformed by torch.func, where no state may be kept."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether the call is traced by torch.compile or a dispatch mode (fake tensors, counters), transformed by torch.func, or
+    carries forward-mode tangents: then no state may be kept, and every operation must be Torch's own."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def _by_formula(*upstreams: Tensor | None) -> bool:
@@ -43,9 +49,6 @@ def _by_formula(*upstreams: Tensor | None) -> bool:
 def loss_forward(settings: Settings, recon_x, x, mu, logvar, kl, beta, factor: Tensor | None = None):
     """`(loss, recon, kl, gradient)` from the backend of the tensors' device; no gradient is stored without a `factor`."""
     backend = backend_for(recon_x.device)
-    recon_x, x = dense(recon_x, x)
-    if mu is not None:
-        mu, logvar = dense(mu, logvar)
     return backend.loss_forward(recon_x, x, mu, logvar, kl, _near(beta, recon_x), factor, **settings._asdict())
 
 
@@ -63,7 +66,7 @@ class Saved(NamedTuple):
 
 
 class Loss(torch.autograd.Function):
-    """Reconstruction, KL (or one that is given, already reduced) and their sum."""
+    """Reconstruction, KL (or one that is given, already reduced) and their sum. The tensors come dense, in pairs alike."""
 
     @staticmethod
     def forward(ctx, settings: Settings, recon_x, x, mu, logvar, kl, beta):
@@ -85,13 +88,14 @@ class Loss(torch.autograd.Function):
 
 
 class Sample(torch.autograd.Function):
-    """z = mu + exp(logvar / 2) * noise, and the KL. `noise` is what `draw_noise` gave, or the user's own."""
+    """z = mu + exp(logvar / 2) * noise, and the KL. `noise` is what `draw_noise` gave, or the user's own. All come dense."""
 
     @staticmethod
     def forward(ctx, mu, logvar, noise, kl_weight: float, per_sample: bool, dtype: torch.dtype, wants_kl: bool):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mu, logvar, noise)
         ctx.settings = kl_weight, per_sample, dtype
+        ctx.layout = layout_of(mu)
         return sample_forward(mu, logvar, noise, kl_weight, per_sample, dtype, wants_kl)
 
     @staticmethod
@@ -102,14 +106,14 @@ class Sample(torch.autograd.Function):
         if needs[2] or _by_formula(grad_z, grad_kl):
 
             def outputs(mu, logvar, noise):
-                eps = _normals(mu, noise, dtype)
+                eps = _normals(mu, noise, ctx.layout, dtype)
                 return formula.sample(mu, logvar, eps, dtype), formula.divergence(mu, logvar, kl_weight, per_sample, dtype)
 
             grads = _differentiate(outputs, (mu, logvar, noise), needs, (grad_z, grad_kl))
         elif grad_z is None and grad_kl is None:
             grads = None, None, None
         else:
-            grads = *_sample_backward(grad_z, mu, logvar, noise, 1.0, (None, grad_kl), kl_weight, per_sample, dtype), None
+            grads = *_sample_backward(ctx, grad_z, mu, logvar, noise, 1.0, (None, grad_kl), kl_weight, per_sample, dtype), None
         return *grads, None, None, None, None
 
 
@@ -122,8 +126,8 @@ class Elbo(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, settings: Settings, inner, noise, x, mu, logvar, kl, beta, *leaves):
-        ctx.inner, ctx.leaves = inner, leaves
-        prediction, wants_beta = inner[0].detach(), ctx.needs_input_grad[7]
+        ctx.inner, ctx.leaves, ctx.layout = inner, leaves, layout_of(mu)
+        (prediction, x), wants_beta = dense(inner[0].detach(), x), ctx.needs_input_grad[7]
         return _forward(ctx, settings, prediction, x, None, None, kl, beta, True, wants_beta, mu, logvar, noise)
 
     @staticmethod
@@ -132,6 +136,11 @@ class Elbo(torch.autograd.Function):
             raise RuntimeError(
                 "fastelbo.elbo cannot be differentiated twice (create_graph=True) or in batches (is_grads_batched=True):"
                 " use fastelbo.sample_kl, the decoder and fastelbo.loss(..., kl=kl), which can"
+            )
+        if any(leaf._backward_hooks for leaf in ctx.leaves):
+            raise RuntimeError(
+                "a tensor that the decoder of fastelbo.elbo uses was given a hook after the call, which would run twice:"
+                " register it before, or use fastelbo.sample_kl, the decoder and fastelbo.loss(..., kl=kl)"
             )
         *saved, mu, logvar, noise = ctx.saved_tensors
         saved = Saved(*saved)
@@ -145,7 +154,7 @@ class Elbo(torch.autograd.Function):
             keep = torch._C._autograd._get_current_graph_task_keep_graph()
             found = iter(torch.autograd.grad(output, wrt, gradient, retain_graph=keep, allow_unused=True))
             if not keep:
-                ctx.inner = ctx.leaves = None
+                ctx.inner = None
         grad_z = next(found) if wants_latents else None
         grad_leaves = [next(found) if wanted else None for wanted in wants_leaves]
         grad_loss, _, grad_kl = upstreams
@@ -153,7 +162,7 @@ class Elbo(torch.autograd.Function):
         if wants_latents and not (grad_z is None and grad_loss is None and grad_kl is None):
             settings = ctx.settings
             grad_mu, grad_logvar = _sample_backward(
-                grad_z, mu, logvar, noise, _beta(ctx, saved), (grad_loss, grad_kl),
+                ctx, grad_z, mu, logvar, noise, _beta(ctx, saved), (grad_loss, grad_kl),
                 settings.weights[1], settings.per_sample, settings.dtype,
             )  # fmt: skip
         grad_x, grad_beta = _seldom_wanted(ctx, saved, upstreams, wants_x, wants_beta)
@@ -167,15 +176,15 @@ def decoder_leaves(output: Tensor, z: torch.autograd.graph.GradientEdge) -> list
     behind z, into which its differentiation would go on; where a leaf has hooks, which would run twice; and where a reentrant
     checkpoint hides the leaves inside it.
     """
-    oldest = z.node._sequence_nr()  # nodes are numbered as they are made, in each thread; leaves come last
+    # Nodes are numbered as they are made, by each thread: what lies outside these bounds is not the decoder's.
+    oldest, newest = z.node._sequence_nr(), output.grad_fn._sequence_nr()
     accumulators = {}
     for node in _graph([output.grad_fn], stop=z.node):
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            if leaf._backward_hooks:
+        if node.name() == "torch::autograd::AccumulateGrad":
+            if node.variable._backward_hooks:
                 return None
-            accumulators[node] = leaf
-        elif node._sequence_nr() < oldest or node.name() == "CheckpointFunctionBackward":
+            accumulators[node] = node.variable
+        elif not oldest <= node._sequence_nr() <= newest or node.name() == "CheckpointFunctionBackward":
             return None
     if any(node in accumulators for node in _graph([node for node, _ in z.node.next_functions])):
         return None
@@ -195,7 +204,6 @@ def _graph(todo: list, stop=None) -> Iterator:
 
 def sample_forward(mu, logvar, noise, kl_weight: float, per_sample: bool, dtype: torch.dtype, wants_kl: bool):
     """`(z, kl or None)` from the backend of the tensors' device."""
-    mu, logvar, noise = _latents(mu, logvar, noise)
     backend = backend_for(mu.device)
     return backend.sample_forward(mu, logvar, noise, kl_weight=kl_weight, per_sample=per_sample, dtype=dtype, wants_kl=wants_kl)
 
@@ -207,27 +215,21 @@ def _near(number: float | Tensor, like: Tensor) -> float | Tensor:
     return number
 
 
-def _latents(mu, logvar, noise, *others):
-    """In one dense layout; noise that is a seed stays as it is."""
+def _sample_backward(ctx, grad_z, mu, logvar, noise, beta, upstreams, kl_weight, per_sample, dtype):
+    mu, logvar, grad_z = in_layout(ctx.layout, mu, logvar, grad_z)
     if noise.is_floating_point():
-        return dense(mu, logvar, noise, *others)
-    mu, logvar, *others = dense(mu, logvar, *others)
-    return mu, logvar, noise, *others
-
-
-def _sample_backward(grad_z, mu, logvar, noise, beta, upstreams, kl_weight, per_sample, dtype):
-    mu, logvar, noise, grad_z = _latents(mu, logvar, noise, grad_z)
+        (noise,) = in_layout(ctx.layout, noise)
     backend = backend_for(mu.device)
     return backend.sample_backward(
         grad_z, mu, logvar, noise, _near(beta, mu), upstreams, kl_weight=kl_weight, per_sample=per_sample, dtype=dtype
     )
 
 
-def _normals(mu: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
+def _normals(mu: Tensor, noise: Tensor, layout: torch.memory_format, dtype: torch.dtype) -> Tensor:
     """The noise itself: what a sample with mean 0 and logvar 0 is."""
     if noise.is_floating_point():
         return noise
-    zeros = torch.zeros_like(mu, dtype=dtype)
+    zeros = torch.zeros_like(mu, dtype=dtype, memory_format=layout)
     return sample_forward(zeros, zeros, noise, 1.0, False, dtype, False)[0]
 
 
@@ -235,6 +237,8 @@ def _forward(ctx, settings: Settings, recon_x, x, mu, logvar, kl, beta, wants_re
     """Compute, and save what the backward passes need."""
     ctx.set_materialize_grads(False)
     ctx.settings, ctx.key, ctx.used = settings, None, None
+    # Those of this moment: a hook on saved tensors, such as `save_on_cpu`, may bring them back with other strides.
+    ctx.layouts = layout_of(recon_x), layout_of(recon_x if mu is None else mu)
     if wants_recon:
         rows = recon_x.shape[0] if settings.per_sample else 1
         ctx.key = (recon_x.device, recon_x.dtype, recon_x.shape, *settings._replace(scale=None))
@@ -267,10 +271,9 @@ def _loss_backward(ctx, saved: Saved, upstreams, wants_recon, wants_latents, wan
         # Handed out once, and without keeping a reference: it becomes `.grad` without a copy, and a second backward through a
         # retained graph, which finds None, leaves it alone.
         gradient, ctx.gradient = ctx.gradient, None
-    recon_x, x = dense(saved.recon_x, saved.x)
-    mu, logvar = saved.mu, saved.logvar
-    if mu is not None:
-        mu, logvar = dense(mu, logvar)
+    recon_layout, latent_layout = ctx.layouts
+    recon_x, x = in_layout(recon_layout, saved.recon_x, saved.x)
+    mu, logvar = in_layout(latent_layout, saved.mu, saved.logvar)
     backend = backend_for(recon_x.device)
     *grads, seen = backend.loss_backward(
         recon_x, x, mu, logvar, _near(_beta(ctx, saved), recon_x), upstreams, gradient, None if gradient is None else ctx.used,

@@ -32,4 +32,6 @@ def sample(mu: Tensor, logvar: Tensor, eps: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def _reduce(values: Tensor, weight: float, per_sample: bool) -> Tensor:
-    return (values.flatten(1).sum(1) if per_sample else values.sum()) * weight
+    if not per_sample:
+        return values.sum() * weight
+    return values.flatten(1).sum(1) if values.dim() > 1 else values

@@ -6,11 +6,19 @@ from torch import Tensor
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
+def layout_of(tensor: Tensor) -> torch.memory_format:
+    """Channels last where the tensor lies so, otherwise contiguous, whether it does or not."""
+    channels_last = _CHANNELS_LAST.get(tensor.dim())
+    if channels_last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=channels_last):
+        return torch.contiguous_format
+    return channels_last
+
+
+def in_layout(layout: torch.memory_format, *tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in that layout; copied only where they are not in it yet."""
+    return [t if t is None else t.contiguous(memory_format=layout) for t in tensors]
+
+
 def dense(first: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    """The tensors in the layout of the first, contiguous or channels last; copied only where they are not in it yet."""
-    layout = torch.contiguous_format
-    if not first.is_contiguous():
-        channels_last = _CHANNELS_LAST.get(first.dim())
-        if channels_last is not None and first.is_contiguous(memory_format=channels_last):
-            layout = channels_last
-    return [t if t is None else t.contiguous(memory_format=layout) for t in (first, *others)]
+    """The tensors in the layout of the first."""
+    return in_layout(layout_of(first), first, *others)

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from .arguments import find_likelihood, split_reduction
+from .arguments import check_real, find_likelihood, split_reduction
 from .objective import ELBOTerms, Reduction, loss
 
 
 class ELBOLoss(nn.Module):
     """Negative ELBO with options fixed once: `criterion(recon_x, x, mu, logvar)` is `fastelbo.loss` with them.
 
-    `beta` is kept as a 0-d buffer: it moves with the module and is saved in its `state_dict`. Write to it
+    `beta` is kept as a 0-d buffer of the default dtype: it moves with the module and is saved in its `state_dict`. Write to it
     (`criterion.beta.fill_(0.5)`), or pass a beta to `forward`, to change it from step to step.
 
     Args:
@@ -32,7 +32,7 @@ class ELBOLoss(nn.Module):
         find_likelihood(likelihood)
         split_reduction(reduction)
         self.likelihood, self.reduction, self.scale, self.target_scale = likelihood, reduction, scale, target_scale
-        self.register_buffer("beta", torch.tensor(float(beta)))
+        self.register_buffer("beta", torch.tensor(check_real("beta", beta)))
 
     def forward(
         self,

@@ -15,6 +15,7 @@ from .arguments import (
     check_latents,
     check_number,
     check_prediction,
+    check_real,
     check_scale,
     check_target,
     find_likelihood,
@@ -22,6 +23,7 @@ from .arguments import (
     weight,
 )
 from .autograd import Elbo, Loss, Settings, decoder_leaves, is_traced, loss_forward
+from .layout import dense
 from .sampling import draw, result_dtype, sample
 
 Reduction = str | tuple[str, str]
@@ -75,7 +77,9 @@ def loss(
         ValueError: shapes, devices or names do not fit; `scale` is not positive or, on a CPU, probabilities are outside
             [0, 1]. On a GPU those give NaN.
     """
-    settings, beta = _check_loss("recon_x", recon_x, x, mu, logvar, kl, beta, likelihood, reduction, scale, target_scale)
+    check_prediction("recon_x", recon_x)
+    options = _check_options(recon_x, beta, likelihood, scale, target_scale)
+    settings, beta = _check_loss("recon_x", recon_x, x, mu, logvar, kl, options, reduction)
     return _loss(settings, "recon_x", recon_x, x, mu, logvar, kl, beta)
 
 
@@ -122,7 +126,7 @@ def elbo(
     check_target("x", x)
     check_device("x", x, "mu", mu)
     check_batch("x", x, "mu", mu)
-    find_likelihood(likelihood)
+    options = _check_options(mu, beta, likelihood, scale, target_scale)
     recon_reduction, kl_reduction = split_reduction(reduction)
     noise = draw(mu, logvar, eps, generator)
     kl_weight = weight(kl_reduction, mu)
@@ -130,24 +134,39 @@ def elbo(
     # Taken before the decoder runs, which may write to z.
     edge = torch.autograd.graph.get_gradient_edge(z) if z.requires_grad and not is_traced() else None
     prediction = decoder(z)
-    settings, beta = _check_loss(
-        "decoder(z)", prediction, x, None, None, kl, beta, likelihood, recon_reduction, scale, target_scale
-    )
-    if edge is not None and prediction.requires_grad:
+    settings, beta = _check_loss("decoder(z)", prediction, x, None, None, kl, options, recon_reduction)
+    # A leaf that is itself the prediction, and noise that requires grad, are for the composed path.
+    if edge is not None and prediction.grad_fn is not None and not noise.requires_grad:
         leaves = decoder_leaves(prediction, edge)
         if leaves is not None:
-            settings = settings._replace(weights=(settings.weights[0], kl_weight), dtype=kl.dtype)
-            terms = Elbo.apply(settings, (prediction, edge), noise, x, mu, logvar, kl.detach(), beta, *leaves)
+            settings = settings._replace(weights=(settings.weights[0], kl_weight))
+            (mu, logvar), kl = dense(mu, logvar), kl.detach()
+            terms = Elbo.apply(settings, (prediction, edge), noise, x, mu, logvar, kl, beta, *leaves)
             return _finish(settings, "decoder(z)", prediction, x, terms)
     return _loss(settings, "decoder(z)", prediction, x, None, None, kl, beta)
 
 
-def _check_loss(name, recon_x, x, mu, logvar, kl, beta, likelihood, reduction, scale, target_scale):
+class Options(NamedTuple):
+    """What of a call can be checked without its prediction."""
+
+    likelihood: str
+    beta: float | Tensor
+    scale: float | Tensor
+    target_scale: float
+
+
+def _check_options(like: Tensor, beta, likelihood, scale, target_scale) -> Options:
+    row = find_likelihood(likelihood)
+    return Options(
+        row.name, check_number("beta", beta, like), check_scale(scale, row, like), check_real("target_scale", target_scale)
+    )
+
+
+def _check_loss(name, recon_x, x, mu, logvar, kl, options: Options, reduction) -> tuple[Settings, float | Tensor]:
     """The settings of a call and its beta, once all arguments are found to fit."""
     check_prediction(name, recon_x)
     check_target("x", x)
     check_alike(name, recon_x, "x", x)
-    row = find_likelihood(likelihood)
     if kl is None:
         if mu is None or logvar is None:
             raise ValueError("give mu and logvar, or kl: got " + _given(mu=mu, logvar=logvar))
@@ -164,17 +183,15 @@ def _check_loss(name, recon_x, x, mu, logvar, kl, beta, likelihood, reduction, s
         recon_reduction, _ = split_reduction(reduction)
         _check_kl(kl, recon_reduction, recon_x)
         dtype, kl_weight = result_dtype(recon_x, kl), 1.0
-    if isinstance(target_scale, Tensor):
-        raise TypeError("target_scale must be a number, got a tensor")
     settings = Settings(
-        likelihood=row.name,
-        scale=check_scale(scale, row, recon_x),
-        target_scale=check_number("target_scale", target_scale, recon_x),
+        likelihood=options.likelihood,
+        scale=options.scale,
+        target_scale=options.target_scale,
         weights=(weight(recon_reduction, recon_x), kl_weight),
         per_sample=recon_reduction == "none",
         dtype=dtype,
     )
-    return settings, check_number("beta", beta, recon_x)
+    return settings, options.beta
 
 
 def _check_kl(kl, reduction: str, recon_x: Tensor) -> None:
@@ -195,6 +212,9 @@ def _given(**arguments) -> str:
 def _loss(settings: Settings, name: str, recon_x, x, mu, logvar, kl, beta) -> ELBOTerms:
     if is_traced():
         return ELBOTerms(*formula.objective(recon_x, x, mu, logvar, kl, beta, **settings._asdict()))
+    recon_x, x = dense(recon_x, x)
+    if mu is not None:
+        mu, logvar = dense(mu, logvar)
     tensors = (recon_x, x, mu, logvar, kl, beta)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         terms = Loss.apply(settings, *tensors)

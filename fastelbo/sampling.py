@@ -9,7 +9,7 @@ from . import formula
 from .arguments import check_alike, check_latents, check_prediction, check_reduction, weight
 from .autograd import Sample, is_traced, sample_forward
 from .backend import backend_for
-from .layout import dense
+from .layout import dense, in_layout, layout_of
 
 
 class SampleKL(NamedTuple):
@@ -86,7 +86,7 @@ def draw(mu: Tensor, logvar: Tensor, eps: Tensor | None, generator: torch.Genera
     if generator is not None and generator.device != mu.device:
         raise ValueError(f"generator must be on the device of mu: got {generator.device} and {mu.device}")
     if is_traced():
-        return torch.randn_like(logvar, memory_format=torch.contiguous_format)
+        return torch.empty_like(logvar).normal_(generator=generator) if generator is not None else torch.randn_like(logvar)
     return backend_for(mu.device).draw_noise(dense(logvar)[0].detach(), generator)
 
 
@@ -96,6 +96,9 @@ def sample(mu, logvar, noise, kl_weight: float, per_sample: bool, *, wants_kl: b
     if is_traced():
         kl = formula.divergence(mu, logvar, kl_weight, per_sample, dtype) if wants_kl else None
         return formula.sample(mu, logvar, noise, dtype), kl
+    mu, logvar = dense(mu, logvar)
+    if noise.is_floating_point():
+        (noise,) = in_layout(layout_of(mu), noise)
     arguments = (mu, logvar, noise, kl_weight, per_sample, dtype, wants_kl)
     if torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad or noise.requires_grad):
         return Sample.apply(*arguments)

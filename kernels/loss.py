@@ -106,24 +106,25 @@ def loss_bwd_kernel(
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
     if worker < recon_programs:
-        factor = upstream_of(grad_loss, row, DTYPE) + upstream_of(grad_recon, row, DTYPE)
-        if worker == 0:
-            tl.store(seen + row, factor)
-        wrong = True
-        if used is not None:
-            wrong = factor != tl.load(used + row)  # NaN is never what was guessed
-        if wrong:
-            factor *= scalar(None, recon_weight, DTYPE)
-            s = positive_scalar(scale, scale_value, DTYPE)
-            ts = scalar(None, target_scale, DTYPE)
-            base, end = row_bounds(row, features, ALIGNED, WIDE)
-            for start in tl.range(worker * BLOCK, end, recon_programs * BLOCK):
-                o = start + tl.arange(0, BLOCK)
-                recon_tile(prediction, target, gradient, base + o, o < end, factor, s, ts, LIKELIHOOD, DTYPE)
-            if ALIGNED:
-                if worker == 0:
-                    o = end + tl.arange(0, 16)
-                    recon_tile(prediction, target, gradient, base + o, o < features, factor, s, ts, LIKELIHOOD, DTYPE)
+        if gradient is not None:
+            factor = upstream_of(grad_loss, row, DTYPE) + upstream_of(grad_recon, row, DTYPE)
+            if worker == 0:
+                tl.store(seen + row, factor)
+            wrong = True
+            if used is not None:
+                wrong = factor != tl.load(used + row)  # NaN is never what was guessed
+            if wrong:
+                factor *= scalar(None, recon_weight, DTYPE)
+                s = positive_scalar(scale, scale_value, DTYPE)
+                ts = scalar(None, target_scale, DTYPE)
+                base, end = row_bounds(row, features, ALIGNED, WIDE)
+                for start in tl.range(worker * BLOCK, end, recon_programs * BLOCK):
+                    o = start + tl.arange(0, BLOCK)
+                    recon_tile(prediction, target, gradient, base + o, o < end, factor, s, ts, LIKELIHOOD, DTYPE)
+                if ALIGNED:
+                    if worker == 0:
+                        o = end + tl.arange(0, 16)
+                        recon_tile(prediction, target, gradient, base + o, o < features, factor, s, ts, LIKELIHOOD, DTYPE)
     else:
         factor = kl_factor(grad_loss, grad_own_kl, row, beta, beta_value, DTYPE)
         if grad_kl is not None:

@@ -57,7 +57,7 @@ BAD = [
     ({"beta": "1"}, TypeError, "beta must be a number or a 0-d tensor, got str"),
     ({"beta": torch.tensor(1j)}, TypeError, "beta must be real"),
     ({"beta": None}, TypeError, "beta must be a number"),
-    ({"target_scale": rand(())}, TypeError, "target_scale must be a number, got a tensor"),
+    ({"target_scale": rand(())}, TypeError, "target_scale must be a number, got Tensor"),
     ({"target_scale": "x"}, TypeError, "target_scale must be a number"),
     ({"scale": 1.0}, ValueError, "scale is for the likelihood 'gaussian'; got it with 'bernoulli'"),
     *(
