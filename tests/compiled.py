@@ -106,17 +106,16 @@ def loss_forward(
     )
 
 
-def loss_backward(likelihood, prediction, target, latent=torch.float32, *, retained=False):
+def loss_backward(likelihood, prediction, target, latent=torch.float32, *, retained=False, recon=True, latents=True, kl=False):
     recon_x, x, mu, logvar = _tensors(prediction, target, latent)
     dtype = torch.float64 if prediction == torch.float64 else torch.float32
     upstream = torch.ones((), dtype=dtype)
-    stored = (None, None) if retained else (torch.empty_like(recon_x), upstream.reshape(1))
+    stored = (None, None) if retained or not recon else (torch.empty_like(recon_x), upstream.reshape(1))
+    wants = {"wants_recon": recon, "wants_latents": latents, "wants_kl": kl}
+    settings = _settings(likelihood, False, dtype)
     return record(
-        lambda: kernels.loss_backward(
-            recon_x, x, mu, logvar, 1.0, (upstream, None, None), *stored,
-            **_settings(likelihood, False, dtype), wants_recon=True, wants_latents=True, wants_kl=False,
-        )
-    )  # fmt: skip
+        lambda: kernels.loss_backward(recon_x, x, mu, logvar, 1.0, (upstream, None, None), *stored, **settings, **wants)
+    )
 
 
 def sample_forward(latent, *, seeded=True, per_sample=False, features=20, wants_kl=True):

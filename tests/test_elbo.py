@@ -1,6 +1,7 @@
 """`elbo`: one autograd Function around the decoder, with the gradients of the composed calls and of the naive code."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -263,6 +264,85 @@ def test_target_and_beta_that_require_grad(device):
         way(net, x, mu, logvar, torch.ones_like(mu), beta, likelihood="mse")[0].backward()
         results.append([x.grad, beta.grad, mu.grad])
     torch.testing.assert_close(*results)
+
+
+def test_noise_that_requires_grad(device):
+    results = []
+    for way in (by_elbo, composed, naive):
+        torch.manual_seed(0)
+        mu, logvar = latents(device)
+        net, x = network(device), torch.rand(B, FEATURES, device=device)
+        eps = torch.randn(B, LATENT, device=device, requires_grad=True)
+        way(net, x, mu, logvar, eps, likelihood="mse")[0].backward()
+        results.append([eps.grad, mu.grad, logvar.grad])
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
+
+
+def test_decoder_that_returns_a_leaf(device):
+    mu, logvar = latents(device)
+    constant = torch.zeros(B, FEATURES, device=device, requires_grad=True)
+    x = torch.rand(B, FEATURES, device=device)
+    by_elbo(lambda z: constant, x, mu, logvar, None, likelihood="mse").loss.backward()
+    torch.testing.assert_close(constant.grad, -2 * x)
+    torch.testing.assert_close(mu.grad, 0.5 * mu.detach())
+
+
+def test_a_hook_registered_after_the_call_is_an_error(device):
+    mu, logvar = latents(device)
+    net = network(device)
+    loss = by_elbo(net, torch.rand(B, FEATURES, device=device), mu, logvar, None, likelihood="mse").loss
+    net[0].weight.register_hook(lambda g: 2 * g)
+    with pytest.raises(RuntimeError, match="hook after the call"):
+        loss.backward()
+
+
+def test_a_function_that_keeps_a_variable_on_ctx(device):
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z, weight):
+            ctx.variable = weight
+            return z * weight
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * ctx.variable.detach(), gradient.sum()
+
+    def make():
+        net, weight = network(device), torch.tensor(1.5, device=device, requires_grad=True)
+        return (lambda z: Scale.apply(net(z), weight)), list(net.parameters())
+
+    compare(make, device)
+
+
+def test_in_another_thread_than_what_the_decoder_uses(device):
+    results = []
+    for way in (by_elbo, naive):
+        torch.manual_seed(0)
+        mu, logvar = latents(device)
+        net, x = network(device), torch.rand(B, FEATURES, device=device)
+        condition = torch.ones(FEATURES, device=device, requires_grad=True)
+        hidden = condition.tanh()
+        terms = []
+        worker = threading.Thread(
+            target=lambda: terms.extend(way(lambda z: net(z) * hidden, x, mu, logvar, torch.ones_like(mu), likelihood="mse"))  # noqa: B023
+        )
+        worker.start()
+        worker.join()
+        (terms[0] + hidden.sum()).backward()
+        results.append([condition.grad, mu.grad])
+    torch.testing.assert_close(*results)
+
+
+def test_dtype_of_the_prediction_counts(device):
+    mu, logvar = latents(device)
+    weight = torch.randn(LATENT, FEATURES, device=device, dtype=torch.float64, requires_grad=True)
+    x, eps = torch.rand(B, FEATURES, device=device), torch.randn(B, LATENT, device=device)
+    got = by_elbo(lambda z: z.double() @ weight, x, mu, logvar, eps, likelihood="mse")
+    expected = composed(lambda z: z.double() @ weight, x, mu, logvar, eps, likelihood="mse")
+    assert {t.dtype for t in got} == {torch.float64}
+    torch.testing.assert_close(list(got), list(expected))
+    torch.testing.assert_close(gradients(got.loss, mu, weight), gradients(expected.loss, mu, weight))
 
 
 def test_retained_graph(device):

@@ -103,7 +103,18 @@ def test_reduction_of_sample_kl():
             fastelbo.sample_kl(GOOD["mu"], GOOD["logvar"], reduction=bad)
 
 
+def test_elbo_checks_before_the_decoder_runs():
+    def decoder(z):
+        raise AssertionError("the decoder ran")
+
+    for bad in ({"beta": "1"}, {"scale": 1.0}, {"target_scale": None}, {"likelihood": "x"}, {"reduction": "x"}):
+        with pytest.raises((TypeError, ValueError), match=next(iter(bad))):
+            fastelbo.elbo(decoder, GOOD["x"], GOOD["mu"], GOOD["logvar"], **bad)
+
+
 def test_module():
+    with pytest.raises(TypeError, match="beta must be a number, got str"):
+        fastelbo.nn.ELBOLoss(beta="1")
     with pytest.raises(ValueError, match="likelihood must be one of"):
         fastelbo.nn.ELBOLoss(likelihood="normal")
     with pytest.raises(ValueError, match="reduction must be one of"):
@@ -149,7 +160,10 @@ def test_bytes_without_target_scale():
     x = torch.full((4, 6), 255, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"x must lie in \[0, 1\] for the likelihood 'bernoulli', got values from 255 to 255"):
         fastelbo.loss(**{**GOOD, "x": x})
-    fastelbo.loss(**{**GOOD, "x": x}, target_scale=1 / 255)
+    with pytest.raises(ValueError, match="x must lie in"):
+        fastelbo.loss(**{**GOOD, "x": x}, target_scale=-1 / 255)
+    for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.uint64):
+        fastelbo.loss(**{**GOOD, "x": x.to(dtype)}, target_scale=1 / 255)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="on a CPU it raises")

@@ -1,5 +1,6 @@
 """What autograd promises, lines 3 to 7: subsets of inputs, retained graphs, separate outputs, untouched inputs, NaN and inf."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -193,3 +194,37 @@ def test_no_grad_stores_nothing(device):
             assert all(t.grad_fn is None for t in terms)
             assert relative(terms.loss, naive(*as_double(recon_x, x, mu, logvar), likelihood="mse")[0]) < 1e-6
             assert fastelbo.reparameterize(mu, logvar).grad_fn is None
+
+
+class ContiguousWhenUnpacked(torch.autograd.graph.saved_tensors_hooks):
+    """As `save_on_cpu(pin_memory=True)` does: saved tensors come back with other strides."""
+
+    def __init__(self):
+        super().__init__(lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format))
+
+
+@pytest.mark.parametrize("halves", (False, True), ids=("whole", "halves"))
+def test_saved_tensors_that_come_back_in_another_layout(halves, device):
+    h = torch.randn(2, 8, 3, 5, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    other = torch.randn_like(h).requires_grad_()
+    recon_x, x = (torch.randn(2, 8, 3, 5, device=device).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    recon_x.requires_grad_()
+    results = []
+    for hooks in (ContiguousWhenUnpacked(), contextlib.nullcontext()):
+        with hooks:
+            mu, logvar = h.chunk(2, 1) if halves else (h, other)
+            torch.manual_seed(5)
+            z, kl = fastelbo.sample_kl(mu, logvar)
+            loss = fastelbo.loss(recon_x, x, kl=kl, likelihood="mse").loss * 7  # not what was guessed
+        results.append(gradients(loss + (z * z.detach()).sum(), recon_x, h))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("halves", (False, True), ids=("whole", "halves"))
+def test_create_graph_has_the_noise_of_forward_in_any_layout(halves, device):
+    h = torch.randn(2, 4, 3, 3, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    mu, logvar = h.chunk(2, 1) if halves else (h, 0.5 * h)
+    z = fastelbo.reparameterize(mu, logvar)
+    upstream = torch.randn_like(z)
+    plain = gradients(z, h, grad_outputs=upstream, retain_graph=True)
+    torch.testing.assert_close(gradients(z, h, grad_outputs=upstream, create_graph=True), plain)

@@ -70,3 +70,50 @@ def test_batched_upstream_gradients(device):
     z = fastelbo.reparameterize(mu, logvar)
     got = gradients(z.sum(1), logvar, grad_outputs=torch.eye(5, device=device), is_grads_batched=True, retain_graph=True)[0]
     torch.testing.assert_close(got[2], gradients(z.sum(1)[2], logvar)[0])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # Torch's own, for its decompositions
+def test_forward_mode(device):
+    recon_x, x, mu, logvar = (t.detach() for t in make_inputs("mse", (5, 9), (5, 3), device=device))
+    tangent = torch.randn_like(recon_x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(recon_x, tangent)
+        loss = fastelbo.loss(dual, x, mu, logvar, likelihood="mse").loss
+        got = torch.autograd.forward_ad.unpack_dual(loss).tangent
+        z = fastelbo.reparameterize(torch.autograd.forward_ad.make_dual(mu, mu), logvar)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(z).tangent, mu)
+    torch.testing.assert_close(got, (2 * (recon_x - x) * tangent).sum())
+
+
+def test_fake_tensors_leave_nothing_behind(device):
+    with torch._subclasses.FakeTensorMode():
+        recon_x = torch.rand(5, 9, device=device, requires_grad=True)
+        mu = torch.rand(5, 3, device=device, requires_grad=True)
+        loss = fastelbo.loss(recon_x, recon_x.detach(), mu, mu, likelihood="mse").loss
+        assert loss.shape == ()
+        loss.backward()
+        assert recon_x.grad.shape == (5, 9)
+        assert fastelbo.sample_kl(mu, mu).z.shape == (5, 3)
+    inputs = make_inputs("mse", (5, 9), (5, 3), device=device)
+    gradients(fastelbo.loss(*inputs, likelihood="mse").loss, inputs[0])
+
+
+def test_generator_of_a_transformed_call(device):
+    mu = torch.zeros(3, 5, device=device)
+
+    def draw():
+        generator = torch.Generator(device).manual_seed(3)
+        return torch.func.grad(lambda lv: fastelbo.reparameterize(mu, lv, generator=generator).sum())(mu)
+
+    assert torch.equal(draw(), draw())
+
+
+def test_one_dimensional_inputs(device):
+    recon_x, x, mu, logvar = (
+        t.detach()[:, 0].clone().requires_grad_() for t in make_inputs("mse", (4, 1), (4, 1), device=device)
+    )
+    loss = fastelbo.loss(recon_x, x, mu, logvar, 0.5, likelihood="mse", reduction="none").loss
+    upstream = torch.rand(4, device=device)
+    plain = gradients(loss, recon_x, x, mu, logvar, grad_outputs=upstream, retain_graph=True)
+    torch.testing.assert_close(gradients(loss, recon_x, x, mu, logvar, grad_outputs=upstream, create_graph=True), plain)
+    torch.testing.assert_close(plain[0], 2 * (recon_x - x).detach() * upstream)
