@@ -33,6 +33,7 @@ def count_kernels(function) -> int:
     return sum(e.count for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
 
 
+@pytest.mark.counts_launches
 def test_launches(device):
     """One for the loss, one for its backward, two for seed and sample, one for their backward."""
     recon_x, x, mu, logvar = make_inputs("mse", (128, 784), (128, 20), device=device)
@@ -165,8 +166,8 @@ def test_more_than_two_to_the_31_elements(device):
 
 def test_many_latents(device):
     n = 2**31 + 16
-    if torch.cuda.get_device_properties(device).total_memory < 70 * 2**30:
-        pytest.skip("needs 70 GB")
+    if torch.cuda.get_device_properties(device).total_memory < 20 * 2**30:
+        pytest.skip("needs 20 GB")
     zeros = torch.zeros(1, n, dtype=torch.bfloat16, device=device)
     z, kl = fastelbo.sample_kl(zeros, zeros)
     assert kl.item() == 0
