@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -48,23 +47,15 @@ class VAE(nn.Module):
 def naive_loss(model: VAE, x: Tensor, eps: Tensor, beta: float, likelihood: str) -> Tensor:
     mu, logvar = model.encode(x)
     z = mu + torch.exp(0.5 * logvar) * eps
-    recon_x = model.decode(z)
-    if likelihood == "bernoulli":
-        recon = F.binary_cross_entropy(recon_x, x, reduction="sum")
-    elif likelihood == "bernoulli_logits":
-        recon = F.binary_cross_entropy_with_logits(recon_x, x, reduction="sum")
-    elif likelihood == "mse":
-        recon = F.mse_loss(recon_x, x, reduction="sum")
-    else:
-        recon = -torch.distributions.Normal(recon_x, SCALE).log_prob(x).sum()
-    kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
-    return recon + beta * kl
+    loss, _, _ = fastelbo.reference.elbo_loss(model.decode(z), x, mu, logvar, beta, likelihood=likelihood, scale=SCALE)
+    return loss
 
 
 def fused_loss(model: VAE, x: Tensor, eps: Tensor, beta: float, likelihood: str) -> Tensor:
     mu, logvar = model.encode(x)
     scale = SCALE if likelihood == "gaussian" else None
-    return fastelbo.elbo(model.decode, x, mu, logvar, beta, likelihood=likelihood, scale=scale, eps=eps).loss
+    loss, _, _ = fastelbo.elbo(model.decode, x, mu, logvar, beta, likelihood=likelihood, scale=scale, eps=eps)
+    return loss
 
 
 class Trainer:
