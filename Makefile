@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-TRITON ?= triton==3.9.0
+TRITON ?= $(if $(filter Linux,$(shell uname)),triton==3.9.0)
 
 ifneq ($(TORCH),)
 RUN := $(VENV)/bin/python
