@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -113,8 +114,8 @@ def picture(options: argparse.Namespace, images: Tensor, trainers: list[Trainer]
     sampled = activate(model.decode(torch.randn(36, options.latent).to(images.device)))
 
     def tiles(values: Tensor, columns: int) -> Tensor:
-        rows = values.cpu().reshape(-1, columns, 8, 8)
-        return rows.permute(0, 2, 1, 3).reshape(-1, columns * 8)
+        rows = F.pad(values.cpu().reshape(-1, columns, 8, 8), (1, 1, 1, 1), value=0.3)
+        return rows.permute(0, 2, 1, 3).reshape(-1, columns * 10)
 
     figure = Figure(figsize=(14, 4), layout="constrained")
     curves, pairs, prior = figure.subplots(1, 3, width_ratios=(3, 3, 2))
@@ -148,6 +149,10 @@ def parse() -> argparse.Namespace:
     for name in ("epochs", "batch_size", "latent"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA GPU here")
+    if options.out.suffix not in (".png", ".pdf", ".svg", ".jpg"):
+        parser.error(f"--out must end in .png, .pdf, .svg or .jpg, got {options.out}")
     return options
 
 

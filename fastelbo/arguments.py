@@ -45,8 +45,10 @@ def check_target(name: str, value) -> None:
 def check_alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Same shape and device: nothing is broadcast."""
     if value.shape != other.shape:
+        advice = f"; of one size, so {other_name}.view_as({name}) may be meant" if value.numel() == other.numel() else ""
         raise ValueError(
-            f"{name} must have the shape of {other_name}: got {name} {tuple(value.shape)} and {other_name} {tuple(other.shape)}"
+            f"{name} must have the shape of {other_name}:"
+            f" got {name} {tuple(value.shape)} and {other_name} {tuple(other.shape)}{advice}"
         )
     check_device(name, value, other_name, other)
 
@@ -123,8 +125,8 @@ def check_number(name: str, value, like: Tensor) -> float | Tensor:
     return check_real(name, value, "a number or a 0-d tensor")
 
 
-def check_scale(scale, row: Likelihood, like: Tensor) -> float | Tensor:
-    """The standard deviation of the Gaussian likelihood, 1 if not given."""
+def check_scale(scale, row: Likelihood, like: Tensor | None = None) -> float | Tensor:
+    """The standard deviation of the Gaussian likelihood, 1 if not given. A tensor must be near `like`."""
     if scale is None:
         return 1.0
     if not row.has_scale:
@@ -138,11 +140,14 @@ def check_scale(scale, row: Likelihood, like: Tensor) -> float | Tensor:
     return scale
 
 
-def check_bounded(name: str, value: Tensor, factor: float = 1.0) -> None:
+def check_unit_interval(name: str, value: Tensor, row: Likelihood, advice: str, factor: float = 1.0) -> None:
     """Numbers in [0, 1] once multiplied by `factor`; NaN passes, to become a loss of NaN."""
-    if value.dtype != torch.bool and value.numel():
-        if value.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which have no minimum in Torch
-            value = value.double()
-        low, high = sorted(float(v) * factor for v in torch.aminmax(value.detach()))
-        if low < 0 or high > 1:
-            raise ValueError(f"{name} must lie in [0, 1] for the likelihood 'bernoulli', got values from {low:g} to {high:g}")
+    if value.dtype == torch.bool or value.numel() == 0:
+        return
+    if value.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which have no minimum in Torch
+        value = value.double()
+    low, high = sorted(float(v) * factor for v in torch.aminmax(value.detach()))
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"{name} must lie in [0, 1] for the likelihood {row.name!r}, got values from {low:g} to {high:g}; {advice}"
+        )

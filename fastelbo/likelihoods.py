@@ -25,13 +25,14 @@ class Likelihood(NamedTuple):
     `fused(prediction, target, scale, dim, factor, a, b)` returns its sum over `dim` (-1; None: over everything; False: not
     wanted), and leaves its derivative by the prediction, times `factor`, in the buffer `a`, unless `factor` is None. `b` is
     scratch. All tensors have one shape and dtype; `factor` is a float or broadcasts.
-    `name` is also that of the device function. `bounded`: prediction and target must lie in [0, 1].
+    `name` is also that of the device function. `probabilities`: predictions must lie in [0, 1]. `binary`: so must targets.
     """
 
     name: str
     nll: Callable[[Tensor, Tensor, Number], Tensor]
     fused: Callable[[Tensor, Tensor, Number, int | bool | None, Number | None, Tensor, Tensor], Tensor | None]
-    bounded: bool = False
+    probabilities: bool = False
+    binary: bool = False
     has_scale: bool = False
 
 
@@ -106,8 +107,8 @@ def _times(gradient: Tensor, factor: Number) -> None:
 LIKELIHOODS = {
     row.name: row
     for row in (
-        Likelihood("bernoulli", _bernoulli, _bernoulli_fused, bounded=True),
-        Likelihood("bernoulli_logits", _bernoulli_logits, _bernoulli_logits_fused),
+        Likelihood("bernoulli", _bernoulli, _bernoulli_fused, probabilities=True, binary=True),
+        Likelihood("bernoulli_logits", _bernoulli_logits, _bernoulli_logits_fused, binary=True),
         Likelihood("mse", _mse, _mse_fused),
         Likelihood("gaussian", _gaussian, _gaussian_fused, has_scale=True),
     )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_real, find_likelihood, split_reduction
+from .arguments import check_real, check_scale, find_likelihood, split_reduction
 from .objective import ELBOTerms, Reduction, loss
 
 
@@ -14,7 +14,8 @@ class ELBOLoss(nn.Module):
     (`criterion.beta.fill_(0.5)`), or pass a beta to `forward`, to change it from step to step.
 
     Args:
-        likelihood, beta, reduction, scale, target_scale: as in `fastelbo.loss`. `scale` must be a number here.
+        likelihood, reduction, target_scale: as in `fastelbo.loss`.
+        beta, scale: likewise, as numbers.
 
     Raises:
         TypeError, ValueError: as `fastelbo.loss`.
@@ -29,8 +30,11 @@ class ELBOLoss(nn.Module):
         target_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        find_likelihood(likelihood)
+        row = find_likelihood(likelihood)
         split_reduction(reduction)
+        if scale is not None:
+            check_scale(check_real("scale", scale), row)
+        check_real("target_scale", target_scale)
         self.likelihood, self.reduction, self.scale, self.target_scale = likelihood, reduction, scale, target_scale
         self.register_buffer("beta", torch.tensor(check_real("beta", beta)))
 

@@ -10,7 +10,6 @@ from . import formula
 from .arguments import (
     check_alike,
     check_batch,
-    check_bounded,
     check_device,
     check_latents,
     check_number,
@@ -18,12 +17,14 @@ from .arguments import (
     check_real,
     check_scale,
     check_target,
+    check_unit_interval,
     find_likelihood,
     split_reduction,
     weight,
 )
 from .autograd import Elbo, Loss, Settings, decoder_leaves, is_traced, loss_forward
 from .layout import dense
+from .likelihoods import LIKELIHOODS
 from .sampling import draw, result_dtype, sample
 
 Reduction = str | tuple[str, str]
@@ -134,6 +135,11 @@ def elbo(
     # Taken before the decoder runs, which may write to z.
     edge = torch.autograd.graph.get_gradient_edge(z) if z.requires_grad and not is_traced() else None
     prediction = decoder(z)
+    if isinstance(prediction, tuple | list):
+        raise TypeError(
+            f"decoder(z) must be a tensor, got {type(prediction).__name__}: pass the decoder alone, not the whole VAE, or"
+            " lambda z: decoder(z)[0]"
+        )
     settings, beta = _check_loss("decoder(z)", prediction, x, None, None, kl, options, recon_reduction)
     # A leaf that is itself the prediction, and noise that requires grad, are for the composed path.
     if edge is not None and prediction.grad_fn is not None and not noise.requires_grad:
@@ -225,9 +231,11 @@ def _loss(settings: Settings, name: str, recon_x, x, mu, logvar, kl, beta) -> EL
 
 def _finish(settings: Settings, name: str, recon_x: Tensor, x: Tensor, terms) -> ELBOTerms:
     """Raise for what lies outside [0, 1], on a CPU, where looking costs no sync."""
-    recon = terms[1]
-    if find_likelihood(settings.likelihood).bounded and recon.device.type == "cpu":
-        if recon.isnan().any():  # a logarithm of something negative
-            check_bounded(name, recon_x)
-        check_bounded("x", x, settings.target_scale)
+    row, recon = LIKELIHOODS[settings.likelihood], terms[1]
+    if recon.device.type == "cpu":
+        if row.probabilities and recon.isnan().any():  # a logarithm of something negative
+            check_unit_interval(name, recon_x, row, "for logits use likelihood='bernoulli_logits'")
+        # As Torch does, logits go with any floating target; bytes above 1 are images that were not scaled.
+        if row.binary and (row.probabilities or not x.is_floating_point()):
+            check_unit_interval("x", x, row, "for 8-bit images pass target_scale=1/255", settings.target_scale)
     return ELBOTerms(*terms)

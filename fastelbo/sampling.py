@@ -83,6 +83,8 @@ def draw(mu: Tensor, logvar: Tensor, eps: Tensor | None, generator: torch.Genera
         check_prediction("eps", eps)
         check_alike("eps", eps, "mu", mu)
         return eps
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if generator is not None and generator.device != mu.device:
         raise ValueError(f"generator must be on the device of mu: got {generator.device} and {mu.device}")
     if is_traced():

@@ -22,7 +22,7 @@ def rand(*shape, **kwargs):
 BAD = [
     ({"x": rand(4, 7)}, ValueError, r"recon_x must have the shape of x: got recon_x \(4, 6\) and x \(4, 7\)"),
     ({"x": rand(1, 6)}, ValueError, r"recon_x must have the shape of x"),
-    ({"x": rand(4, 6, 1)}, ValueError, r"recon_x must have the shape of x"),
+    ({"x": rand(4, 6, 1)}, ValueError, r"recon_x must have the shape of x: .* x.view_as\(recon_x\)"),
     ({"logvar": rand(4, 1)}, ValueError, r"logvar must have the shape of mu: got logvar \(4, 1\) and mu \(4, 3\)"),
     ({"mu": rand(5, 3), "logvar": rand(5, 3)}, ValueError, r"same batch size.*mu \(5, 3\) and recon_x \(4, 6\)"),
     ({"recon_x": rand(()), "x": rand(())}, ValueError, "recon_x must have the batch"),
@@ -89,6 +89,7 @@ def test_loss(change, error, message):
         ({"eps": rand(4, 2)}, ValueError, "eps must have the shape of mu"),
         ({"eps": torch.ones(4, 3, dtype=torch.int64, device=DEVICE)}, TypeError, "eps must be float16"),
         ({"eps": rand(4, 3), "generator": torch.Generator(DEVICE)}, ValueError, "give eps or generator, not both"),
+        ({"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
     ),
 )
 @pytest.mark.parametrize("function", (fastelbo.reparameterize, fastelbo.sample_kl))
@@ -119,6 +120,12 @@ def test_module():
         fastelbo.nn.ELBOLoss(likelihood="normal")
     with pytest.raises(ValueError, match="reduction must be one of"):
         fastelbo.nn.ELBOLoss(reduction="avg")
+    with pytest.raises(TypeError, match="scale must be a number, got Parameter"):
+        fastelbo.nn.ELBOLoss("gaussian", scale=torch.nn.Parameter(torch.ones(())))
+    with pytest.raises(ValueError, match="scale must be positive"):
+        fastelbo.nn.ELBOLoss("gaussian", scale=-1)
+    with pytest.raises(ValueError, match="scale is for the likelihood 'gaussian'"):
+        fastelbo.nn.ELBOLoss("mse", scale=1.0)
 
 
 @pytest.mark.parametrize("name", ("x", "mu", "logvar", "eps"))
@@ -158,8 +165,10 @@ def test_probabilities_outside_0_and_1(bad):
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="looking at the target would need a sync")
 def test_bytes_without_target_scale():
     x = torch.full((4, 6), 255, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"x must lie in \[0, 1\] for the likelihood 'bernoulli', got values from 255 to 255"):
-        fastelbo.loss(**{**GOOD, "x": x})
+    for likelihood in ("bernoulli", "bernoulli_logits"):
+        with pytest.raises(ValueError, match=r"x must lie in \[0, 1\] .*, got values from 255 to 255; .*target_scale=1/255"):
+            fastelbo.loss(**{**GOOD, "x": x}, likelihood=likelihood)
+    fastelbo.loss(**{**GOOD, "x": 3 * GOOD["x"]}, likelihood="bernoulli_logits")  # as F.binary_cross_entropy_with_logits
     with pytest.raises(ValueError, match="x must lie in"):
         fastelbo.loss(**{**GOOD, "x": x}, target_scale=-1 / 255)
     for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.uint64):
