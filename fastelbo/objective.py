@@ -118,7 +118,8 @@ def elbo(
 
     Raises:
         TypeError, ValueError: as `loss`; also if the decoder returns anything but a tensor of the shape of `x`.
-        RuntimeError: in backward with `create_graph=True` or `is_grads_batched=True`.
+        RuntimeError: in backward with `create_graph=True` or `is_grads_batched=True`, or if a leaf that the decoder uses was
+            given a hook after this call.
     """
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
