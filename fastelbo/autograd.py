@@ -95,7 +95,7 @@ class Sample(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mu, logvar, noise)
         ctx.settings = kl_weight, per_sample, dtype
-        ctx.layout = layout_of(mu)
+        ctx.latent_layout = layout_of(mu)
         return sample_forward(mu, logvar, noise, kl_weight, per_sample, dtype, wants_kl)
 
     @staticmethod
@@ -106,7 +106,7 @@ class Sample(torch.autograd.Function):
         if needs[2] or _by_formula(grad_z, grad_kl):
 
             def outputs(mu, logvar, noise):
-                eps = _normals(mu, noise, ctx.layout, dtype)
+                eps = _normals(mu, noise, ctx.latent_layout, dtype)
                 return formula.sample(mu, logvar, eps, dtype), formula.divergence(mu, logvar, kl_weight, per_sample, dtype)
 
             grads = _differentiate(outputs, (mu, logvar, noise), needs, (grad_z, grad_kl))
@@ -126,9 +126,11 @@ class Elbo(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, settings: Settings, inner, noise, x, mu, logvar, kl, beta, *leaves):
-        ctx.inner, ctx.leaves, ctx.layout = inner, leaves, layout_of(mu)
-        (prediction, x), wants_beta = dense(inner[0].detach(), x), ctx.needs_input_grad[7]
-        return _forward(ctx, settings, prediction, x, None, None, kl, beta, True, wants_beta, mu, logvar, noise)
+        ctx.inner, ctx.leaves = inner, leaves
+        prediction, x = dense(inner[0].detach(), x)
+        terms = _forward(ctx, settings, prediction, x, None, None, kl, beta, True, ctx.needs_input_grad[7], mu, logvar, noise)
+        ctx.latent_layout = layout_of(mu)
+        return terms
 
     @staticmethod
     def backward(ctx, *upstreams):
@@ -216,9 +218,9 @@ def _near(number: float | Tensor, like: Tensor) -> float | Tensor:
 
 
 def _sample_backward(ctx, grad_z, mu, logvar, noise, beta, upstreams, kl_weight, per_sample, dtype):
-    mu, logvar, grad_z = in_layout(ctx.layout, mu, logvar, grad_z)
+    mu, logvar, grad_z = in_layout(ctx.latent_layout, mu, logvar, grad_z)
     if noise.is_floating_point():
-        (noise,) = in_layout(ctx.layout, noise)
+        (noise,) = in_layout(ctx.latent_layout, noise)
     backend = backend_for(mu.device)
     return backend.sample_backward(
         grad_z, mu, logvar, noise, _near(beta, mu), upstreams, kl_weight=kl_weight, per_sample=per_sample, dtype=dtype
@@ -238,7 +240,7 @@ def _forward(ctx, settings: Settings, recon_x, x, mu, logvar, kl, beta, wants_re
     ctx.set_materialize_grads(False)
     ctx.settings, ctx.key, ctx.used = settings, None, None
     # Those of this moment: a hook on saved tensors, such as `save_on_cpu`, may bring them back with other strides.
-    ctx.layouts = layout_of(recon_x), layout_of(recon_x if mu is None else mu)
+    ctx.recon_layout, ctx.latent_layout = layout_of(recon_x), None if mu is None else layout_of(mu)
     if wants_recon:
         rows = recon_x.shape[0] if settings.per_sample else 1
         ctx.key = (recon_x.device, recon_x.dtype, recon_x.shape, *settings._replace(scale=None))
@@ -271,9 +273,8 @@ def _loss_backward(ctx, saved: Saved, upstreams, wants_recon, wants_latents, wan
         # Handed out once, and without keeping a reference: it becomes `.grad` without a copy, and a second backward through a
         # retained graph, which finds None, leaves it alone.
         gradient, ctx.gradient = ctx.gradient, None
-    recon_layout, latent_layout = ctx.layouts
-    recon_x, x = in_layout(recon_layout, saved.recon_x, saved.x)
-    mu, logvar = in_layout(latent_layout, saved.mu, saved.logvar)
+    recon_x, x = in_layout(ctx.recon_layout, saved.recon_x, saved.x)
+    mu, logvar = in_layout(ctx.latent_layout, saved.mu, saved.logvar)
     backend = backend_for(recon_x.device)
     *grads, seen = backend.loss_backward(
         recon_x, x, mu, logvar, _near(_beta(ctx, saved), recon_x), upstreams, gradient, None if gradient is None else ctx.used,

@@ -75,10 +75,12 @@ def loss(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes, devices or names do not fit; `scale` is not positive or, on a CPU, probabilities are outside
-            [0, 1]. On a GPU those give NaN.
+        ValueError: shapes, devices or names do not fit; `scale` is not positive; on a CPU, probabilities or the targets of
+            `"bernoulli"`, or integer targets of `"bernoulli_logits"`, are outside [0, 1]. On a GPU, looking would need a sync:
+            such probabilities and scales give NaN there, such targets a loss that means nothing.
     """
     check_prediction("recon_x", recon_x)
+    check_target("x", x)
     options = _check_options(recon_x, beta, likelihood, scale, target_scale)
     settings, beta = _check_loss("recon_x", recon_x, x, mu, logvar, kl, options, reduction)
     return _loss(settings, "recon_x", recon_x, x, mu, logvar, kl, beta)
@@ -141,6 +143,7 @@ def elbo(
             f"decoder(z) must be a tensor, got {type(prediction).__name__}: pass the decoder alone, not the whole VAE, or"
             " lambda z: decoder(z)[0]"
         )
+    check_prediction("decoder(z)", prediction)
     settings, beta = _check_loss("decoder(z)", prediction, x, None, None, kl, options, recon_reduction)
     # A leaf that is itself the prediction, and noise that requires grad, are for the composed path.
     if edge is not None and prediction.grad_fn is not None and not noise.requires_grad:
@@ -170,9 +173,7 @@ def _check_options(like: Tensor, beta, likelihood, scale, target_scale) -> Optio
 
 
 def _check_loss(name, recon_x, x, mu, logvar, kl, options: Options, reduction) -> tuple[Settings, float | Tensor]:
-    """The settings of a call and its beta, once all arguments are found to fit."""
-    check_prediction(name, recon_x)
-    check_target("x", x)
+    """The settings of a call and its beta, once prediction and target, each good by itself, are found to fit the rest."""
     check_alike(name, recon_x, "x", x)
     if kl is None:
         if mu is None or logvar is None:

@@ -89,7 +89,7 @@ def draw(mu: Tensor, logvar: Tensor, eps: Tensor | None, generator: torch.Genera
         raise ValueError(f"generator must be on the device of mu: got {generator.device} and {mu.device}")
     if is_traced():
         return torch.empty_like(logvar).normal_(generator=generator) if generator is not None else torch.randn_like(logvar)
-    return backend_for(mu.device).draw_noise(dense(logvar)[0].detach(), generator)
+    return backend_for(mu.device).draw_noise(logvar, layout_of(logvar), generator)
 
 
 def sample(mu, logvar, noise, kl_weight: float, per_sample: bool, *, wants_kl: bool) -> tuple[Tensor, Tensor | None]:

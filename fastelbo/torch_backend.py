@@ -24,9 +24,9 @@ from .likelihoods import LIKELIHOODS
 BLOCK, THREAD = 2**19, 2**16
 
 
-def draw_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normals of the shape, dtype and layout of `like`: the ones that `torch.randn_like` would give."""
-    return torch.empty_like(like).normal_(generator=generator)
+def draw_noise(like: Tensor, layout: torch.memory_format, generator: torch.Generator | None) -> Tensor:
+    """Standard normals of the shape and dtype of `like`: the ones that `torch.randn_like` would give in that layout."""
+    return torch.empty_like(like, memory_format=layout).normal_(generator=generator)
 
 
 def loss_forward(recon_x, x, mu, logvar, kl, beta, guess, *, likelihood, scale, target_scale, weights, per_sample, dtype):

@@ -99,7 +99,7 @@ def sample_bwd_kernel(
             )  # fmt: skip
 
 
-def draw_noise(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+def draw_noise(like: torch.Tensor, layout: torch.memory_format, generator: torch.Generator | None) -> torch.Tensor:
     """The seed of a stream of normals: a 0-d int64 tensor on the device, drawn from Torch's generator without a sync."""
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=like.device, generator=generator)
 
