@@ -1,0 +1,107 @@
+"""The cases: what is timed, at which shapes, with which likelihoods and dtypes, and in which mode."""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+# Shapes that people train with: reconstruction, and latents of one sample.
+SHAPES = {
+    "1x784": (20,),  # MNIST, one at a time
+    "128x784": (20,),
+    "128x3x32x32": (128,),  # CIFAR
+    "64x3x64x64": (128,),  # CelebA
+    "8x3x256x256": (4, 32, 32),  # a latent diffusion model's autoencoder
+    "1x3x17x256x256": (16, 5, 32, 32),  # likewise for video
+    "128x20000": (10,),  # gene expression, all genes
+    "4096x4000": (10,),  # likewise, the variable ones: 64 MB
+    "65536x784": (20,),
+    "65536x3x32x32": (128,),  # 768 MB
+}
+# Latents alone, from 2 to 16 million.
+LATENTS = ("1x2", "128x20", "64x512", "8x4x32x32", "1024x1024", "4096x4096")
+# Whole training steps: likelihoods of the models in `models.py`.
+MODELS = {"mlp-784": "bernoulli", "conv-3x64x64": "bernoulli_logits", "genes-20000": "gaussian"}
+
+# Predictions (or latents), and targets.
+DTYPES = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.float32),
+    "bfloat16+uint8": (torch.bfloat16, torch.uint8),
+    "float16": (torch.float16, torch.float16),
+}
+LIKELIHOODS = ("bernoulli", "bernoulli_logits", "mse", "gaussian")
+SUBJECTS = {
+    "loss": "reconstruction, KL and their sum",
+    "sample": "reparameterized sample and KL",
+    "objective": "sample, KL and loss, for a given decoder output",
+    "step": "a whole training step: encoder, sample, decoder, loss, their backward, Adam",
+}
+MODES = {
+    "forward": "nothing requires grad",
+    "backward": "forward and backward",
+    "scaled": "likewise, from loss / batch size: a factor other than 1, the same at each step",
+    "varying": "likewise, from loss * factor, another factor at each step",
+}
+
+
+class Case(NamedTuple):
+    subject: str
+    shape: str
+    likelihood: str  # "-" where there is none
+    dtypes: str
+    mode: str
+
+    @property
+    def id(self) -> str:
+        return " ".join(self)
+
+
+def sizes(shape: str) -> tuple[int, ...]:
+    """(128, 784) for "128x784"."""
+    return tuple(map(int, shape.split("x")))
+
+
+CHOICES = {
+    "subjects": SUBJECTS,
+    "shapes": (*SHAPES, *LATENTS, *MODELS),
+    "likelihoods": LIKELIHOODS,
+    "dtypes": DTYPES,
+    "modes": MODES,
+}
+
+
+def all_cases() -> Iterator[Case]:
+    yield from map(Case._make, itertools.product(["loss", "objective"], SHAPES, LIKELIHOODS, DTYPES, MODES))
+    yield from map(Case._make, itertools.product(["sample"], LATENTS, ["-"], ["float32", "bfloat16"], ["forward", "backward"]))
+    yield from (Case("step", model, likelihood, "float32", "backward") for model, likelihood in MODELS.items())
+
+
+def usual(case: Case, cuda: bool) -> bool:
+    """Whether `make bench` runs a case: every size once, every option at a small and a large one, in under ten minutes."""
+    if case.subject == "step":
+        return True
+    if case.subject == "sample":
+        return cuda or case.dtypes == "float32"
+    if case.shape == "65536x3x32x32" and not cuda:
+        return False
+    plain = case.dtypes == "float32" and case.mode == "backward"
+    if case.subject == "objective":
+        return plain and case.likelihood == "bernoulli_logits"
+    if plain:
+        return True
+    if case.shape not in ("128x784", "4096x4000" if cuda else "64x3x64x64"):
+        return False
+    if case.dtypes == "float32":
+        return case.likelihood in ("bernoulli", "bernoulli_logits")
+    return case.mode == "backward" and case.likelihood in ("bernoulli_logits", "mse")
+
+
+def select(chosen: dict[str, list[str] | None], cuda: bool) -> list[Case]:
+    """The usual cases, or those that were chosen: then any subject, shape and likelihood, float32, and forward and backward."""
+    if not any(chosen.values()):
+        return [case for case in all_cases() if usual(case, cuda)]
+    wanted = {"dtypes": ["float32"], "modes": ["backward"]} | {name: values for name, values in chosen.items() if values}
+    wanted["likelihoods"] = [*wanted.get("likelihoods", LIKELIHOODS), "-"]
+    return [case for case in all_cases() if all(value in wanted.get(name, [value]) for name, value in zip(CHOICES, case))]

@@ -1,0 +1,91 @@
+"""The options of the suite, the rows that they select, and what the JSON says of the machine and of each row."""
+
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import cpuinfo
+import pytest
+import torch
+
+from .cases import CHOICES, select
+from .measure import measure
+
+CONTENDERS = ("eager", "compiled", "fastelbo", "fastelbo compiled")
+
+
+def add_options(add: Callable) -> None:
+    """To pytest's parser, or to argparse's."""
+    for name, choices in CHOICES.items():
+        described = [f"{k} ({v})" for k, v in choices.items()] if name in ("subjects", "modes") else choices
+        add(f"--{name}", nargs="+", choices=list(choices), metavar=name[:-1].upper(), help=", ".join(described))
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="cuda if there is one")
+    add("--seconds", type=float, default=1.0, help="that each case is timed for (1)")
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else cpuinfo.get_cpu_info()["brand_raw"]
+
+
+def pytest_addoption(parser):
+    add_options(parser.addoption)
+
+
+def pytest_generate_tests(metafunc):
+    option = metafunc.config.option
+    cuda = option.device == "cuda"
+    cases = select({name: getattr(option, name) for name in CHOICES}, cuda)
+    if not cases:
+        raise pytest.UsageError("no case has all that was chosen: see the shapes of each subject in bench/cases.py")
+    contenders = [*CONTENDERS, *(f"{name}, graph" for name in CONTENDERS if cuda)]
+    metafunc.parametrize("measured", list(enumerate(cases, 1)), ids=[case.id for case in cases], indirect=True, scope="module")
+    metafunc.parametrize("contender", contenders)
+    metafunc.config.number_of_cases = len(cases)
+
+
+@pytest.fixture(scope="module")
+def measured(request):
+    """A case and what was measured of it, all contenders in turns."""
+    config = request.config
+    number, case = request.param
+    found = measure(case, torch.device(config.option.device), config.option.seconds)
+    medians = {name: statistics.median(timing.seconds) * 1e3 for name, timing in found.timings.items()}
+    config.get_terminal_writer().line(
+        f"[{number}/{config.number_of_cases}] {case.id}: " + ", ".join(f"{name} {ms:.3g}" for name, ms in medians.items()) + " ms"
+    )
+    return case, found
+
+
+@pytest.hookimpl
+def pytest_report_teststatus(report):
+    """No dot a test: the fixture has said more."""
+    if report.when == "call" and report.passed:
+        return "passed", "", ""
+    return None
+
+
+def pytest_benchmark_generate_machine_info(config):
+    device = config.option.device
+    info = {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
+        "python": platform.python_version(),
+    }
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        info["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        info["cuda"] = torch.version.cuda
+    return info
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Keep what is told: the case, and the quartiles. Without the samples, the file can be committed."""
+    output_json["benchmarks"] = [
+        {**row["extra_info"], "seconds": {name: row["stats"][name] for name in ("q1", "median", "q3", "rounds")}}
+        for row in output_json["benchmarks"]
+    ]

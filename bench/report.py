@@ -1,0 +1,222 @@
+"""`python -m bench.report FILE...`: results of the benchmarks as tables, as plots, and as the README's section on performance."""
+
+import argparse
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from .cases import LIKELIHOODS, Case, sizes
+
+README = Path(__file__).parents[1] / "README.md"
+MARKERS = "<!-- performance: what `python -m bench.report --write` makes of bench/results -->", "<!-- end of performance -->"
+
+
+class Row(NamedTuple):
+    """One case, outside or inside a CUDA graph: by contender ("eager", "compiled", ...), what the JSON has of it."""
+
+    case: Case
+    graph: bool
+    contenders: dict[str, dict]
+
+    def milliseconds(self, name: str) -> float | None:
+        return self.contenders[name]["seconds"]["median"] * 1e3 if name in self.contenders else None
+
+    def spread(self) -> float:
+        """Of fastelbo's time: the interquartile range over the median."""
+        seconds = self.contenders["fastelbo"]["seconds"]
+        return (seconds["q3"] - seconds["q1"]) / seconds["median"]
+
+    def speedup(self, other: str, name: str = "fastelbo") -> float | None:
+        """How many times as fast as another contender: the median of the rounds' ratios."""
+        if other not in self.contenders or name not in self.contenders:
+            return None
+        return self.contenders[name]["speedup_over"][f"{other}, graph" if self.graph else other][1]
+
+    def bytes_per_second(self, name: str = "fastelbo") -> float | None:
+        found = self.contenders.get(name, {})
+        return found["least_bytes"] / found["seconds"]["median"] if "least_bytes" in found else None
+
+    def share_of_floor(self, name: str = "fastelbo") -> float | None:
+        """Time that copying as many bytes would take, over the time taken."""
+        rate = self.bytes_per_second(name)
+        return None if rate is None else rate / self.contenders[name]["copy_bytes_per_second"]
+
+    def peak_megabytes(self, name: str) -> float | None:
+        peak = self.contenders.get(name, {}).get("peak_bytes")
+        return None if peak is None else peak / 1e6
+
+
+class Run(NamedTuple):
+    """One JSON file."""
+
+    path: Path
+    where: str  # device, versions, commit, date
+    rows: list[Row]
+
+
+def load(path: Path) -> Run:
+    data = json.loads(path.read_text())
+    machine, commit = data["machine_info"], data["commit_info"]
+    where = (
+        f"{machine['device']}"
+        + (f", driver {machine['driver']}, CUDA {machine['cuda']}" if "driver" in machine else f", {machine['threads']} threads")
+        + f"; torch {machine['torch']}, triton {machine['triton']}, Python {machine['python']};"
+        f" commit {commit['id'][:10]}{' with changes' if commit['dirty'] else ''}, {data['datetime'][:10]}"
+    )
+    rows: dict[tuple, Row] = {}
+    for found in data["benchmarks"]:
+        case = Case(*(found[field] for field in Case._fields))
+        name, _, graph = found["contender"].partition(", ")
+        rows.setdefault((case, graph), Row(case, bool(graph), {})).contenders[name] = found
+    return Run(path, where, [row for row in rows.values() if "fastelbo" in row.contenders])
+
+
+COLUMNS = (
+    "what", "shape", "likelihood", "dtypes", "mode",
+    "eager ms", "compiled ms", "fastelbo ms", "spread", "its compiled ms",
+    "x eager", "x compiled", "GB/s", "of floor", "kernels", "peak MB", "eager's",
+)  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the full table. A speedup below 1, where fastelbo loses, is marked."""
+    case, own = row.case, row.contenders["fastelbo"]
+    share, rate = row.share_of_floor(), row.bytes_per_second()
+    return [
+        case.subject, case.shape, case.likelihood, case.dtypes, case.mode + (", graph" if row.graph else ""),
+        *(_number(row.milliseconds(name)) for name in ("eager", "compiled", "fastelbo")),
+        f"{row.spread():.0%}",
+        _number(row.milliseconds("fastelbo compiled")),
+        _speedup(row.speedup("eager")), _speedup(row.speedup("compiled")),
+        _number(None if rate is None else rate / 1e9), "-" if share is None else f"{share:.0%}",
+        str(own["kernels"] or "-"), _number(row.peak_megabytes("fastelbo")), _number(row.peak_megabytes("eager")),
+    ]  # fmt: skip
+
+
+LEGEND = (
+    "Medians of interleaved rounds. Speedups are medians of the ratios within a round; ▼ marks where fastelbo loses."
+    " GB/s: the bytes that the case has to move, over fastelbo's time. Floor: the time that a copy measured in the same run"
+    " takes for as many bytes. Peak: memory held at one time beyond the inputs. spread: interquartile range over median."
+)
+
+
+def terminal(runs: list[Run]) -> str:
+    lines = []
+    for run in runs:
+        table = [list(COLUMNS), *map(cells, run.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines += ["", run.where, ""]
+        lines += ["  ".join(text.ljust(w) if i < 5 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))) for line in table]
+    return "\n".join([*lines, "", LEGEND])
+
+
+def markdown(run: Run) -> str:
+    """The full table of one run."""
+    return "\n".join([f"# {run.where}", "", LEGEND, "", *_table(COLUMNS, map(cells, run.rows)), ""])
+
+
+def readme_section(runs: list[Run]) -> str:
+    """What the README says: forward and backward in float32, and where the rest is."""
+    lines = [
+        "Forward and backward in float32: how many times as fast as the eager naive code / as the naive code under `torch.compile`, timed in",
+        "turns in one run. ▼ marks where fastelbo loses.",
+    ]
+    for run in runs:
+        plain = [r for r in run.rows if (r.case.dtypes, r.case.mode, r.graph) == ("float32", "backward", False)]
+        lines += ["", f"**{run.where}** ([all rows](bench/results/{run.path.stem}.md))", ""]
+        losses = {(r.case.shape, r.case.likelihood): _both(r) for r in plain if r.case.subject == "loss"}
+        shapes = dict.fromkeys(shape for shape, _ in losses)
+        pivot = ([f"`loss` {shape}", *(losses.get((shape, name), "-") for name in LIKELIHOODS)] for shape in shapes)
+        lines += _table(["", *(f"`{name}`" for name in LIKELIHOODS)], pivot)
+        others = [r for r in plain if r.case.subject != "loss"]
+        lines += ["", *_table(["", ""], ([f"{TITLES[r.case.subject]} {r.case.shape}", _both(r)] for r in others))]
+        lines += ["", f"![speedup, share of the floor and peak memory by size](bench/results/{run.path.stem}.svg)"]
+    return "\n".join(lines)
+
+
+TITLES = {"sample": "`sample_kl`, latents", "objective": "`sample_kl` + `loss`, bernoulli_logits,", "step": "training step,"}
+
+
+def plots(run: Run, path: Path) -> None:
+    """Three panels by the size of the prediction, for the loss forward and backward in float32."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "fastelbo"  # the same file each time
+    from matplotlib import pyplot
+
+    rows = [r for r in run.rows if (r.case.subject, r.case.dtypes, r.case.mode, r.graph) == ("loss", "float32", "backward", False)]
+    figure, (faster, floor, memory) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    for color, likelihood in enumerate(LIKELIHOODS):
+        chosen = sorted((r for r in rows if r.case.likelihood == likelihood), key=_elements)
+        size = [4 * _elements(r) / 1e6 for r in chosen]
+        for other, line in (("eager", "-"), ("compiled", "--")):
+            faster.plot(size, [r.speedup(other) or math.nan for r in chosen], line, color=f"C{color}", marker=".", label=f"{likelihood} / {other}")
+        floor.plot(size, [100 * r.share_of_floor() for r in chosen], color=f"C{color}", marker=".", label=likelihood)
+    chosen = sorted((r for r in rows if r.case.likelihood == "bernoulli_logits"), key=_elements)
+    for name in ("eager", "compiled", "fastelbo"):
+        memory.plot([4 * _elements(r) / 1e6 for r in chosen], [r.peak_megabytes(name) or math.nan for r in chosen], marker=".", label=name)
+    faster.axhline(1, color="gray", linewidth=0.5)
+    faster.set(title="Times as fast", yscale="log")
+    floor.set(title="Share of the floor: a copy of as many bytes", ylabel="%", ylim=(0, None))
+    memory.set(title="Peak memory beyond the inputs, bernoulli_logits", ylabel="MB", yscale="log")
+    for axes in (faster, floor, memory):
+        axes.set(xscale="log", xlabel="prediction, MB")
+        axes.legend(fontsize="x-small")
+    figure.suptitle(f"Loss, forward and backward, float32. {run.where}", fontsize="small")
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def write(runs: list[Run], readme: Path = README) -> None:
+    """Tables and plots beside each JSON file, and the README's section of them all."""
+    for run in runs:
+        run.path.with_suffix(".md").write_text(markdown(run))
+        plots(run, run.path.with_suffix(".svg"))
+    begin, end = MARKERS
+    before, _, rest = readme.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    if not after:
+        raise ValueError(f"{readme} has no section between {begin!r} and {end!r}")
+    readme.write_text(f"{before}{begin}\n\n{readme_section(runs)}\n\n{end}{after}")
+
+
+def _elements(row: Row) -> int:
+    return math.prod(sizes(row.case.shape))
+
+
+def _number(value: float | None) -> str:
+    """Three digits."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _speedup(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}" + (" ▼" if value < 1 else "")
+
+
+def _both(row: Row) -> str:
+    return f"{_speedup(row.speedup('eager'))} / {_speedup(row.speedup('compiled'))}"
+
+
+def _table(header: Iterable[str], rows: Iterable[list[str]]) -> list[str]:
+    header = list(header)
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.partition(": ")[2])
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON that python -m bench has written")
+    parser.add_argument("--write", action="store_true", help="also write Markdown and SVG beside each file, and the README's section")
+    options = parser.parse_args()
+    runs = [load(path) for path in options.files]
+    print(terminal(runs))
+    if options.write:
+        write(runs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""One row per case and contender. The numbers were taken with all contenders of a case in turns; here they are put on record."""
+
+import statistics
+
+import pytest
+
+# A module that torch.compile warns about is timed all the same.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+class Tape:
+    """A clock that shows how much of the measured time has been played back."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds) -> None:
+        self.now += next(seconds)
+
+
+tape = Tape()
+
+
+@pytest.mark.benchmark(timer=tape)
+def test_speed(benchmark, measured, contender):
+    case, found = measured
+    if contender in found.missing:
+        pytest.skip(found.missing[contender])
+    if contender not in found.timings:
+        pytest.skip("not run in this mode")
+    timing = found.timings[contender]
+    benchmark.group = case.id
+    benchmark.extra_info.update(case._asdict(), contender=contender, peak_bytes=timing.peak_bytes, kernels=timing.kernels)
+    # Paired: both of a ratio are from the same round.
+    benchmark.extra_info["speedup_over"] = {
+        other: statistics.quantiles([a / b for a, b in zip(theirs.seconds, timing.seconds, strict=True)], n=4)
+        for other, theirs in found.timings.items()
+        if other != contender
+    }
+    if found.missing:
+        benchmark.extra_info["missing"] = found.missing
+    if found.least_bytes:
+        copied = statistics.median(found.copy_seconds)
+        benchmark.extra_info["least_bytes"] = found.least_bytes
+        benchmark.extra_info["copy_bytes_per_second"] = found.copy_bytes / copied
+    samples = iter(timing.seconds)
+    benchmark.pedantic(tape.advance, args=(samples,), rounds=len(timing.seconds))
