@@ -18,6 +18,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastelbo import kernels
+from fastelbo.kernels.launch import THREADS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -47,6 +48,7 @@ def record(call) -> Launch:
 
 def compile_for(target: str, launch: Launch):
     kernel, args, options = launch
+    options = options | {"num_warps": THREADS // TARGETS[target].warp_size}
     backend = make_backend(TARGETS[target])
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, rest = binder(*args, **options)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import FINISH, TRITON_DTYPE, Segment, arrivals, launch, pointer_and_value, tile_size
+from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, arrivals, launch, pointer_and_value, tile_size
 from .noise import normals
 from .numerics import exp_and_expm1
 from .operands import kl_factor, row_bounds, scalar
@@ -15,10 +15,19 @@ from .reduction import arrive_last, fold, ordered_sum
 
 
 @triton.jit
-def noise_tile(noise, start, o, mask, SIZE: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr):
-    """Standard normals of a tile: made from the seed that `noise` points to if it is an integer, else read from `noise`."""
+def seed_or_noise(noise):
+    """The seed that `noise` points to if it is an integer, read once; else the pointer itself."""
     if noise.dtype.element_ty == tl.int64:
-        return normals(tl.load(noise), start, SIZE, ALIGNED).to(DTYPE)
+        return tl.load(noise)
+    else:
+        return noise
+
+
+@triton.jit
+def noise_tile(noise, start, o, mask, SIZE: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr):
+    """Standard normals of a tile: made from the seed `noise`, or read from where it points to."""
+    if noise.dtype == tl.int64:
+        return normals(noise, start, SIZE, ALIGNED).to(DTYPE)
     else:
         return tl.load(noise + o, mask=mask, other=0.0).to(DTYPE)
 
@@ -62,17 +71,19 @@ def sample_backward_tile(
 @triton.jit(do_not_specialize=["latents", "programs"])
 def sample_fwd_kernel(
     mu, logvar, noise, z, kl_out, partials, arrived, kl_weight: tl.float64, latents: tl.int64, programs: tl.int32,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, FINISH: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
+    FINISH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
     base, end = row_bounds(row, latents, ALIGNED, WIDE)
-    sums = tl.zeros([BLOCK // 8], dtype=DTYPE)
+    noise = seed_or_noise(noise)
+    sums = tl.zeros([THREADS], dtype=DTYPE)
     for start in tl.range(worker * BLOCK, end, programs * BLOCK):
-        sums += fold(sample_tile(mu, logvar, noise, z, base + start, base + end, BLOCK, ALIGNED, DTYPE), BLOCK)
+        sums += fold(sample_tile(mu, logvar, noise, z, base + start, base + end, BLOCK, ALIGNED, DTYPE), BLOCK, THREADS)
     if ALIGNED:
         if worker == 0:
-            sums += sample_tile(mu, logvar, noise, z, base + end, base + latents, BLOCK // 8, ALIGNED, DTYPE)
+            sums += sample_tile(mu, logvar, noise, z, base + end, base + latents, THREADS, ALIGNED, DTYPE)
     if kl_out is not None:
         if arrive_last(partials, arrived, row, programs, tl.sum(sums.to(tl.float64))):
             tl.store(kl_out + row, (ordered_sum(partials + row * programs, programs, FINISH) * kl_weight).to(DTYPE))
@@ -88,6 +99,7 @@ def sample_bwd_kernel(
     worker = tl.program_id(0) % programs
     factor = kl_factor(grad_loss, grad_kl, row, beta, beta_value, DTYPE) * scalar(None, kl_weight, DTYPE)
     base, end = row_bounds(row, latents, ALIGNED, WIDE)
+    noise = seed_or_noise(noise)
     for start in tl.range(worker * BLOCK, end, programs * BLOCK):
         sample_backward_tile(
             grad_z, mu, logvar, noise, grad_mu, grad_logvar, base + start, base + end, factor, HAS_KL, BLOCK, ALIGNED, DTYPE
@@ -116,7 +128,8 @@ def sample_forward(mu, logvar, noise, *, kl_weight, per_sample, dtype, wants_kl)
     launch(
         sample_fwd_kernel, programs, mu.device,
         mu, logvar, noise, z, kl, partials, arrived, kl_weight, latents.columns, latents.programs,
-        DTYPE=TRITON_DTYPE[dtype], ALIGNED=latents.aligned, WIDE=latents.wide, BLOCK=tile, FINISH=FINISH,
+        DTYPE=TRITON_DTYPE[dtype], ALIGNED=latents.aligned, WIDE=latents.wide, BLOCK=tile,
+        THREADS=THREADS, FINISH=FINISH,
     )  # fmt: skip
     return z, kl
 

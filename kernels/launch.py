@@ -9,8 +9,8 @@ import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-# What every launch is compiled with. Triton's default for the fusion of products and sums changes after 3.9.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+# Of a program, and so of the running sums: each thread keeps one.
+THREADS = 128
 
 # A row's partial sums are added up this many at a time.
 FINISH = 1024
@@ -33,12 +33,12 @@ def pointer_and_value(*numbers: torch.Tensor | float) -> list:
 def tile_size(first: torch.Tensor, second: torch.Tensor) -> int:
     """Elements of a tile, from the two tensors that are loaded together.
 
-    Every thread should load 16 bytes of each, and every program some 8 KB at once to hide latency, in few registers.
+    A thread loads at least 32 bytes of both together, at best 16 of each: enough programs fit on a multiprocessor to hide
+    latency. With more, the compiler no longer issues all loads of a tile before it waits for the first.
     """
     if INTERPRETED:
         return 65536  # a tile costs the interpreter about 3 ms, whatever its size
-    pair = first.element_size() + second.element_size()
-    return 2048 if pair <= 4 else 1024 if pair <= 8 else 256
+    return THREADS * triton.next_power_of_2(triton.cdiv(32, first.element_size() + second.element_size()))
 
 
 @functools.cache
@@ -47,6 +47,13 @@ def _resident_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return 16
     return 16 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _options(device: torch.device) -> dict:
+    """What every launch is compiled with. Triton's default for the fusion of products and sums changes after 3.9."""
+    warp = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+    return {"num_warps": THREADS // warp, "enable_fp_fusion": True}
 
 
 class Segment(NamedTuple):
@@ -95,6 +102,6 @@ def launch(kernel, programs: int, device: torch.device, *args, **constants) -> N
         return
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(programs,)](*args, **constants, **OPTIONS)
+            kernel[(programs,)](*args, **constants, **_options(device))
     else:
-        kernel[(programs,)](*args, **constants, **OPTIONS)
+        kernel[(programs,)](*args, **constants, **_options(device))

@@ -7,29 +7,26 @@ of memory. `scale` is a scalar that only some of them read. Their plain Torch tw
 import triton
 import triton.language as tl
 
-from .numerics import exp_and_expm1, log1p
+from .numerics import exp_and_softplus, log, log1p
 
 
 @triton.jit
 def bernoulli(probability, target, scale):
-    log_p = tl.log(probability)
-    log_q = log1p(-probability)
-    # `where` and not `maximum`: NaN, which a probability outside [0, 1] gives, must pass.
-    log_p = tl.where(log_p < -100.0, -100.0, log_p)
-    log_q = tl.where(log_q < -100.0, -100.0, log_q)
-    variance = (1.0 - probability) * probability
+    log_p = tl.maximum(log(probability), -100.0)
+    log_q = tl.maximum(log1p(-probability), -100.0)
     nll = -(target * log_p + (1.0 - target) * log_q)
+    nll = tl.where((probability >= 0.0) & (probability <= 1.0), nll, float("nan"))  # for NaN too
     # 1e-12 in float32, which Torch clamps by in every dtype.
-    return nll, (probability - target) / tl.where(variance < 9.999999960041972e-13, 9.999999960041972e-13, variance)
+    return nll, (probability - target) / tl.maximum((1.0 - probability) * probability, 9.999999960041972e-13)
 
 
 @triton.jit
 def bernoulli_logits(logit, target, scale):
-    e, _ = exp_and_expm1(-tl.abs(logit))
+    e, softplus = exp_and_softplus(-tl.abs(logit))
     q = e / (1.0 + e)  # sigmoid(-|logit|)
     positive = logit >= 0.0
     rest = 1.0 - target
-    nll = tl.where(positive, rest, -target) * logit + log1p(e)
+    nll = tl.where(positive, rest, -target) * logit + softplus
     return nll, tl.where(positive, rest - q, q - target)
 
 

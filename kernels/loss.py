@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import likelihoods
-from .launch import FINISH, TRITON_DTYPE, Segment, arrivals, as_bytes, launch, pointer_and_value, tile_size
+from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, arrivals, as_bytes, launch, pointer_and_value, tile_size
 from .numerics import exp_and_expm1
 from .operands import kl_factor, positive_scalar, row_bounds, scalar, upstream_of
 from .reduction import arrive_last, fold, ordered_sum
@@ -53,11 +53,11 @@ def loss_fwd_kernel(
     scale_value: tl.float64, beta_value: tl.float64, target_scale: tl.float64, recon_weight: tl.float64, kl_weight: tl.float64,
     features: tl.int64, latents: tl.int64, recon_programs: tl.int32, programs: tl.int32,
     LIKELIHOOD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LATENTS_ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr, FINISH: tl.constexpr,
+    BLOCK: tl.constexpr, THREADS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
-    sums = tl.zeros([BLOCK // 8], dtype=DTYPE)
+    sums = tl.zeros([THREADS], dtype=DTYPE)
     if worker < recon_programs:
         factor = scalar(None, recon_weight, DTYPE)
         if gradient is not None:
@@ -68,19 +68,19 @@ def loss_fwd_kernel(
         for start in tl.range(worker * BLOCK, end, recon_programs * BLOCK):
             o = start + tl.arange(0, BLOCK)
             tile = recon_tile(prediction, target, gradient, base + o, o < end, factor, s, ts, LIKELIHOOD, DTYPE)
-            sums += fold(tile, BLOCK)
+            sums += fold(tile, BLOCK, THREADS)
         if ALIGNED:
             if worker == 0:
-                o = end + tl.arange(0, BLOCK // 8)  # more than are left, to fit the sums
+                o = end + tl.arange(0, THREADS)  # more than are left, to fit the sums
                 sums += recon_tile(prediction, target, gradient, base + o, o < features, factor, s, ts, LIKELIHOOD, DTYPE)
     elif mu is not None:
         base, end = row_bounds(row, latents, LATENTS_ALIGNED, WIDE)
         for start in tl.range((worker - recon_programs) * BLOCK, end, (programs - recon_programs) * BLOCK):
             o = start + tl.arange(0, BLOCK)
-            sums += fold(kl_tile(mu, logvar, base + o, o < end, DTYPE), BLOCK)
+            sums += fold(kl_tile(mu, logvar, base + o, o < end, DTYPE), BLOCK, THREADS)
         if LATENTS_ALIGNED:
             if worker == recon_programs:
-                o = end + tl.arange(0, BLOCK // 8)
+                o = end + tl.arange(0, THREADS)
                 sums += kl_tile(mu, logvar, base + o, o < latents, DTYPE)
     if arrive_last(partials, arrived, row, programs, tl.sum(sums.to(tl.float64))):
         first = partials + row * programs
@@ -156,7 +156,8 @@ def loss_forward(recon_x, x, mu, logvar, kl, beta, guess, *, likelihood, scale, 
         *pointer_and_value(scale, beta), target_scale, *weights,
         recon.columns, latents.columns, recon.programs, programs,
         LIKELIHOOD=getattr(likelihoods, likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,
-        LATENTS_ALIGNED=latents.aligned, WIDE=recon.wide or latents.wide, BLOCK=tile, FINISH=FINISH,
+        LATENTS_ALIGNED=latents.aligned, WIDE=recon.wide or latents.wide, BLOCK=tile, THREADS=THREADS,
+        FINISH=FINISH,
     )  # fmt: skip
     return *terms, gradient
 

@@ -1,7 +1,22 @@
-"""Elementary functions that keep their relative accuracy where the built-in ones do not."""
+"""Elementary functions that keep their relative accuracy where the built-in ones do not, without branches.
+
+A branch inside a tile, such as the ones of libdevice's logarithm, keeps the compiler from issuing a tile's loads together.
+Float64 uses the built-in functions. The polynomials are minimax fits of the relative error.
+"""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def exp_parts(x):
+    """`(power, k, f)` with exp(x) = power * exp(f), power = 2^k and |f| <= ln(2) / 2, for x in [-87, 88.7]; NaN gives NaN."""
+    # Adding 1.5 * 2^23 rounds to the integer k and leaves it in the low bits.
+    shifted = tl.minimum(x * 1.4426950408889634 + 12582912.0, 12583039.0)  # k <= 127
+    k = shifted - 12582912.0
+    f = (x - k * 0.693359375) + k * 2.12194440e-4  # ln 2 in two parts: the first product is exact
+    power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
+    return power, f
 
 
 @triton.jit
@@ -18,23 +33,49 @@ def exp_and_expm1(x):
         corrected = (e - 1.0) * (x / tl.log(tl.where(plain, 2.0, e)))
         expm1 = tl.where(e == 1.0, x, tl.where(plain, e - 1.0, corrected))
     else:
-        # x = k ln 2 + f with |f| <= ln(2) / 2. Adding 1.5 * 2^23 rounds to the integer k and leaves it in the low bits.
         tiny = x < -87.0  # written so that NaN passes through
-        y = tl.where(tiny, -87.0, x)
-        shifted = tl.minimum(y * 1.4426950408889634 + 12582912.0, 12583039.0)  # k <= 127
-        k = shifted - 12582912.0
-        f = (y - k * 0.693359375) + k * 2.12194440e-4  # ln 2 in two parts: the first product is exact
+        power, f = exp_parts(tl.where(tiny, -87.0, x))
         # Taylor to f^7: the remainder is under 2e-8 of f.
         p = f * f * (0.5 + f * (1 / 6 + f * (1 / 24 + f * (1 / 120 + f * (1 / 720 + f * (1 / 5040)))))) + f
-        power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)  # 2^k
         e = tl.where(tiny, 0.0, power + power * p)
         expm1 = power * p + (power - 1.0)
     return e, expm1
 
 
 @triton.jit
+def exp_and_softplus(x):
+    """exp(x) and log(1 + exp(x)) for x <= 0, both to about one rounding; below -87, those of -87."""
+    if x.dtype == tl.float64:
+        e = tl.exp(x)
+        softplus = log1p(e)
+    else:
+        power, f = exp_parts(tl.maximum(x, -87.0, propagate_nan=tl.PropagateNan.ALL))
+        e = power * tl.exp2(f * 1.4426950408889634)
+        p = 0.10603654849517535 + e * (-0.05695953404516165 + e * (0.019851462303930416 - e * 0.003244025174828582))
+        p = -0.24954133652315333 + e * (0.19675939243445606 + e * (-0.15305592541844473 + e * p))
+        softplus = e * (0.9999999952872204 + e * (-0.49999902422756515 + e * (0.33329962416166653 + e * p)))
+    return e, softplus
+
+
+@triton.jit
+def log(x):
+    """log(x) for x > 0; some finite number below -100 where x is 0, and anything where it is negative or NaN."""
+    if x.dtype == tl.float64:
+        return tl.log(x)
+    else:
+        # x = 2^k (1 + f) with f in [-1/3, 1/3).
+        subnormal = x < 1.1754943508222875e-38
+        bits = tl.where(subnormal, x * 8388608.0, x).to(tl.int32, bitcast=True)
+        exponent = (bits - 0x3F2AAAAB) & -0x800000
+        k = exponent.to(tl.float32) * 1.1920928955078125e-07 - tl.where(subnormal, 23.0, 0.0)
+        f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+        p = -0.16419354182872425 + f * (0.13920899706731457 + f * (-0.15372720965545278 + f * 0.14374222425711894))
+        p = -0.4999994016904787 + f * (0.3333310631814459 + f * (-0.2500759859809704 + f * (0.20016060769833055 + f * p)))
+        return k * 0.6931471805599453 + (f + f * (f * p))
+
+
+@triton.jit
 def log1p(x):
-    """log(1 + x) for x in [-1, 1]: the rounding of 1 + x cancels in the quotient."""
+    """log(1 + x) for x in [-1, 1], with the limits of `log`: the first order of what 1 + x rounds away is added again."""
     u = 1.0 + x
-    same = u == 1.0
-    return tl.where(same, x, tl.log(u) * (x / tl.where(same, 1.0, u - 1.0)))
+    return log(u) + (x - (u - 1.0))

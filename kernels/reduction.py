@@ -9,9 +9,9 @@ import triton.language as tl
 
 
 @triton.jit
-def fold(tile, SIZE: tl.constexpr):
-    """Sums of eight neighbours: one thread holds them all, and keeps one number instead of eight from tile to tile."""
-    return tl.sum(tile.reshape([SIZE // 8, 8]), axis=1)
+def fold(tile, SIZE: tl.constexpr, THREADS: tl.constexpr):
+    """One sum a thread, of neighbours that it holds: what it keeps from tile to tile."""
+    return tl.sum(tile.reshape([THREADS, SIZE // THREADS]), axis=1)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fastelbo.kernels.noise import box_muller
-from fastelbo.kernels.numerics import exp_and_expm1, log1p
+from fastelbo.kernels.numerics import exp_and_expm1, exp_and_softplus, log, log1p
 
 
 @triton.jit
@@ -17,17 +17,16 @@ def box_muller_kernel(i0, i1, out0, out1, SIZE: tl.constexpr):
 
 
 @triton.jit
-def exp_kernel(x, exp, expm1, SIZE: tl.constexpr):
+def pair_kernel(x, out0, out1, FUNCTION: tl.constexpr, SIZE: tl.constexpr):
     o = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    a, b = exp_and_expm1(tl.load(x + o))
-    tl.store(exp + o, a)
-    tl.store(expm1 + o, b)
+    a, b = FUNCTION(tl.load(x + o))
+    tl.store(out0 + o, a)
+    tl.store(out1 + o, b)
 
 
 @triton.jit
-def log1p_kernel(x, out, SIZE: tl.constexpr):
-    o = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    tl.store(out + o, log1p(tl.load(x + o)))
+def logarithms(x):
+    return log(x), log1p(x)
 
 
 SIZE = 1024
@@ -39,13 +38,8 @@ def run_box_muller(i0: torch.Tensor, i1: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def run_exp_and_expm1(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    exp, expm1 = torch.empty_like(x), torch.empty_like(x)
-    exp_kernel[(x.numel() // SIZE,)](x, exp, expm1, SIZE=SIZE)
-    return exp, expm1
-
-
-def run_log1p(x: torch.Tensor) -> torch.Tensor:
-    out = torch.empty_like(x)
-    log1p_kernel[(x.numel() // SIZE,)](x, out, SIZE=SIZE)
+def run_pair(function, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two results of `function`, a device function, of as many elements as a multiple of SIZE."""
+    out = torch.empty_like(x), torch.empty_like(x)
+    pair_kernel[(x.numel() // SIZE,)](x, *out, FUNCTION=function, SIZE=SIZE)
     return out

@@ -8,7 +8,8 @@ from conftest import BACKEND
 if BACKEND != "triton":
     pytest.skip("the Torch backend uses Torch's own functions", allow_module_level=True)
 
-from device_functions import SIZE, run_box_muller, run_exp_and_expm1, run_log1p
+from device_functions import SIZE, logarithms, run_box_muller, run_pair
+from fastelbo.kernels.numerics import exp_and_expm1, exp_and_softplus
 
 
 def relative_error(value, exact):
@@ -24,7 +25,7 @@ def test_exp_and_expm1(dtype, device):
     wide = torch.linspace(-86.9, 88.3, 100 * SIZE, dtype=dtype)
     near_zero = torch.cat([s * torch.logspace(-30, 0, 20 * SIZE, dtype=dtype) for s in (1, -1)])
     for x in (wide, near_zero):
-        exp, expm1 = (t.cpu() for t in run_exp_and_expm1(x.to(device)))
+        exp, expm1 = (t.cpu() for t in run_pair(exp_and_expm1, x.to(device)))
         eps = torch.finfo(dtype).eps
         assert relative_error(exp, torch.exp(x.double())) <= 1.5 * eps
         assert relative_error(expm1, torch.expm1(x.double())) <= 3 * eps
@@ -33,7 +34,7 @@ def test_exp_and_expm1(dtype, device):
 def test_exp_at_the_ends(device):
     inf, nan = float("inf"), float("nan")
     x = padded(torch.tensor([88.72, 88.73, 89.0, 1e30, inf, -87.1, -1e30, -inf, nan, 0.0]))
-    exp, expm1 = (t[:10].tolist() for t in run_exp_and_expm1(x.to(device)))
+    exp, expm1 = (t[:10].tolist() for t in run_pair(exp_and_expm1, x.to(device)))
     assert exp[0] == pytest.approx(3.3931e38, rel=1e-4)
     assert exp[1:8] == [inf, inf, inf, inf, 0, 0, 0]
     assert expm1[1:8] == [inf, inf, inf, inf, -1, -1, -1]
@@ -42,14 +43,37 @@ def test_exp_at_the_ends(device):
     assert (exp[9], expm1[9]) == (1, 0)
 
 
-def test_log1p(device):
-    positive = torch.logspace(-38, 0, 50 * SIZE)
-    for x in (positive, -positive[positive < 0.99999][: 49 * SIZE]):
-        assert relative_error(run_log1p(x.to(device)).cpu(), torch.log1p(x.double())) <= 4 * torch.finfo(torch.float32).eps
-    ends = run_log1p(padded(torch.tensor([0.0, -1.0, -1.5, float("nan")])).to(device))[:4].tolist()
-    assert ends[:2] == [0, -float("inf")]
-    assert ends[2] != ends[2]
-    assert ends[3] != ends[3]
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_exp_and_softplus(dtype, device):
+    x = -torch.cat([torch.linspace(0, 86.9, 99 * SIZE, dtype=dtype), torch.logspace(-30, 1.9, SIZE, dtype=dtype)])
+    exp, softplus = (t.cpu() for t in run_pair(exp_and_softplus, x.to(device)))
+    eps = torch.finfo(dtype).eps
+    assert relative_error(exp, torch.exp(x.double())) <= 2 * eps
+    assert relative_error(softplus, torch.log1p(torch.exp(x.double()))) <= 3 * eps
+    ends = padded(torch.tensor([-87.5, -1e30, -float("inf"), float("nan")], dtype=dtype))
+    for result in run_pair(exp_and_softplus, ends.to(device)):
+        assert (result[:3] >= 0).all()
+        assert (result[:3] < 2e-38).all()
+        assert result[3] != result[3]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_logarithms(dtype, device):
+    eps = torch.finfo(dtype).eps
+    positive = torch.cat([torch.logspace(-44.5, 0, 50 * SIZE, dtype=dtype), torch.linspace(0.5, 1, 50 * SIZE, dtype=dtype)])
+    log, log1p = (t.cpu() for t in run_pair(logarithms, positive.to(device)))
+    assert relative_error(log, torch.log(positive.double())) <= 1.5 * eps
+    assert relative_error(log1p, torch.log1p(positive.double())) <= 3 * eps
+    negative = torch.where(positive == 1, 0, -positive)
+    _, log1p = run_pair(logarithms, negative.to(device))
+    assert relative_error(log1p.cpu(), torch.log1p(negative.double())) <= 3 * eps
+
+
+def test_logarithms_of_zero_are_below_the_clamp(device):
+    log, _ = run_pair(logarithms, padded(torch.tensor([0.0])).to(device))
+    _, log1p = run_pair(logarithms, padded(torch.tensor([-1.0])).to(device))
+    assert log[0] < -100
+    assert log1p[0] < -100
 
 
 def test_box_muller_at_the_extreme_integers(device):
