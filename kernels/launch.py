@@ -33,12 +33,12 @@ def pointer_and_value(*numbers: torch.Tensor | float) -> list:
 def tile_size(first: torch.Tensor, second: torch.Tensor) -> int:
     """Elements of a tile, from the two tensors that are loaded together.
 
-    A thread loads at least 32 bytes of both together, at best 16 of each: enough programs fit on a multiprocessor to hide
-    latency. With more, the compiler no longer issues all loads of a tile before it waits for the first.
+    A thread loads 16 bytes of the wider one, and as many elements of the other. With more, the compiler no longer issues the loads
+    of a tile before it waits for the first, and tensors of two widths are exchanged between threads.
     """
     if INTERPRETED:
         return 65536  # a tile costs the interpreter about 3 ms, whatever its size
-    return THREADS * triton.next_power_of_2(triton.cdiv(32, first.element_size() + second.element_size()))
+    return THREADS * 16 // max(first.element_size(), second.element_size())
 
 
 @functools.cache

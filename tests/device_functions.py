@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastelbo.kernels.noise import box_muller
+from fastelbo.kernels.noise import box_muller, normals
 from fastelbo.kernels.numerics import exp_and_expm1, exp_and_softplus, log, log1p
 
 
@@ -29,12 +29,25 @@ def logarithms(x):
     return log(x), log1p(x)
 
 
+@triton.jit
+def normals_kernel(seed, out, SIZE: tl.constexpr, ALIGNED: tl.constexpr):
+    start = tl.program_id(0) * SIZE
+    tl.store(out + start + tl.arange(0, SIZE), normals(tl.load(seed), start, SIZE, ALIGNED))
+
+
 SIZE = 1024
 
 
 def run_box_muller(i0: torch.Tensor, i1: torch.Tensor) -> torch.Tensor:
     out = torch.empty(2, len(i0), device=i0.device)
     box_muller_kernel[(1,)](i0, i1, out[0], out[1], SIZE=len(i0))
+    return out
+
+
+def run_normals(seed: torch.Tensor, count: int, size: int, aligned: bool) -> torch.Tensor:
+    """The first `count` normals, made in tiles of `size`."""
+    out = torch.empty(count, device=seed.device)
+    normals_kernel[(count // size,)](seed, out, SIZE=size, ALIGNED=aligned)
     return out
 
 

@@ -84,6 +84,16 @@ def test_noise_depends_on_the_index_only(device):
         assert torch.equal(fastelbo.reparameterize(longer, longer)[: 7 * 37], samples[0].flatten())
 
 
+@triton_only
+def test_noise_is_one_stream_however_it_is_cut(device):
+    from device_functions import run_normals
+
+    seed = torch.tensor(-5, device=device)
+    whole = run_normals(seed, 4096, 4096, True)
+    for size, aligned in ((16, True), (128, True), (512, True), (1024, True), (1024, False)):
+        assert torch.equal(run_normals(seed, 4096, size, aligned), whole)
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="the values of torch.randn_like are the Torch backend's")
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
 def test_the_naive_codes_own_z(layout, device):

@@ -1,0 +1,136 @@
+"""What a compiled kernel does: bytes by argument from its TTGIR, accesses and instructions by loop from its assembly.
+
+TTGIR is Triton's last form of a kernel in which accesses are whole tiles and go back to arguments. NVIDIA's assembly is SASS, which
+`cuobjdump` takes from the binary: PTX says little of what `ptxas` makes of it.
+"""
+
+import collections
+import os
+import re
+import subprocess
+import tempfile
+from typing import NamedTuple
+
+import triton
+
+ITEM_BYTES = {"i1": 1, "i8": 1, "bf16": 2, "f16": 2, "i32": 4, "f32": 4, "i64": 8, "f64": 8}
+
+
+class Access(NamedTuple):
+    """One load or store of the TTGIR."""
+
+    kind: str  # "load" or "store"
+    argument: str
+    tile_bytes: int
+    regions: tuple[str, ...]  # what it stands in, from the outside: "for" or "if"
+
+    @property
+    def looped(self) -> bool:
+        return "for" in self.regions
+
+
+def accesses(compiled) -> list[Access]:
+    """All loads and stores of tiles, in their order; those of single numbers are left out."""
+    origin, regions, found = {}, [], []
+    for line in compiled.asm["ttgir"].splitlines():
+        if "tt.func" in line:
+            origin = {f"%{name}": name for name in re.findall(r"%(\w+): !tt\.ptr<", line)}
+        line = line.split(" loc(")[0].strip()
+        if match := re.match(r"(%[\w#]+) = (?:tt\.splat|tt\.addptr|tt\.bitcast|ttg\.convert_layout) (%[\w#]+)", line):
+            origin[match[1]] = origin.get(match[2])
+        # On AMD, accesses through buffers name the argument itself.
+        if match := re.search(r"(?:tt\.|amdg\.buffer_|amdgpu\.buffer_)(load|store) (.*)", line):
+            shape = re.search(r"tensor<(\d+)x(?:!tt\.ptr<)?(\w+)", match[2])
+            pointer = next(name for name in re.findall(r"%[\w#]+", match[2]) if origin.get(name))
+            if shape:
+                size = int(shape[1]) * ITEM_BYTES[shape[2]]
+                found.append(Access(match[1], origin[pointer], size, tuple(filter(None, regions))))
+        for brace in re.findall(r"[{}]", line):
+            if brace == "}":
+                regions[-1:] = []
+            elif "else" in line:
+                regions.append("if")
+            else:
+                opened = re.search(r"scf\.(for|if)\b.*{$", line)
+                regions.append(opened[1] if opened else "")
+    return found
+
+
+class Loop(NamedTuple):
+    """The instructions of a loop, one string each."""
+
+    instructions: list[str]
+
+    def widths(self) -> dict[str, collections.Counter]:
+        """"load" and "store" of global memory: bits -> instructions."""
+        widths = {"load": collections.Counter(), "store": collections.Counter()}
+        for text in self.instructions:
+            if found := _NVIDIA_ACCESS.search(text):
+                widths["load" if found[1] == "LD" else "store"][_NVIDIA_BITS.get(found[2], 32)] += 1
+            elif found := _AMD_ACCESS.match(text):
+                widths[found[1]][_AMD_BITS[found[2]]] += 1
+        return widths
+
+    def opcodes(self) -> collections.Counter:
+        """Instructions by their names: "FFMA", "MUFU.EX2", "v_fma_f32", ..."""
+        return collections.Counter(re.sub(r"^@!?U?P\w+ +", "", text).split()[0].rstrip(";") for text in self.instructions)
+
+
+_NVIDIA_ACCESS = re.compile(r"\b(LD|ST)G\.E(?:\.\w+?)??(?:\.(U8|S8|U16|S16|64|128))?\b")
+_NVIDIA_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
+_AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(\w+?)(?:_d16\w*)?(?:\s|$)")
+_AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8, "byte": 8}
+
+
+class Machine(NamedTuple):
+    """A kernel's assembly."""
+
+    loops: list[Loop]  # over tiles; the sum over other programs' partial sums is not among them
+    registers: int  # a thread's
+    spilled_bytes: int  # in local memory or on the stack
+
+
+def machine(compiled) -> Machine:
+    return _nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd(compiled.asm["amdgcn"])
+
+
+def _nvidia(cubin: bytes) -> Machine:
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass, usage = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-sass", "--dump-resource-usage")
+        )
+    listing = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(\S[^;]*);", sass)]
+    loops = []
+    for end, text in listing:
+        target = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < end:
+            loops.append(Loop([text for address, text in listing if int(target[1], 16) <= address <= end]))
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    # Loads of what other programs wrote are the only strong ones.
+    return Machine(_with_stream(loops, "STRONG"), registers, sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))))
+
+
+def _amd(text: str) -> Machine:
+    lines = [line.split(";")[0].strip() for line in text.splitlines()]
+    labels, loops = {}, []
+    for i, line in enumerate(lines):
+        if match := re.match(r"(\.LBB\w+):", line):
+            labels[match[1]] = i
+        elif (match := re.match(r"s_c?branch\w* (\.LBB\w+)", line)) and match[1] in labels:
+            loops.append(Loop([text for text in lines[labels[match[1]] : i + 1] if re.match(r"[a-z]\w+_", text)]))
+    # Scalar registers spill into lanes of vector registers, not into memory.
+    spilled = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
+    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+    return Machine(_with_stream(loops, "sc0 nt"), registers, sum(map(int, spilled)))
+
+
+def _with_stream(loops: list[Loop], partial_sums: str) -> list[Loop]:
+    return [
+        loop
+        for loop in loops
+        if any(loop.widths().values()) and not any(partial_sums in text for text in loop.instructions)
+    ]
