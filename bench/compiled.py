@@ -4,11 +4,6 @@ The launchers run on CPU tensors with Triton's `JITFunction.run` replaced by a r
 then compiled for each target with Triton's own argument binder.
 """
 
-import collections
-import os
-import re
-import subprocess
-import tempfile
 from typing import NamedTuple
 
 import torch
@@ -46,52 +41,28 @@ def record(call) -> Launch:
     return launch
 
 
+def specialization(launch: Launch) -> str:
+    """What Triton tells the compilations of a kernel apart by."""
+    _, found, options = _bind("sm_90", launch)
+    return f"{launch.kernel.__name__} {found} {options}"
+
+
 def compile_for(target: str, launch: Launch):
-    kernel, args, options = launch
-    options = options | {"num_warps": THREADS // TARGETS[target].warp_size}
+    kernel, _, options = launch = _on(target, launch)
     backend = make_backend(TARGETS[target])
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, rest = binder(*args, **options)
-    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options, *_bind(target, launch))
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=TARGETS[target], options=parsed.__dict__)
 
 
-class Accesses(NamedTuple):
-    """What the assembly of a kernel does with global memory, and whether it spills."""
-
-    widths: dict[str, collections.Counter]  # "load" and "store": bits -> instructions
-    spilled: int  # bytes of local memory or stack
+def _on(target: str, launch: Launch) -> Launch:
+    """The launch as it would be on a machine with that target's warps."""
+    return launch._replace(options=launch.options | {"num_warps": THREADS // TARGETS[target].warp_size})
 
 
-def accesses(compiled) -> Accesses:
-    return _nvidia(compiled) if "ptx" in compiled.asm else _amd(compiled)
-
-
-def _nvidia(compiled) -> Accesses:
-    widths = {"load": collections.Counter(), "store": collections.Counter()}
-    for kind, modifiers in re.findall(r"\b(ld|st)\.global((?:\.\w+)+)", compiled.asm["ptx"]):
-        count = re.search(r"\.v(\d)", modifiers)
-        bits = int(re.search(r"\.[bfsu](\d+)$", modifiers).group(1)) * (int(count.group(1)) if count else 1)
-        widths["load" if kind == "ld" else "store"][bits] += 1
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return Accesses(widths, sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", report)))
-
-
-def _amd(compiled) -> Accesses:
-    text = compiled.asm["amdgcn"]
-    widths = {"load": collections.Counter(), "store": collections.Counter()}
-    sizes = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8, "byte": 8}
-    for kind, size in re.findall(r"(?:global|buffer|flat)_(load|store)_(\w+?)(?:_d16\w*)?\s", text):
-        widths[kind][sizes[size]] += 1
-    # Scalar registers spill into lanes of vector registers, not into memory.
-    spilled = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
-    assert spilled
-    return Accesses(widths, sum(map(int, spilled)))
+def _bind(target: str, launch: Launch):
+    backend = make_backend(TARGETS[target])
+    return create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)(*launch.args, **launch.options)
 
 
 def loss_forward(

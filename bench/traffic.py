@@ -1,4 +1,4 @@
-"""The traffic budget: the tensors that each primitive reads and writes, once each, and nothing else."""
+"""The traffic budget: the tensors that each primitive reads and writes, once each, and no others."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -6,23 +6,27 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Traffic(NamedTuple):
-    """Arguments of the kernel, by name, that pass through its loops."""
+class Stream(NamedTuple):
+    """A loop over tiles: what it reads and writes, by the names of the kernels' arguments."""
 
     reads: tuple[str, ...]
     writes: tuple[str, ...] = ()
 
 
+RECONSTRUCTION = "prediction", "target"
+LATENTS = "mu", "logvar"
+
 BUDGET = {
-    "loss forward": Traffic(("prediction", "target", "mu", "logvar"), ("gradient",)),
-    "loss forward, no gradient": Traffic(("prediction", "target", "mu", "logvar")),
-    "loss forward, kl given": Traffic(("prediction", "target"), ("gradient",)),
-    "loss forward, kl given, no gradient": Traffic(("prediction", "target")),
-    "loss backward, factor as guessed": Traffic(("mu", "logvar"), ("grad_mu", "grad_logvar")),
-    "loss backward, another factor": Traffic(("prediction", "target", "mu", "logvar"), ("gradient", "grad_mu", "grad_logvar")),
-    "sample forward": Traffic(("mu", "logvar"), ("z",)),
-    "sample backward": Traffic(("grad_z", "mu", "logvar"), ("grad_mu", "grad_logvar")),
+    "loss forward": (Stream(RECONSTRUCTION, ("gradient",)), Stream(LATENTS)),
+    "loss forward, no gradient": (Stream(RECONSTRUCTION), Stream(LATENTS)),
+    "loss forward, kl given": (Stream(RECONSTRUCTION, ("gradient",)),),
+    "loss forward, kl given, no gradient": (Stream(RECONSTRUCTION),),
+    "loss backward, factor as guessed": (Stream(LATENTS, ("grad_mu", "grad_logvar")),),
+    "loss backward, another factor": (Stream(RECONSTRUCTION, ("gradient",)), Stream(LATENTS, ("grad_mu", "grad_logvar"))),
+    "sample forward": (Stream(LATENTS, ("z",)),),
+    "sample backward": (Stream(("grad_z", *LATENTS), ("grad_mu", "grad_logvar")),),
 }
+LIKE = {"gradient": "prediction", "z": "mu", "grad_z": "mu", "grad_mu": "mu", "grad_logvar": "logvar"}
 
 # The least that forward alone, and forward with backward, can do with: what the benchmarks call the floor. A factor that is new
 # at each step is no reason to read anything twice, even if fastelbo does.
@@ -34,10 +38,9 @@ LEAST = {
     ("objective", False): ("sample forward", "loss forward, kl given, no gradient"),
     ("objective", True): ("sample forward", "loss forward, kl given", "sample backward"),
 }
-LIKE = {"gradient": "prediction", "z": "mu", "grad_z": "mu", "grad_mu": "mu", "grad_logvar": "logvar"}
 
 
 def least_bytes(subject: str, backward: bool, tensors: Mapping[str, Tensor]) -> int:
     """Bytes that a subject has to read and write, given its inputs by name."""
-    moved = [name for primitive in LEAST[subject, backward] for names in BUDGET[primitive] for name in names]
-    return sum(tensors[LIKE.get(name, name)].nbytes for name in moved)
+    streams = [stream for primitive in LEAST[subject, backward] for stream in BUDGET[primitive]]
+    return sum(tensors[LIKE.get(name, name)].nbytes for stream in streams for name in (*stream.reads, *stream.writes))

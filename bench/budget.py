@@ -1,0 +1,211 @@
+"""`python -m bench.budget`: what the compiled kernels cost, and whether memory or instructions bound them. Needs no GPU."""
+
+import argparse
+import collections
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+from fastelbo.kernels.launch import THREADS
+from fastelbo.likelihoods import LIKELIHOODS
+
+from . import compiled
+from .assembly import Loop, machine
+from .compiled import Launch, compile_for
+from .traffic import BUDGET, LATENTS, LIKE, RECONSTRUCTION, Stream
+
+KEPT = Path(__file__).parent / "results" / "budget.md"
+
+F32, F16, BF16, F64, U8 = torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8
+PAIRS = ((F32, F32), (F16, F16), (BF16, F32), (BF16, U8), (F64, F64))  # prediction, target
+
+
+class Device(NamedTuple):
+    """A product of an architecture. Rates: operations of a multiprocessor (compute unit) a clock, by kind."""
+
+    name: str
+    multiprocessors: int
+    gigahertz: float
+    gigabytes_per_second: float
+    rates: dict[str, int]
+
+    def memory_clocks(self, size: int) -> float:
+        """Clocks in which memory can move so many bytes for each multiprocessor, with all of them at work."""
+        return size * self.multiprocessors * self.gigahertz / self.gigabytes_per_second
+
+    def instruction_clocks(self, operations: collections.Counter) -> float:
+        """Clocks that a multiprocessor needs for so many operations of each kind, which overlap."""
+        return max(count / self.rates[kind] for kind, count in operations.items())
+
+
+# Multiprocessors, highest clocks and bandwidths: the products' white papers and data sheets. Rates: the tables of arithmetic
+# throughput in NVIDIA's CUDA programming and best practices guides; AMD's CDNA 3 white paper, and LLVM's model of it for what
+# runs at a quarter of the rate. Where they leave doubt (integers on sm_100), the lower rate stands.
+NVIDIA = {"issue": 128, "float32": 128, "integer": 64, "special": 16, "float64": 64}
+DEVICES = {
+    "sm_80": Device("A100 SXM 80 GB", 108, 1.410, 2039, NVIDIA | {"float32": 64, "float64": 32}),
+    "sm_90": Device("H100 SXM5", 132, 1.980, 3352, NVIDIA),
+    "sm_100": Device("B200", 148, 1.965, 8000, NVIDIA),
+    "gfx942": Device("MI300X", 304, 2.100, 5300, {"issue": 64, "special": 16}),
+}
+
+# Instructions by the beginnings of their names.
+SPECIAL = re.compile(r"MUFU|F2F\b|F2I|I2F\b|FRND|v_(exp|log|rcp|rsq|sqrt|sin|cos)_|v_mul_(lo|hi)_[iu]32")
+FLOAT64 = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)|.*[Ff]64")
+FLOAT32 = re.compile(r"F(ADD|MUL|FMA)(2?)\b")
+ELSEWHERE = re.compile(r"LD|ST|BRA|BAR|LDC|ULDC|U[A-Z]|s_|ds_|buffer_|global_|flat_")  # not in a vector unit
+
+
+def operations(loop: Loop) -> collections.Counter:
+    """How often a thread issues an instruction in a turn of the loop, and how many operations of each kind these are."""
+    counts = collections.Counter()
+    for opcode, count in loop.opcodes().items():
+        if opcode.startswith("v_"):
+            special = bool(SPECIAL.match(opcode))
+            counts["issue"] += 4 * count if special else count  # it holds the vector unit for as long
+            counts["special"] += count * special
+        elif not opcode[0].islower():
+            counts["issue"] += count
+            if SPECIAL.match(opcode):
+                counts["special"] += count
+            elif FLOAT64.match(opcode):
+                counts["float64"] += count
+            elif match := FLOAT32.match(opcode):
+                counts["float32"] += count * int(match[2] or 1)
+            elif not ELSEWHERE.match(opcode):
+                counts["integer"] += count
+    return counts
+
+
+# What a multiprocessor should have under way so that memory is never idle: 32 KB of traffic, of which nobody waits for the stores.
+IN_FLIGHT = 32 * 1024
+REGISTERS, WARP_REGISTERS, PROGRAMS = 65536, 8, 16  # of sm_80 to sm_100; the last is what the launcher asks for at most
+
+
+class Kernel(NamedTuple):
+    """A launch, and what the budget says of it."""
+
+    name: str
+    launch: Launch
+    streams: tuple[Stream, ...]
+    dtypes: dict[str, torch.dtype]  # of the streamed arguments
+
+    @property
+    def block(self) -> int:
+        return self.launch.options["BLOCK"]
+
+    def tile_bytes(self, stream: Stream) -> dict[tuple[str, str], int]:
+        """("load" or "store", argument) -> bytes of a tile."""
+        return {
+            (kind, name): self.block * self.dtypes[name].itemsize
+            for kind, names in (("load", stream.reads), ("store", stream.writes))
+            for name in names
+        }
+
+    def widths(self, stream: Stream) -> dict[str, collections.Counter]:
+        """What a thread loads and stores of a tile: bits -> accesses, 128 at a time where it has as many."""
+        widths = {"load": collections.Counter(), "store": collections.Counter()}
+        for (kind, _), size in self.tile_bytes(stream).items():
+            width = min(size // THREADS, 16)
+            widths[kind][8 * width] += size // THREADS // width
+        return widths
+
+    def loop(self, stream: Stream, loops: list[Loop]) -> Loop:
+        """The loop that makes a stream's accesses and no others."""
+        found = [loop for loop in loops if loop.widths() == self.widths(stream)]
+        assert len(found) == 1, f"{self.name}: not one loop with {self.widths(stream)}: {[loop.widths() for loop in loops]}"
+        return found[0]
+
+    def bytes_per_element(self, stream: Stream) -> int:
+        return sum(self.tile_bytes(stream).values()) // self.block
+
+
+    def bytes_in_flight(self, stream: Stream, registers: int) -> int:
+        """Bytes that the programs on a multiprocessor load at once, as many as have room for their registers."""
+        rounded = -(-registers // WARP_REGISTERS) * WARP_REGISTERS
+        programs = min(REGISTERS // (rounded * THREADS), PROGRAMS)
+        return programs * sum(size for (kind, _), size in self.tile_bytes(stream).items() if kind == "load")
+
+    def bytes_wanted_in_flight(self, stream: Stream) -> int:
+        return IN_FLIGHT * len(stream.reads) // (len(stream.reads) + len(stream.writes))
+
+
+def kernels() -> Iterator[Kernel]:
+    """Every primitive of the budget, for each likelihood and dtype."""
+    for likelihood in LIKELIHOODS:
+        for prediction, target in PAIRS:
+            latent = F64 if prediction == F64 else F32
+            given = likelihood, prediction, target, latent
+            for primitive, launch in (
+                ("loss forward", compiled.loss_forward(*given)),
+                ("loss forward, kl given, no gradient", compiled.loss_forward(*given, gradient=False, kl=True)),
+                ("loss backward, another factor", compiled.loss_backward(*given)),
+            ):
+                dtypes = {"prediction": prediction, "target": target, "mu": latent, "logvar": latent}
+                yield _kernel(primitive, f"{likelihood} {_name(prediction)} {_name(target)}", launch, dtypes)
+    for dtype in (F32, BF16, F64):
+        dtypes = {"mu": dtype, "logvar": dtype}
+        yield _kernel("sample forward", _name(dtype), compiled.sample_forward(dtype), dtypes)
+        yield _kernel("sample backward", _name(dtype), compiled.sample_backward(dtype), dtypes)
+
+
+def _kernel(primitive: str, kind: str, launch: Launch, dtypes: dict[str, torch.dtype]) -> Kernel:
+    dtypes = dtypes | {name: dtypes[like] for name, like in LIKE.items() if like in dtypes}
+    return Kernel(f"{primitive}: {kind}", launch, BUDGET[primitive], dtypes)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+LEGEND = """\
+What a pass of a kernel's loop costs for each element, compiled ahead of time (no GPU was used). Bytes: loaded and stored. Then, for
+each architecture, instructions / those of the special function unit / the time they take over the time that memory takes to move the
+bytes, by the published rates of the product named. Below 1 memory is the bound; where it is above, in bold, instructions are."""
+
+
+def table() -> str:
+    header = ["loop", "bytes", *(f"{target}: {device.name}" for target, device in DEVICES.items())]
+    lines = [f"Triton {triton.__version__}.", "", LEGEND, "", _line(header), _line(["---"] * len(header))]
+    seen = set()
+    for kernel in kernels():
+        for stream in kernel.streams:
+            title = kernel.name
+            if stream.reads == LATENTS and len(kernel.streams) > 1:
+                # The same loop for every likelihood.
+                title = f"{kernel.name.partition(':')[0]}: KL {_name(kernel.dtypes['mu'])}"
+            if title not in seen:
+                seen.add(title)
+                lines.append(_line([title, str(kernel.bytes_per_element(stream)), *(_cell(kernel, stream, t) for t in DEVICES)]))
+    return "\n".join(lines) + "\n"
+
+
+def _cell(kernel: Kernel, stream: Stream, target: str) -> str:
+    device, elements = DEVICES[target], kernel.block // THREADS
+    counts = operations(kernel.loop(stream, machine(compile_for(target, kernel.launch)).loops))
+    share = device.instruction_clocks(counts) / device.memory_clocks(elements * kernel.bytes_per_element(stream))
+    text = f"{share:.2f}" if share < 1 else f"**{share:.2f}**"
+    return f"{counts['issue'] / elements:.0f} / {counts['special'] / elements:.1f} / {text}"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.budget", description=__doc__.partition(": ")[2])
+    parser.add_argument("--write", action="store_true", help="also write it to bench/results/budget.md")
+    options = parser.parse_args()
+    text = table()
+    print(text)
+    if options.write:
+        KEPT.parent.mkdir(exist_ok=True)
+        KEPT.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

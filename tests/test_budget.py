@@ -1,0 +1,166 @@
+"""The compiled kernels keep the traffic budget: compiled ahead of time for four architectures, exactly as they are launched."""
+
+import functools
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("a kernel is either interpreted or compiled", allow_module_level=True)
+triton = pytest.importorskip("triton", reason="triton is installed on Linux only")
+
+from bad_kernels import streaming
+from bench import budget, compiled
+from bench.assembly import accesses, machine
+from bench.budget import FLOAT64, Kernel
+from bench.compiled import TARGETS, compile_for, specialization
+from fastelbo import kernels
+from fastelbo.kernels.launch import FINISH, THREADS
+
+F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
+
+KERNELS = {kernel.name: kernel for kernel in budget.kernels()}
+VARIANTS = {
+    "no gradient": lambda: compiled.loss_forward("bernoulli", F32, F32, gradient=False),
+    "given kl": lambda: compiled.loss_forward("bernoulli", F32, F32, kl=True),
+    "rows, aligned": lambda: compiled.loss_forward("bernoulli", F32, F32, per_sample=True),
+    "rows, ragged": lambda: compiled.loss_forward("bernoulli", F32, F32, per_sample=True, features=785),
+    "retained graph": lambda: compiled.loss_backward("bernoulli", F32, F32, retained=True),
+    "only the latents' gradients": lambda: compiled.loss_backward("bernoulli", F32, F32, recon=False),
+    "only the prediction's gradient": lambda: compiled.loss_backward("bernoulli", F32, F32, latents=False),
+    "only a given kl's gradient": lambda: compiled.loss_backward("bernoulli", F32, F32, recon=False, latents=False, kl=True),
+    "prediction and given kl": lambda: compiled.loss_backward("bernoulli", F32, F32, latents=False, kl=True),
+    "given eps": lambda: compiled.sample_forward(F32, seeded=False),
+    "no kl": lambda: compiled.sample_forward(F32, wants_kl=False),
+    "sample rows, ragged": lambda: compiled.sample_forward(F32, per_sample=True),
+    "backward of given eps": lambda: compiled.sample_backward(F32, seeded=False),
+}
+
+
+def check_bytes(kernel: Kernel, code) -> None:
+    """Each tile of each argument of the budget is loaded or stored once in a loop, and its last few elements once outside."""
+    found = [access for access in accesses(code) if access.argument != "partials"]
+    expected = {place: size for stream in kernel.streams for place, size in kernel.tile_bytes(stream).items()}
+    looped = [((access.kind, access.argument), access.tile_bytes) for access in found if access.looped]
+    assert sorted(looped) == sorted(expected.items())
+    rest = [((access.kind, access.argument), access.tile_bytes) for access in found if not access.looped]
+    assert sorted(place for place, _ in rest) == sorted(expected)
+    assert all(size in (16 * expected[place] // kernel.block, THREADS * expected[place] // kernel.block) for place, size in rest)
+
+
+def check_machine_code(kernel: Kernel, code) -> None:
+    """Accesses are 128 bits wide, or all that a thread has of a narrower tensor; nothing spills; float64 stays out of loops."""
+    found = machine(code)
+    assert found.spilled_bytes == 0
+    assert len(found.loops) == len(kernel.streams)
+    for stream in kernel.streams:
+        loop = kernel.loop(stream, found.loops)
+        if torch.float64 not in kernel.dtypes.values():
+            assert not [name for name in loop.opcodes() if FLOAT64.match(name)]
+
+
+@functools.cache
+def code_of(name: str, target: str):
+    return compile_for(target, KERNELS[name].launch)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_keep_the_budget(name, target):
+    check_bytes(KERNELS[name], code_of(name, target))
+    check_machine_code(KERNELS[name], code_of(name, target))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_partial_sums_are_read_once(target):
+    for name, sums in (("loss forward: mse float32 float32", 2), ("sample forward: float32", 1)):
+        found = [access for access in accesses(code_of(name, target)) if access.argument == "partials"]
+        assert [access.tile_bytes for access in found] == [8 * FINISH] * sums
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_right_guess_leaves_prediction_target_and_gradient_alone(target):
+    """All their accesses stand behind one more condition than where there was no guess to compare."""
+
+    def depths(launch):
+        found = accesses(compile_for(target, launch))
+        return [a.regions.count("if") for a in found if a.argument in ("prediction", "target", "gradient")]
+
+    guessed = depths(compiled.loss_backward("mse", F32, F32))
+    assert guessed == [depth + 1 for depth in depths(compiled.loss_backward("mse", F32, F32, retained=True))]
+    assert len(guessed) == 6
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_enough_bytes_are_in_flight(name):
+    kernel, registers = KERNELS[name], machine(code_of(name, "sm_90")).registers
+    for stream in kernel.streams:
+        assert kernel.bytes_in_flight(stream, registers) >= kernel.bytes_wanted_in_flight(stream)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_variants_compile_without_spills(variant, target):
+    assert machine(compile_for(target, VARIANTS[variant]())).spilled_bytes == 0
+
+
+FAULTS = {"extra load": check_bytes, "scalar store": check_machine_code, "spill": check_machine_code, "float64": check_machine_code}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_kernel_fails(fault, target):
+    if (fault, target) == ("spill", "gfx942"):
+        pytest.skip("its compiler takes no limit on registers")
+    good, bad = streaming(None), streaming(fault)
+    for check in (check_bytes, check_machine_code):
+        check(good, compile_for(target, good.launch))
+    with pytest.raises(AssertionError):
+        FAULTS[fault](bad, compile_for(target, bad.launch))
+
+
+def test_the_table_is_the_one_that_is_kept():
+    """`make budget` was run since the kernels changed."""
+    kept = budget.KEPT.read_text()
+    if not kept.startswith(f"Triton {triton.__version__}."):
+        pytest.skip("it was made with another Triton")
+    assert budget.table() == kept
+
+
+BATCHES = (*range(1, 33), 48, 50, 63, 64, 65, 96, 100, 127, 128, 129, 200, 255, 256, 257, 512, 1000, 1023, 1024)
+
+
+@pytest.mark.counts_launches  # no memory is touched here, however large
+def test_batch_sizes_do_not_compile_anew():
+    assert len(BATCHES) == 50
+
+    def launches(batch, features=785, latents=21, offset=0):
+        def tensor(*shape, dtype=F32):
+            numel = shape[0] * shape[1]
+            return torch.empty(numel + offset, dtype=dtype)[offset:].view(shape)
+
+        recon_x, x = tensor(batch, features, dtype=BF16), tensor(batch, features, dtype=U8)
+        mu, logvar = tensor(batch, latents), tensor(batch, latents)
+        one, seed = torch.ones(1), torch.zeros((), dtype=torch.int64)
+        settings = {
+            "likelihood": "bernoulli_logits", "scale": 1.0, "target_scale": 1 / 255, "weights": (1.0, 1.0 / batch),
+            "per_sample": False, "dtype": F32,
+        }  # fmt: skip
+        wants = {"wants_recon": True, "wants_latents": True, "wants_kl": False}
+        upstreams = torch.ones(()), None, None
+        options = {"kl_weight": 1.0 / batch, "per_sample": False, "dtype": F32}
+        gradient = tensor(batch, features, dtype=BF16)
+        yield lambda: kernels.loss_forward(recon_x, x, mu, logvar, None, 0.1 * batch, one, **settings)
+        yield lambda: kernels.loss_backward(recon_x, x, mu, logvar, 0.1 * batch, upstreams, gradient, one, **settings, **wants)
+        yield lambda: kernels.sample_forward(mu, logvar, seed, wants_kl=True, **options)
+        yield lambda: kernels.sample_backward(tensor(batch, latents), mu, logvar, seed, 1.0, upstreams[:2], **options)
+
+    def compilations(*calls):
+        return [{specialization(compiled.record(call)) for call in same} for same in zip(*calls, strict=True)]
+
+    usual = [launches(batch) for batch in BATCHES]
+    assert [len(found) for found in compilations(*usual)] == [1, 1, 1, 1]
+    long = launches(2**21 + 1, features=1024, latents=1024)
+    assert [len(found) for found in compilations(launches(128), launches(999), long)] == [2, 2, 2, 2]
+    assert [len(found) for found in compilations(launches(128), launches(16, offset=1), launches(50, offset=3))] == [2, 2, 2, 2]
