@@ -61,8 +61,9 @@ def _bernoulli_logits_fused(logit, x, scale, dim, factor, a, b):
     # max(l, 0) - x l + log1p(exp(-|l|)); the last term is -log(1 - q) with q = sigmoid(-|l|), which is cheaper than exp.
     total = None
     if dim is not False:
-        torch.copysign(logit, -1.0, out=b).sigmoid_().neg_().log1p_()
-        total = torch.clamp(logit, min=0, out=a).addcmul_(logit, x, value=-1).sub_(b).sum(dim)
+        positive = torch.clamp_min(logit, 0, out=a)
+        torch.sub(logit, positive, alpha=2, out=b).sigmoid_().neg_().log1p_()
+        total = positive.addcmul_(logit, x, value=-1).sub_(b).sum(dim)
     if factor is not None:
         _times(torch.sigmoid(logit, out=a).sub_(x), factor)
     return total
