@@ -20,9 +20,9 @@ from torch import Tensor
 
 from .likelihoods import LIKELIHOODS
 
-# Elements of a block, and of each thread's part of it at least: a few buffers of 2 MB stay in the last-level cache. Smaller
+# Elements of a block, and of each thread's part of it at least: a few buffers of 4 MB stay in the last-level cache. Smaller
 # blocks would fit in a nearer one, but starting the threads for every operation costs more than that gains.
-BLOCK, THREAD = 2**19, 2**16
+BLOCK, THREAD = 2**20, 2**16
 
 
 def draw_noise(like: Tensor, layout: torch.memory_format, generator: torch.Generator | None) -> Tensor:
@@ -141,25 +141,27 @@ def _kl_sum(mu, logvar, per_sample):
 def _latent_gradients(grad_z, mu, logvar, noise, factor, weight, dtype):
     """Gradients by `mu` and `logvar` of `grad_z . z + factor . weight . KL`; `grad_z` or `factor` may be None."""
     per_sample = factor is not None and factor.dim() == 1
-    factor = None if factor is None else _column(factor, weight, per_sample)
+    if factor is not None:
+        factor = factor.unsqueeze(1) if per_sample else factor
+        factor, half = factor * weight if weight != 1 else factor, factor * (0.5 * weight)
     grad_mu, grad_logvar = torch.empty_like(mu), torch.empty_like(logvar)
     for rows, m, lv, dz, eps, dm, dlv in _blocks(per_sample, mu, logvar, grad_z, noise, grad_mu, grad_logvar):
-        f = factor[rows] if isinstance(factor, Tensor) else factor
         m, lv = _converted("mu", m, dtype), _converted("logvar", lv, dtype)
         to_mu = dm if dm.dtype == dtype else _scratch("gradient", m, dtype)
         to_logvar = dlv if dlv.dtype == dtype else _scratch("slope", lv, dtype)
         if factor is not None:
-            torch.mul(m, f, out=to_mu)
-            torch.expm1(lv, out=to_logvar).mul_(0.5 * f)
+            torch.expm1(lv, out=to_logvar).mul_(half[rows] if per_sample else half)
         if dz is not None:
-            dz, eps = _converted("grad_z", dz, dtype), _converted("noise", eps, dtype)
+            dz = _converted("grad_z", dz, dtype)
             shift = torch.mul(lv, 0.5, out=_scratch("spare", lv, dtype)).exp_().mul_(eps)
-            if factor is not None:
-                to_mu.add_(dz)
-                to_logvar.addcmul_(shift, dz, value=0.5)
-            else:
-                to_mu.copy_(dz)
-                torch.mul(shift, dz, out=to_logvar).mul_(0.5)
+        if factor is None:
+            to_mu.copy_(dz)
+            torch.mul(shift, dz, out=to_logvar).mul_(0.5)
+        elif dz is None:
+            torch.mul(m, factor[rows] if per_sample else factor, out=to_mu)
+        else:
+            torch.addcmul(dz, m, factor[rows] if per_sample else factor, out=to_mu)
+            to_logvar.addcmul_(shift, dz, value=0.5)
         if to_mu is not dm:
             dm.copy_(to_mu)
         if to_logvar is not dlv:
@@ -240,12 +242,15 @@ def _blocks(per_sample: bool, *tensors: Tensor | None) -> Iterator[tuple]:
         return
     rows = first.shape[0] if per_sample else 1
     columns = numel // max(rows, 1)
-    views = [t if t is None else t.as_strided((rows, columns), (columns, 1)) for t in tensors]
     if numel <= limit:
-        yield ..., *views
+        yield ..., *(t if t is None else t.as_strided((rows, columns), (columns, 1)) for t in tensors)
         return
     height, width = max(1, limit // columns), min(limit, columns)
     for i in range(0, rows, height):
         for j in range(0, columns, width):
+            shape, start = (min(height, rows - i), min(width, columns - j)), i * columns + j
             index = slice(i, i + height) if per_sample else ...
-            yield index, *(v if v is None else v[i : i + height, j : j + width] for v in views)
+            yield (
+                index,
+                *(t if t is None else t.as_strided(shape, (columns, 1), t.storage_offset() + start) for t in tensors),
+            )
