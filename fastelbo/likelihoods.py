@@ -17,6 +17,10 @@ Number = float | Tensor
 
 DENOMINATOR = 9.999999960041972e-13  # 1e-12 in float32, which Torch clamps by in every dtype
 
+# Torch makes a tensor of a number at every operation, which costs as much as the operation on a small input; and it has no
+# `rsub` that writes to given memory. Being 0-d, these go with every dtype and device.
+ONE, HALF = torch.tensor(1.0, device="cpu"), torch.tensor(0.5, device="cpu")
+
 
 class Likelihood(NamedTuple):
     """One row of the table.
@@ -48,7 +52,7 @@ def _bernoulli_fused(p, x, scale, dim, factor, a, b):
         torch.neg(p, out=b).log1p_().clamp_(min=-100)
         total = torch.lerp(b, a, x, out=b).sum(dim).neg_()
     if factor is not None:
-        torch.neg(p, out=b).add_(1).mul_(p).clamp_(min=DENOMINATOR)
+        torch.sub(ONE, p, out=b).mul_(p).clamp_(min=DENOMINATOR)
         _times(torch.sub(p, x, out=a).div_(b), factor)
     return total
 

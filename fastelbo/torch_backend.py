@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .likelihoods import LIKELIHOODS
+from .likelihoods import HALF, LIKELIHOODS
 
 # Elements of a block, and of each thread's part of it at least: a few buffers of 4 MB stay in the last-level cache. Smaller
 # blocks would fit in a nearer one, but starting the threads for every operation costs more than that gains.
@@ -86,12 +86,12 @@ def sample_forward(mu, logvar, noise, *, kl_weight, per_sample, dtype, wants_kl)
     for rows, m, lv, eps, out in _blocks(per_sample, mu, logvar, noise, z):
         m, lv, eps = (_converted(name, t, dtype) for name, t in (("mu", m), ("logvar", lv), ("noise", eps)))
         sampled = out if out.dtype == dtype else _scratch("spare", lv, dtype)
-        torch.mul(lv, 0.5, out=sampled).exp_().mul_(eps).add_(m)  # addcmul would round otherwise than the naive code
+        torch.mul(lv, HALF, out=sampled).exp_().mul_(eps).add_(m)  # addcmul would round otherwise than the naive code
         if sampled is not out:
             out.copy_(sampled)
         if wants_kl:
             parts.append((rows, _kl_sum(m, lv, per_sample)))
-    return z, _total(parts, mu, 0.5 * kl_weight, per_sample, dtype) if wants_kl else None
+    return z, _total(parts, mu, kl_weight, per_sample, dtype) if wants_kl else None
 
 
 def sample_backward(grad_z, mu, logvar, noise, beta, upstreams, *, kl_weight, per_sample, dtype):
@@ -129,13 +129,13 @@ def _divergence(mu, logvar, weight, per_sample, dtype):
     parts = []
     for rows, m, lv in _blocks(per_sample, mu, logvar):
         parts.append((rows, _kl_sum(_converted("mu", m, dtype), _converted("logvar", lv, dtype), per_sample)))
-    return _total(parts, mu, 0.5 * weight, per_sample, dtype)
+    return _total(parts, mu, weight, per_sample, dtype)
 
 
 def _kl_sum(mu, logvar, per_sample):
-    """Twice the KL of a block. expm1 keeps what cancels near logvar = 0."""
+    """The KL of a block. expm1 keeps what cancels near logvar = 0."""
     terms = torch.expm1(logvar, out=_scratch("spare", logvar, logvar.dtype))
-    return terms.sub_(logvar).addcmul_(mu, mu).sum(-1 if per_sample else None)
+    return terms.sub_(logvar).addcmul_(mu, mu).sum(-1 if per_sample else None).mul_(HALF)
 
 
 def _latent_gradients(grad_z, mu, logvar, noise, factor, weight, dtype):
@@ -143,7 +143,8 @@ def _latent_gradients(grad_z, mu, logvar, noise, factor, weight, dtype):
     per_sample = factor is not None and factor.dim() == 1
     if factor is not None:
         factor = factor.unsqueeze(1) if per_sample else factor
-        factor, half = factor * weight if weight != 1 else factor, factor * (0.5 * weight)
+        factor = factor * weight if weight != 1 else factor
+        half = factor * HALF
     grad_mu, grad_logvar = torch.empty_like(mu), torch.empty_like(logvar)
     for rows, m, lv, dz, eps, dm, dlv in _blocks(per_sample, mu, logvar, grad_z, noise, grad_mu, grad_logvar):
         m, lv = _converted("mu", m, dtype), _converted("logvar", lv, dtype)
@@ -153,7 +154,7 @@ def _latent_gradients(grad_z, mu, logvar, noise, factor, weight, dtype):
             torch.expm1(lv, out=to_logvar).mul_(half[rows] if per_sample else half)
         if dz is not None:
             dz = _converted("grad_z", dz, dtype)
-            shift = torch.mul(lv, 0.5, out=_scratch("spare", lv, dtype)).exp_().mul_(eps)
+            shift = torch.mul(lv, HALF, out=_scratch("spare", lv, dtype)).exp_().mul_(eps)
         if factor is None:
             to_mu.copy_(dz)
             torch.mul(shift, dz, out=to_logvar).mul_(0.5)
