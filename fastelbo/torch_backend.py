@@ -20,9 +20,9 @@ from torch import Tensor
 
 from .likelihoods import HALF, LIKELIHOODS
 
-# Elements of a block, and of each thread's part of it at least: a few buffers of 4 MB stay in the last-level cache. Smaller
+# Elements of a block, and of each thread's part of it at least: a few buffers of 3 MB stay in the last-level cache. Smaller
 # blocks would fit in a nearer one, but starting the threads for every operation costs more than that gains.
-BLOCK, THREAD = 2**20, 2**16
+BLOCK, THREAD = 3 * 2**18, 2**16
 
 
 def draw_noise(like: Tensor, layout: torch.memory_format, generator: torch.Generator | None) -> Tensor:
