@@ -17,6 +17,10 @@ Number = float | Tensor
 
 DENOMINATOR = 9.999999960041972e-13  # 1e-12 in float32, which Torch clamps by in every dtype
 
+# Torch makes a tensor of a number at every operation, which costs as much as the operation on a small input; and it has no
+# `rsub` that writes to given memory. Being 0-d, these go with every dtype and device.
+ONE, HALF = torch.tensor(1.0, device="cpu"), torch.tensor(0.5, device="cpu")
+
 
 class Likelihood(NamedTuple):
     """One row of the table.
@@ -48,7 +52,7 @@ def _bernoulli_fused(p, x, scale, dim, factor, a, b):
         torch.neg(p, out=b).log1p_().clamp_(min=-100)
         total = torch.lerp(b, a, x, out=b).sum(dim).neg_()
     if factor is not None:
-        torch.neg(p, out=b).add_(1).mul_(p).clamp_(min=DENOMINATOR)
+        torch.sub(ONE, p, out=b).mul_(p).clamp_(min=DENOMINATOR)
         _times(torch.sub(p, x, out=a).div_(b), factor)
     return total
 
@@ -61,8 +65,9 @@ def _bernoulli_logits_fused(logit, x, scale, dim, factor, a, b):
     # max(l, 0) - x l + log1p(exp(-|l|)); the last term is -log(1 - q) with q = sigmoid(-|l|), which is cheaper than exp.
     total = None
     if dim is not False:
-        torch.copysign(logit, -1.0, out=b).sigmoid_().neg_().log1p_()
-        total = torch.clamp(logit, min=0, out=a).addcmul_(logit, x, value=-1).sub_(b).sum(dim)
+        positive = torch.clamp_min(logit, 0, out=a)
+        torch.sub(logit, positive, alpha=2, out=b).sigmoid_().neg_().log1p_()
+        total = positive.addcmul_(logit, x, value=-1).sub_(b).sum(dim)
     if factor is not None:
         _times(torch.sigmoid(logit, out=a).sub_(x), factor)
     return total
@@ -73,11 +78,12 @@ def _mse(y: Tensor, x: Tensor, scale: Number) -> Tensor:
 
 
 def _mse_fused(y, x, scale, dim, factor, a, b):
+    if factor is None:
+        return torch.ops.aten.mse_loss.out(y, x, 0, out=a).sum(dim)  # not reduced; a pass less than below
     torch.sub(y, x, out=a)
     # torch.dot would be one pass less, but is off by 2e-4 for half a million elements.
     total = None if dim is False else torch.mul(a, a, out=b).sum(dim)
-    if factor is not None:
-        a.mul_(2 * factor)
+    a.mul_(2 * factor)
     return total
 
 

@@ -12,16 +12,17 @@ Arguments that several of them take:
 - `dtype`: that of the results and of the arithmetic, float32 or float64.
 """
 
+import threading
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .likelihoods import LIKELIHOODS
+from .likelihoods import HALF, LIKELIHOODS
 
-# Elements of a block, and of each thread's part of it at least: a few buffers of 2 MB stay in the last-level cache. Smaller
+# Elements of a block, and of each thread's part of it at least: a few buffers of 3 MB stay in the last-level cache. Smaller
 # blocks would fit in a nearer one, but starting the threads for every operation costs more than that gains.
-BLOCK, THREAD = 2**19, 2**16
+BLOCK, THREAD = 3 * 2**18, 2**16
 
 
 def draw_noise(like: Tensor, layout: torch.memory_format, generator: torch.Generator | None) -> Tensor:
@@ -40,7 +41,7 @@ def loss_forward(recon_x, x, mu, logvar, kl, beta, guess, *, likelihood, scale, 
     # Elsewhere than on a CPU nothing could look at the guess in backward without a sync: it computes the gradient there.
     gradient = torch.empty_like(recon_x) if guess is not None and recon_x.device.type == "cpu" else None
     recon = _reconstruct(recon_x, x, gradient, guess, likelihood, scale, target_scale, weights[0], per_sample, dtype, True)
-    kl = _kl_sum(mu, logvar, weights[1], per_sample, dtype) if kl is None else kl.to(dtype, copy=True)
+    kl = _divergence(mu, logvar, weights[1], per_sample, dtype) if kl is None else kl.to(dtype, copy=True)
     if isinstance(beta, Tensor):
         loss = recon + beta.to(dtype) * kl
     else:
@@ -81,9 +82,16 @@ def loss_backward(
 def sample_forward(mu, logvar, noise, *, kl_weight, per_sample, dtype, wants_kl):
     """z = mu + exp(logvar / 2) * noise and, if `wants_kl`, the KL, `[]` or `[B]`. Returns `(z, kl or None)`."""
     z = torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
-    for _, m, lv, eps, out in _blocks(False, mu, logvar, noise, z):
-        out.copy_(_std(lv, dtype).mul_(eps).add_(m))
-    return z, _kl_sum(mu, logvar, kl_weight, per_sample, dtype) if wants_kl else None
+    parts = []
+    for rows, m, lv, eps, out in _blocks(per_sample, mu, logvar, noise, z):
+        m, lv, eps = (_converted(name, t, dtype) for name, t in (("mu", m), ("logvar", lv), ("noise", eps)))
+        sampled = out if out.dtype == dtype else _scratch("spare", lv, dtype)
+        torch.mul(lv, HALF, out=sampled).exp_().mul_(eps).add_(m)  # addcmul would round otherwise than the naive code
+        if sampled is not out:
+            out.copy_(sampled)
+        if wants_kl:
+            parts.append((rows, _kl_sum(m, lv, per_sample)))
+    return z, _total(parts, mu, kl_weight, per_sample, dtype) if wants_kl else None
 
 
 def sample_backward(grad_z, mu, logvar, noise, beta, upstreams, *, kl_weight, per_sample, dtype):
@@ -102,67 +110,64 @@ def _reconstruct(
     fused = LIKELIHOODS[likelihood].fused
     dim = (-1 if per_sample else None) if wants_sum else False
     factor = None if gradient is None else _column(factor, weight, per_sample)
-    sums = _Sums()
-    scratch: dict[tuple, Tensor] = {}
-
-    def buffer(name: str, like: Tensor) -> Tensor:
-        key = (name, like.shape)
-        if key not in scratch:
-            scratch[key] = torch.empty(like.shape, dtype=dtype, device=like.device)
-        return scratch[key]
-
+    parts = []
     for rows, p, t, g in _blocks(per_sample, recon_x, x, gradient):
-        if t.dtype != dtype:
-            t = buffer("target", t).copy_(t)
+        t = _converted("target", t, dtype)
         if target_scale != 1:
-            t = torch.mul(t, target_scale, out=buffer("target", t))
-        slope = g if g is not None and g.dtype == dtype else buffer("gradient", p)
-        if p.dtype != dtype:
-            p = buffer("prediction", p).copy_(p)
-        part = fused(p, t, scale, dim, factor[rows] if isinstance(factor, Tensor) else factor, slope, buffer("spare", p))
-        sums.add(rows, part)
+            t = torch.mul(t, target_scale, out=_scratch("target", t, dtype))
+        p = _converted("prediction", p, dtype)
+        slope = g if g is not None and g.dtype == dtype else _scratch("gradient", p, dtype)
+        f = factor[rows] if isinstance(factor, Tensor) else factor
+        parts.append((rows, fused(p, t, scale, dim, f, slope, _scratch("spare", p, dtype))))
         if g is not None and slope is not g:
             g.copy_(slope)
-    return sums.total(recon_x, weight, per_sample, dtype) if wants_sum else None
+    return _total(parts, recon_x, weight, per_sample, dtype) if wants_sum else None
 
 
-def _kl_sum(mu, logvar, weight, per_sample, dtype):
-    """KL(N(mu, exp(logvar)) || N(0, 1)), reduced. expm1 keeps what cancels near logvar = 0."""
-    sums = _Sums()
+def _divergence(mu, logvar, weight, per_sample, dtype):
+    """KL(N(mu, exp(logvar)) || N(0, 1)), reduced."""
+    parts = []
     for rows, m, lv in _blocks(per_sample, mu, logvar):
-        m, lv = m.to(dtype), lv.to(dtype)
-        sums.add(rows, torch.expm1(lv).sub_(lv).addcmul_(m, m).sum(-1 if per_sample else None))
-    return sums.total(mu, 0.5 * weight, per_sample, dtype)
+        parts.append((rows, _kl_sum(_converted("mu", m, dtype), _converted("logvar", lv, dtype), per_sample)))
+    return _total(parts, mu, weight, per_sample, dtype)
+
+
+def _kl_sum(mu, logvar, per_sample):
+    """The KL of a block. expm1 keeps what cancels near logvar = 0."""
+    terms = torch.expm1(logvar, out=_scratch("spare", logvar, logvar.dtype))
+    return terms.sub_(logvar).addcmul_(mu, mu).sum(-1 if per_sample else None).mul_(HALF)
 
 
 def _latent_gradients(grad_z, mu, logvar, noise, factor, weight, dtype):
     """Gradients by `mu` and `logvar` of `grad_z . z + factor . weight . KL`; `grad_z` or `factor` may be None."""
     per_sample = factor is not None and factor.dim() == 1
-    factor = None if factor is None else _column(factor, weight, per_sample)
+    if factor is not None:
+        factor = factor.unsqueeze(1) if per_sample else factor
+        factor = factor * weight if weight != 1 else factor
+        half = factor * HALF
     grad_mu, grad_logvar = torch.empty_like(mu), torch.empty_like(logvar)
     for rows, m, lv, dz, eps, dm, dlv in _blocks(per_sample, mu, logvar, grad_z, noise, grad_mu, grad_logvar):
-        f = factor[rows] if isinstance(factor, Tensor) else factor
-        to_mu = dm if dm.dtype == dtype else torch.empty_like(dm, dtype=dtype)
-        to_logvar = dlv if dlv.dtype == dtype else torch.empty_like(dlv, dtype=dtype)
-        lv = lv.to(dtype)
+        m, lv = _converted("mu", m, dtype), _converted("logvar", lv, dtype)
+        to_mu = dm if dm.dtype == dtype else _scratch("gradient", m, dtype)
+        to_logvar = dlv if dlv.dtype == dtype else _scratch("slope", lv, dtype)
         if factor is not None:
-            torch.mul(m, f, out=to_mu)
-            torch.expm1(lv, out=to_logvar).mul_(0.5 * f)
-            if dz is not None:
-                to_mu.add_(dz)
-                to_logvar.add_(_std(lv, dtype).mul_(eps).mul_(dz), alpha=0.5)
-        else:
+            torch.expm1(lv, out=to_logvar).mul_(half[rows] if per_sample else half)
+        if dz is not None:
+            dz = _converted("grad_z", dz, dtype)
+            shift = torch.mul(lv, HALF, out=_scratch("spare", lv, dtype)).exp_().mul_(eps)
+        if factor is None:
             to_mu.copy_(dz)
-            torch.mul(_std(lv, dtype).mul_(eps), dz, out=to_logvar).mul_(0.5)
+            torch.mul(shift, dz, out=to_logvar).mul_(0.5)
+        elif dz is None:
+            torch.mul(m, factor[rows] if per_sample else factor, out=to_mu)
+        else:
+            torch.addcmul(dz, m, factor[rows] if per_sample else factor, out=to_mu)
+            to_logvar.addcmul_(shift, dz, value=0.5)
         if to_mu is not dm:
             dm.copy_(to_mu)
         if to_logvar is not dlv:
             dlv.copy_(to_logvar)
     return grad_mu, grad_logvar
-
-
-def _std(logvar: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.mul(logvar.to(dtype), 0.5).exp_()
 
 
 def _kl_factor(beta, grad_loss, grad_kl):
@@ -184,23 +189,45 @@ def _column(factor: Tensor, weight: float, per_sample: bool) -> Tensor | float:
     return (factor.item() if factor.device.type == "cpu" else factor) * weight
 
 
-class _Sums:
-    """The sums of the blocks. More than one, which only a CPU has, are added up in float64."""
+def _total(parts: list[tuple], like: Tensor, weight: float, per_sample: bool, dtype: torch.dtype) -> Tensor:
+    """The sums of blocks, `(index of the rows, sum)`, added up and times `weight`, `[]` or `[B]`."""
+    if len(parts) == 1:
+        return parts[0][1].mul_(weight) if weight != 1 else parts[0][1]
+    if not per_sample:
+        return torch.stack([part for _, part in parts]).sum(dtype=torch.float64).mul_(weight).to(dtype)
+    total = torch.zeros(like.shape[:1], dtype=torch.float64)
+    for rows, part in parts:
+        total[rows] += part
+    return total.mul_(weight).to(dtype)
 
+
+def _converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value if value.dtype == dtype else _scratch(name, value, dtype).copy_(value)
+
+
+class _Memory(threading.local):
     def __init__(self) -> None:
-        self.parts: list[tuple] = []
+        self.buffers: dict[tuple, Tensor] = {}
 
-    def add(self, rows, part: Tensor | None) -> None:
-        self.parts.append((rows, part))
 
-    def total(self, like: Tensor, weight: float, per_sample: bool, dtype: torch.dtype) -> Tensor:
-        """Their sum times `weight`, `[]` or `[B]`."""
-        if len(self.parts) == 1:
-            return self.parts[0][1].mul_(weight) if weight != 1 else self.parts[0][1]
-        total = torch.zeros(like.shape[:1] if per_sample else (), dtype=torch.float64)
-        for rows, part in self.parts:
-            total[rows] += part
-        return total.mul_(weight).to(dtype)
+_memory = _Memory()
+
+
+def _scratch(name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory of the shape of `like`. Each thread keeps its own for the next call: the page faults of fresh memory cost as much
+    as the arithmetic."""
+    if like.device.type != "cpu":
+        return torch.empty_like(like, dtype=dtype)
+    memory = _memory.buffers.get((name, dtype))
+    if memory is None or memory.numel() < like.numel():
+        with torch.inference_mode(False):  # what is made in inference mode cannot be written outside of it
+            memory = _memory.buffers[name, dtype] = torch.empty(max(_limit(), like.numel()), dtype=dtype)
+    return memory.as_strided(like.shape, like.stride())
+
+
+def _limit() -> int:
+    """Elements of a block on a CPU."""
+    return max(BLOCK, THREAD * torch.get_num_threads())
 
 
 def _blocks(per_sample: bool, *tensors: Tensor | None) -> Iterator[tuple]:
@@ -210,18 +237,21 @@ def _blocks(per_sample: bool, *tensors: Tensor | None) -> Iterator[tuple]:
     """
     first = tensors[0]
     numel = first.numel()
-    limit = max(BLOCK, THREAD * torch.get_num_threads()) if first.device.type == "cpu" else numel
+    limit = _limit() if first.device.type == "cpu" else numel
     if numel <= limit and not per_sample:
         yield ..., *tensors
         return
     rows = first.shape[0] if per_sample else 1
     columns = numel // max(rows, 1)
-    views = [t if t is None else t.as_strided((rows, columns), (columns, 1)) for t in tensors]
     if numel <= limit:
-        yield ..., *views
+        yield ..., *(t if t is None else t.as_strided((rows, columns), (columns, 1)) for t in tensors)
         return
     height, width = max(1, limit // columns), min(limit, columns)
     for i in range(0, rows, height):
         for j in range(0, columns, width):
+            shape, start = (min(height, rows - i), min(width, columns - j)), i * columns + j
             index = slice(i, i + height) if per_sample else ...
-            yield index, *(v if v is None else v[i : i + height, j : j + width] for v in views)
+            yield (
+                index,
+                *(t if t is None else t.as_strided(shape, (columns, 1), t.storage_offset() + start) for t in tensors),
+            )

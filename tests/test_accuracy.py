@@ -9,7 +9,7 @@ import fastelbo
 from support import LIKELIHOODS, as_double, assert_no_worse, gradients, make_inputs, naive, options, relative
 
 # One element; a lone tail of the last 15 or fewer; a tile and a tail; MNIST; more than a block and odd.
-SIZES = (((1, 1), (1, 1)), ((1, 7), (1, 3)), ((8, 125), (8, 2)), ((128, 784), (128, 20)), ((1, 10**6 + 3), (1, 50_001)))
+SIZES = (((1, 1), (1, 1)), ((1, 7), (1, 3)), ((8, 125), (8, 2)), ((128, 784), (128, 20)), ((1, 2**20 + 37), (1, 50_001)))
 BETA = 0.7
 
 
