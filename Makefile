@@ -16,7 +16,7 @@ RUN := $(PYTHON)
 READY := own
 endif
 
-.PHONY: demo test lint gpu own clean
+.PHONY: demo test lint bench budget gpu own clean
 
 demo: $(READY)
 	$(RUN) examples/train_digits.py
@@ -30,7 +30,16 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# The tests on the real kernels, with the torch and triton that PYTHON has, and no network.
+# In turns with the naive code, on a CUDA GPU if there is one: `python -m bench --help` has the options, and
+# `python -m bench.report --write bench/results/*.json` brings tables, plots and the README's section up to date.
+bench: $(READY)
+	$(RUN) -m bench
+
+# What the compiled kernels cost; to be run whenever they change.
+budget: $(READY)
+	$(RUN) -m bench.budget --write
+
+# The tests and benchmarks on the real kernels, with the torch and triton that PYTHON has, and no network.
 gpu:
 	@if ! $(PYTHON) -c "import importlib.util as i, sys; sys.exit(not (i.find_spec('torch') and __import__('torch').cuda.is_available()))"; then \
 		echo "make gpu: $(PYTHON) sees no CUDA GPU, so nothing was run"; \
@@ -39,6 +48,7 @@ gpu:
 		$(PYTHON) -m pip install --no-deps --no-build-isolation -e .; \
 		FASTELBO_BACKEND=triton $(PYTHON) -m pytest; \
 		FASTELBO_BACKEND=torch $(PYTHON) -m pytest; \
+		$(PYTHON) -m bench --device cuda; \
 	fi
 
 # Made anew when the requirements change.

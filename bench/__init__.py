@@ -1,1 +1,1 @@
-"""The benchmark suite and the traffic budget. `python -m bench --help`, `python -m bench.report --help`, `python -m bench.budget`."""
+"""The benchmark suite (`python -m bench --help`) and the traffic budget (`python -m bench.budget --help`)."""

@@ -19,8 +19,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description=__doc__.partition(": ")[2],
-        epilog="Without subjects, shapes, likelihoods, dtypes and modes: the usual cases. With some of them: all such cases, in float32"
-        " and mode backward unless chosen otherwise.",
+        epilog="Without subjects, shapes, likelihoods, dtypes and modes: the usual cases. With some of them: all such cases, in"
+        " float32 and mode backward unless chosen otherwise.",
     )
     add_options(parser.add_argument)
     parser.add_argument("--output", type=Path, help="the JSON file (bench/results/<device>.json)")

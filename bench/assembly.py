@@ -1,7 +1,7 @@
 """What a compiled kernel does: bytes by argument from its TTGIR, accesses and instructions by loop from its assembly.
 
-TTGIR is Triton's last form of a kernel in which accesses are whole tiles and go back to arguments. NVIDIA's assembly is SASS, which
-`cuobjdump` takes from the binary: PTX says little of what `ptxas` makes of it.
+TTGIR is Triton's last form of a kernel in which accesses are whole tiles and go back to arguments. NVIDIA's assembly is SASS,
+which `cuobjdump` takes from the binary: PTX says little of what `ptxas` makes of it.
 """
 
 import collections
@@ -62,7 +62,7 @@ class Loop(NamedTuple):
     instructions: list[str]
 
     def widths(self) -> dict[str, collections.Counter]:
-        """"load" and "store" of global memory: bits -> instructions."""
+        """Of accesses to global memory, "load" and "store": bits -> instructions."""
         widths = {"load": collections.Counter(), "store": collections.Counter()}
         for text in self.instructions:
             if found := _NVIDIA_ACCESS.search(text):
@@ -130,7 +130,5 @@ def _amd(text: str) -> Machine:
 
 def _with_stream(loops: list[Loop], partial_sums: str) -> list[Loop]:
     return [
-        loop
-        for loop in loops
-        if any(loop.widths().values()) and not any(partial_sums in text for text in loop.instructions)
+        loop for loop in loops if any(loop.widths().values()) and not any(partial_sums in text for text in loop.instructions)
     ]

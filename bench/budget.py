@@ -16,7 +16,7 @@ from fastelbo.likelihoods import LIKELIHOODS
 from . import compiled
 from .assembly import Loop, machine
 from .compiled import Launch, compile_for
-from .traffic import BUDGET, LATENTS, LIKE, RECONSTRUCTION, Stream
+from .traffic import BUDGET, LATENTS, LIKE, Stream
 
 KEPT = Path(__file__).parent / "results" / "budget.md"
 
@@ -81,7 +81,7 @@ def operations(loop: Loop) -> collections.Counter:
     return counts
 
 
-# What a multiprocessor should have under way so that memory is never idle: 32 KB of traffic, of which nobody waits for the stores.
+# What a multiprocessor should have under way so that memory is never idle: 32 KB of traffic. Nobody waits for the stores in it.
 IN_FLIGHT = 32 * 1024
 REGISTERS, WARP_REGISTERS, PROGRAMS = 65536, 8, 16  # of sm_80 to sm_100; the last is what the launcher asks for at most
 
@@ -123,7 +123,6 @@ class Kernel(NamedTuple):
     def bytes_per_element(self, stream: Stream) -> int:
         return sum(self.tile_bytes(stream).values()) // self.block
 
-
     def bytes_in_flight(self, stream: Stream, registers: int) -> int:
         """Bytes that the programs on a multiprocessor load at once, as many as have room for their registers."""
         rounded = -(-registers // WARP_REGISTERS) * WARP_REGISTERS
@@ -163,9 +162,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 LEGEND = """\
-What a pass of a kernel's loop costs for each element, compiled ahead of time (no GPU was used). Bytes: loaded and stored. Then, for
-each architecture, instructions / those of the special function unit / the time they take over the time that memory takes to move the
-bytes, by the published rates of the product named. Below 1 memory is the bound; where it is above, in bold, instructions are."""
+What a pass of a kernel's loop costs for each element, compiled ahead of time (no GPU was used). Bytes: loaded and stored. Then,
+for each architecture: instructions / those of the special function unit / the time they take over the time that memory takes to
+move the bytes, by the published rates of the product named. Memory is the bound, except in bold: there instructions are."""
 
 
 def table() -> str:
@@ -180,7 +179,8 @@ def table() -> str:
                 title = f"{kernel.name.partition(':')[0]}: KL {_name(kernel.dtypes['mu'])}"
             if title not in seen:
                 seen.add(title)
-                lines.append(_line([title, str(kernel.bytes_per_element(stream)), *(_cell(kernel, stream, t) for t in DEVICES)]))
+                costs = [_cell(kernel, stream, target) for target in DEVICES]
+                lines.append(_line([title, str(kernel.bytes_per_element(stream)), *costs]))
     return "\n".join(lines) + "\n"
 
 

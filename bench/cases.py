@@ -104,4 +104,4 @@ def select(chosen: dict[str, list[str] | None], cuda: bool) -> list[Case]:
         return [case for case in all_cases() if usual(case, cuda)]
     wanted = {"dtypes": ["float32"], "modes": ["backward"]} | {name: values for name, values in chosen.items() if values}
     wanted["likelihoods"] = [*wanted.get("likelihoods", LIKELIHOODS), "-"]
-    return [case for case in all_cases() if all(value in wanted.get(name, [value]) for name, value in zip(CHOICES, case))]
+    return [c for c in all_cases() if all(v in wanted.get(name, [v]) for name, v in zip(CHOICES, c, strict=True))]

@@ -61,8 +61,8 @@ def _on(target: str, launch: Launch) -> Launch:
 
 
 def _bind(target: str, launch: Launch):
-    backend = make_backend(TARGETS[target])
-    return create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)(*launch.args, **launch.options)
+    kernel, args, options = launch
+    return create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGETS[target]))(*args, **options)
 
 
 def loss_forward(

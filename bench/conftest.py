@@ -1,20 +1,18 @@
 """The options of the suite, the rows that they select, and what the JSON says of the machine and of each row."""
 
 import importlib.metadata
+import importlib.util
 import platform
 import statistics
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import cpuinfo
 import pytest
 import torch
 
 from .cases import CHOICES, select
-from .measure import measure
-
-CONTENDERS = ("eager", "compiled", "fastelbo", "fastelbo compiled")
+from .measure import CONTENDERS, measure
 
 
 def add_options(add: Callable) -> None:
@@ -22,7 +20,8 @@ def add_options(add: Callable) -> None:
     for name, choices in CHOICES.items():
         described = [f"{k} ({v})" for k, v in choices.items()] if name in ("subjects", "modes") else choices
         add(f"--{name}", nargs="+", choices=list(choices), metavar=name[:-1].upper(), help=", ".join(described))
-    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="cuda if there is one")
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=["cpu", "cuda"], default=available, help=f"(here: {available})")
     add("--seconds", type=float, default=1.0, help="that each case is timed for (1)")
 
 
@@ -52,10 +51,8 @@ def measured(request):
     config = request.config
     number, case = request.param
     found = measure(case, torch.device(config.option.device), config.option.seconds)
-    medians = {name: statistics.median(timing.seconds) * 1e3 for name, timing in found.timings.items()}
-    config.get_terminal_writer().line(
-        f"[{number}/{config.number_of_cases}] {case.id}: " + ", ".join(f"{name} {ms:.3g}" for name, ms in medians.items()) + " ms"
-    )
+    medians = [f"{name} {1e3 * statistics.median(timing.seconds):.3g}" for name, timing in found.timings.items()]
+    config.get_terminal_writer().line(f"[{number}/{config.number_of_cases}] {case.id}: {', '.join(medians)} ms")
     return case, found
 
 

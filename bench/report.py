@@ -1,4 +1,4 @@
-"""`python -m bench.report FILE...`: results of the benchmarks as tables, as plots, and as the README's section on performance."""
+"""`python -m bench.report FILE...`: results of the benchmarks as tables, as plots, and as the README's performance section."""
 
 import argparse
 import json
@@ -19,6 +19,11 @@ class Row(NamedTuple):
     case: Case
     graph: bool
     contenders: dict[str, dict]
+
+    @property
+    def plain(self) -> bool:
+        """One that the README shows."""
+        return (self.case.dtypes, self.case.mode, self.graph) == ("float32", "backward", False)
 
     def milliseconds(self, name: str) -> float | None:
         return self.contenders[name]["seconds"]["median"] * 1e3 if name in self.contenders else None
@@ -59,11 +64,11 @@ class Run(NamedTuple):
 def load(path: Path) -> Run:
     data = json.loads(path.read_text())
     machine, commit = data["machine_info"], data["commit_info"]
+    system = f"driver {machine['driver']}, CUDA {machine['cuda']}" if "driver" in machine else f"{machine['threads']} threads"
     where = (
-        f"{machine['device']}"
-        + (f", driver {machine['driver']}, CUDA {machine['cuda']}" if "driver" in machine else f", {machine['threads']} threads")
-        + f"; torch {machine['torch']}, triton {machine['triton']}, Python {machine['python']};"
-        f" commit {commit['id'][:10]}{' with changes' if commit['dirty'] else ''}, {data['datetime'][:10]}"
+        f"{machine['device']}, {system}; torch {machine['torch']}, triton {machine['triton']},"
+        f" Python {machine['python']}; commit {commit['id'][:10]}{' with changes' if commit['dirty'] else ''},"
+        f" {data['datetime'][:10]}"
     )
     rows: dict[tuple, Row] = {}
     for found in data["benchmarks"]:
@@ -108,7 +113,9 @@ def terminal(runs: list[Run]) -> str:
         table = [list(COLUMNS), *map(cells, run.rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines += ["", run.where, ""]
-        lines += ["  ".join(text.ljust(w) if i < 5 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))) for line in table]
+        for line in table:
+            padded = [text.ljust(w) if i < 5 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))]
+            lines.append("  ".join(padded))
     return "\n".join([*lines, "", LEGEND])
 
 
@@ -120,11 +127,11 @@ def markdown(run: Run) -> str:
 def readme_section(runs: list[Run]) -> str:
     """What the README says: forward and backward in float32, and where the rest is."""
     lines = [
-        "Forward and backward in float32: how many times as fast as the eager naive code / as the naive code under `torch.compile`, timed in",
-        "turns in one run. ▼ marks where fastelbo loses.",
+        "Forward and backward in float32: how many times as fast as the eager naive code / as the naive code under",
+        "`torch.compile`, timed in turns in one run. ▼ marks where fastelbo loses.",
     ]
     for run in runs:
-        plain = [r for r in run.rows if (r.case.dtypes, r.case.mode, r.graph) == ("float32", "backward", False)]
+        plain = [row for row in run.rows if row.plain]
         lines += ["", f"**{run.where}** ([all rows](bench/results/{run.path.stem}.md))", ""]
         losses = {(r.case.shape, r.case.likelihood): _both(r) for r in plain if r.case.subject == "loss"}
         shapes = dict.fromkeys(shape for shape, _ in losses)
@@ -147,17 +154,17 @@ def plots(run: Run, path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "fastelbo"  # the same file each time
     from matplotlib import pyplot
 
-    rows = [r for r in run.rows if (r.case.subject, r.case.dtypes, r.case.mode, r.graph) == ("loss", "float32", "backward", False)]
+    rows = sorted((row for row in run.rows if row.plain and row.case.subject == "loss"), key=_megabytes)
     figure, (faster, floor, memory) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for color, likelihood in enumerate(LIKELIHOODS):
-        chosen = sorted((r for r in rows if r.case.likelihood == likelihood), key=_elements)
-        size = [4 * _elements(r) / 1e6 for r in chosen]
+        chosen = [row for row in rows if row.case.likelihood == likelihood]
+        size, style = [_megabytes(row) for row in chosen], {"color": f"C{color}", "marker": "."}
         for other, line in (("eager", "-"), ("compiled", "--")):
-            faster.plot(size, [r.speedup(other) or math.nan for r in chosen], line, color=f"C{color}", marker=".", label=f"{likelihood} / {other}")
-        floor.plot(size, [100 * r.share_of_floor() for r in chosen], color=f"C{color}", marker=".", label=likelihood)
-    chosen = sorted((r for r in rows if r.case.likelihood == "bernoulli_logits"), key=_elements)
-    for name in ("eager", "compiled", "fastelbo"):
-        memory.plot([4 * _elements(r) / 1e6 for r in chosen], [r.peak_megabytes(name) or math.nan for r in chosen], marker=".", label=name)
+            faster.plot(size, [r.speedup(other) or math.nan for r in chosen], line, label=f"{likelihood} / {other}", **style)
+        floor.plot(size, [100 * row.share_of_floor() for row in chosen], label=likelihood, **style)
+        if likelihood == "bernoulli_logits":
+            for name in ("eager", "compiled", "fastelbo"):
+                memory.plot(size, [row.peak_megabytes(name) or math.nan for row in chosen], marker=".", label=name)
     faster.axhline(1, color="gray", linewidth=0.5)
     faster.set(title="Times as fast", yscale="log")
     floor.set(title="Share of the floor: a copy of as many bytes", ylabel="%", ylim=(0, None))
@@ -183,8 +190,9 @@ def write(runs: list[Run], readme: Path = README) -> None:
     readme.write_text(f"{before}{begin}\n\n{readme_section(runs)}\n\n{end}{after}")
 
 
-def _elements(row: Row) -> int:
-    return math.prod(sizes(row.case.shape))
+def _megabytes(row: Row) -> float:
+    """Of the prediction, in float32."""
+    return 4e-6 * math.prod(sizes(row.case.shape))
 
 
 def _number(value: float | None) -> str:
@@ -210,7 +218,7 @@ def _table(header: Iterable[str], rows: Iterable[list[str]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.partition(": ")[2])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON that python -m bench has written")
-    parser.add_argument("--write", action="store_true", help="also write Markdown and SVG beside each file, and the README's section")
+    parser.add_argument("--write", action="store_true", help="write Markdown and SVG beside them, and the README's section")
     options = parser.parse_args()
     runs = [load(path) for path in options.files]
     print(terminal(runs))

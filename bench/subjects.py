@@ -16,8 +16,8 @@ import fastelbo
 from fastelbo import reference
 
 from . import models
-from .traffic import least_bytes
 from .cases import DTYPES, SHAPES, Case, sizes
+from .traffic import least_bytes
 
 SCALE = 0.5  # of the Gaussian likelihood
 FACTORS = (1.0, 0.5, 2.0)  # what mode "varying" multiplies losses with: never the same twice in a row
@@ -59,10 +59,8 @@ class Streams:
             latents, latent_dtype = shape, prediction
         else:
             latents, latent_dtype = (shape[0], *SHAPES[self.case.shape]), torch.float32
-            probabilities = self.case.likelihood == "bernoulli"
-            recon_x = 0.01 + 0.98 * torch.rand(shape, device=self.device) if probabilities else torch.randn(shape, device=self.device)
-            x = torch.rand(shape, device=self.device)
-            tensors["prediction"] = recon_x.to(prediction)
+            x, recon_x = torch.rand(shape, device=self.device), torch.randn(shape, device=self.device)
+            tensors["prediction"] = (recon_x.sigmoid() if self.case.likelihood == "bernoulli" else recon_x).to(prediction)
             tensors["target"] = (255 * x).round().to(target) if target == torch.uint8 else x.to(target)
         tensors["mu"], tensors["logvar"] = (torch.randn(latents, device=self.device).to(latent_dtype) for _ in range(2))
         grad_z = None if self.case.subject == "loss" else torch.randn(latents, device=self.device).to(latent_dtype)
@@ -133,7 +131,7 @@ class Streams:
         return value, z, *others
 
     def results(self, call: Callable[[], tuple]) -> list[Compared]:
-        """What the first call on the first set gives. Noise is taken out: it stands in z, and in logvar's gradient by way of z."""
+        """What the first call on the first set gives, without noise: that stands in z, and by way of z in logvar's gradient."""
         value, z, *others = call()
         tensors, grad_z = self.inputs[0]
         gradients = [t.grad.float() for t in tensors.values() if t.grad is not None]

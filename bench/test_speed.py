@@ -1,11 +1,10 @@
-"""One row per case and contender. The numbers were taken with all contenders of a case in turns; here they are put on record."""
+"""One row per case and contender. The times were taken with all contenders of a case in turns; here they go on record."""
 
 import statistics
 
 import pytest
 
-# A module that torch.compile warns about is timed all the same.
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile has many to give
 
 
 class Tape:

@@ -33,8 +33,8 @@ def pointer_and_value(*numbers: torch.Tensor | float) -> list:
 def tile_size(first: torch.Tensor, second: torch.Tensor) -> int:
     """Elements of a tile, from the two tensors that are loaded together.
 
-    A thread loads 16 bytes of the wider one, and as many elements of the other. With more, the compiler no longer issues the loads
-    of a tile before it waits for the first, and tensors of two widths are exchanged between threads.
+    A thread loads 16 bytes of the wider one, and as many elements of the other. With more, the compiler no longer issues the
+    loads of a tile before it waits for the first, and exchanges tensors of two widths between threads.
     """
     if INTERPRETED:
         return 65536  # a tile costs the interpreter about 3 ms, whatever its size

@@ -29,7 +29,7 @@ def box_muller(i0, i1):
 
 @triton.jit
 def four_normals(seed, counters):
-    """Normals `4c` to `4c + 3` of each counter c, `[..., 2, 2]`: interleaved in registers, so that stores stay 128 bits wide."""
+    """Normals `4c` to `4c + 3` of each counter c, `[..., 2, 2]`: interleaved in registers, for stores 128 bits wide."""
     i0, i1, i2, i3 = tl.randint4x(seed, counters)
     n0, n1 = box_muller(i0, i1)
     n2, n3 = box_muller(i2, i3)

@@ -7,7 +7,6 @@ import triton.language as tl
 from bench.budget import Kernel
 from bench.compiled import record
 from bench.traffic import RECONSTRUCTION, Stream
-from fastelbo.kernels.launch import THREADS
 
 BLOCK = 512
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fastelbo.kernels.noise import box_muller, normals
-from fastelbo.kernels.numerics import exp_and_expm1, exp_and_softplus, log, log1p
+from fastelbo.kernels.numerics import log, log1p
 
 
 @triton.jit
