@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import platform
+import shutil
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -22,7 +23,7 @@ def add_options(add: Callable) -> None:
         add(f"--{name}", nargs="+", choices=list(choices), metavar=name[:-1].upper(), help=", ".join(described))
     available = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=["cpu", "cuda"], default=available, help=f"(here: {available})")
-    add("--seconds", type=float, default=1.0, help="that each case is timed for (1)")
+    add("--seconds", type=float, default=0.8, help="that each case is timed for (0.8)")
 
 
 def device_name(device: str) -> str:
@@ -40,9 +41,9 @@ def pytest_generate_tests(metafunc):
     if not cases:
         raise pytest.UsageError("no case has all that was chosen: see the shapes of each subject in bench/cases.py")
     contenders = [*CONTENDERS, *(f"{name}, graph" for name in CONTENDERS if cuda)]
-    metafunc.parametrize("measured", list(enumerate(cases, 1)), ids=[case.id for case in cases], indirect=True, scope="module")
+    numbered = [(f"{i}/{len(cases)}", case) for i, case in enumerate(cases, 1)]
+    metafunc.parametrize("measured", numbered, ids=[case.id for case in cases], indirect=True, scope="module")
     metafunc.parametrize("contender", contenders)
-    metafunc.config.number_of_cases = len(cases)
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +53,11 @@ def measured(request):
     number, case = request.param
     found = measure(case, torch.device(config.option.device), config.option.seconds)
     medians = [f"{name} {1e3 * statistics.median(timing.seconds):.3g}" for name, timing in found.timings.items()]
-    config.get_terminal_writer().line(f"[{number}/{config.number_of_cases}] {case.id}: {', '.join(medians)} ms")
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"[{number}] {case.id}: {', '.join(medians)} ms", flush=True)
     return case, found
 
 
-@pytest.hookimpl
 def pytest_report_teststatus(report):
     """No dot a test: the fixture has said more."""
     if report.when == "call" and report.passed:
@@ -75,14 +76,18 @@ def pytest_benchmark_generate_machine_info(config):
     }
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-        info["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-        info["cuda"] = torch.version.cuda
+        found = shutil.which(query[0]) and subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        info |= {"driver": found or "unknown", "cuda": torch.version.cuda}
     return info
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     """Keep what is told: the case, and the quartiles. Without the samples, the file can be committed."""
     output_json["benchmarks"] = [
-        {**row["extra_info"], "seconds": {name: row["stats"][name] for name in ("q1", "median", "q3", "rounds")}}
+        {**row["extra_info"], "seconds": {name: _rounded(row["stats"][name]) for name in ("q1", "median", "q3", "rounds")}}
         for row in output_json["benchmarks"]
     ]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")

@@ -3,11 +3,12 @@
 import argparse
 import json
 import math
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .cases import LIKELIHOODS, Case, sizes
+from .cases import LIKELIHOODS, SHAPES, Case, sizes
 
 README = Path(__file__).parents[1] / "README.md"
 MARKERS = "<!-- performance: what `python -m bench.report --write` makes of bench/results -->", "<!-- end of performance -->"
@@ -137,8 +138,13 @@ def readme_section(runs: list[Run]) -> str:
         shapes = dict.fromkeys(shape for shape, _ in losses)
         pivot = ([f"`loss` {shape}", *(losses.get((shape, name), "-") for name in LIKELIHOODS)] for shape in shapes)
         lines += _table(["", *(f"`{name}`" for name in LIKELIHOODS)], pivot)
-        others = [r for r in plain if r.case.subject != "loss"]
-        lines += ["", *_table(["", ""], ([f"{TITLES[r.case.subject]} {r.case.shape}", _both(r)] for r in others))]
+        others = ([f"{TITLES[r.case.subject]} {r.case.shape}", _both(r)] for r in plain if r.case.subject != "loss")
+        lines += ["", *_table(["", "eager / compiled"], others)]
+        by_eager, by_compiled = (
+            _number(_geometric_mean(r.speedup(other) for r in plain if r.case.shape in SHAPES))
+            for other in ("eager", "compiled")
+        )
+        lines += ["", f"Geometric mean of the rows of `loss` and of `sample_kl` + `loss`: {by_eager} / {by_compiled}."]
         lines += ["", f"![speedup, share of the floor and peak memory by size](bench/results/{run.path.stem}.svg)"]
     return "\n".join(lines)
 
@@ -147,7 +153,7 @@ TITLES = {"sample": "`sample_kl`, latents", "objective": "`sample_kl` + `loss`, 
 
 
 def plots(run: Run, path: Path) -> None:
-    """Three panels by the size of the prediction, for the loss forward and backward in float32."""
+    """Three panels by the size of the prediction, for the loss forward and backward in float32, if that was timed."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -155,6 +161,8 @@ def plots(run: Run, path: Path) -> None:
     from matplotlib import pyplot
 
     rows = sorted((row for row in run.rows if row.plain and row.case.subject == "loss"), key=_megabytes)
+    if not rows:
+        return
     figure, (faster, floor, memory) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for color, likelihood in enumerate(LIKELIHOODS):
         chosen = [row for row in rows if row.case.likelihood == likelihood]
@@ -162,13 +170,13 @@ def plots(run: Run, path: Path) -> None:
         for other, line in (("eager", "-"), ("compiled", "--")):
             faster.plot(size, [r.speedup(other) or math.nan for r in chosen], line, label=f"{likelihood} / {other}", **style)
         floor.plot(size, [100 * row.share_of_floor() for row in chosen], label=likelihood, **style)
-        if likelihood == "bernoulli_logits":
+        if likelihood == rows[0].case.likelihood:
             for name in ("eager", "compiled", "fastelbo"):
                 memory.plot(size, [row.peak_megabytes(name) or math.nan for row in chosen], marker=".", label=name)
     faster.axhline(1, color="gray", linewidth=0.5)
     faster.set(title="Times as fast", yscale="log")
     floor.set(title="Share of the floor: a copy of as many bytes", ylabel="%", ylim=(0, None))
-    memory.set(title="Peak memory beyond the inputs, bernoulli_logits", ylabel="MB", yscale="log")
+    memory.set(title=f"Peak memory beyond the inputs, {rows[0].case.likelihood}", ylabel="MB", yscale="log")
     for axes in (faster, floor, memory):
         axes.set(xscale="log", xlabel="prediction, MB")
         axes.legend(fontsize="x-small")
@@ -193,6 +201,11 @@ def write(runs: list[Run], readme: Path = README) -> None:
 def _megabytes(row: Row) -> float:
     """Of the prediction, in float32."""
     return 4e-6 * math.prod(sizes(row.case.shape))
+
+
+def _geometric_mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.geometric_mean(known) if known else None
 
 
 def _number(value: float | None) -> str:

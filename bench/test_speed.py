@@ -23,6 +23,10 @@ class Tape:
 tape = Tape()
 
 
+def _quartiles(values: list[float]) -> list[float]:
+    return [round(value, 4) for value in statistics.quantiles(values, n=4)]
+
+
 @pytest.mark.benchmark(timer=tape)
 def test_speed(benchmark, measured, contender):
     case, found = measured
@@ -35,7 +39,7 @@ def test_speed(benchmark, measured, contender):
     benchmark.extra_info.update(case._asdict(), contender=contender, peak_bytes=timing.peak_bytes, kernels=timing.kernels)
     # Paired: both of a ratio are from the same round.
     benchmark.extra_info["speedup_over"] = {
-        other: statistics.quantiles([a / b for a, b in zip(theirs.seconds, timing.seconds, strict=True)], n=4)
+        other: _quartiles([a / b for a, b in zip(theirs.seconds, timing.seconds, strict=True)])
         for other, theirs in found.timings.items()
         if other != contender
     }
@@ -44,6 +48,6 @@ def test_speed(benchmark, measured, contender):
     if found.least_bytes:
         copied = statistics.median(found.copy_seconds)
         benchmark.extra_info["least_bytes"] = found.least_bytes
-        benchmark.extra_info["copy_bytes_per_second"] = found.copy_bytes / copied
+        benchmark.extra_info["copy_bytes_per_second"] = round(found.copy_bytes / copied)
     samples = iter(timing.seconds)
     benchmark.pedantic(tape.advance, args=(samples,), rounds=len(timing.seconds))
