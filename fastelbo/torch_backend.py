@@ -195,7 +195,7 @@ def _total(parts: list[tuple], like: Tensor, weight: float, per_sample: bool, dt
         return parts[0][1].mul_(weight) if weight != 1 else parts[0][1]
     if not per_sample:
         return torch.stack([part for _, part in parts]).sum(dtype=torch.float64).mul_(weight).to(dtype)
-    total = torch.zeros(like.shape[:1], dtype=torch.float64)
+    total = torch.zeros(like.shape[:1], dtype=torch.float64, device=like.device)
     for rows, part in parts:
         total[rows] += part
     return total.mul_(weight).to(dtype)
@@ -221,7 +221,7 @@ def _scratch(name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
     memory = _memory.buffers.get((name, dtype))
     if memory is None or memory.numel() < like.numel():
         with torch.inference_mode(False):  # what is made in inference mode cannot be written outside of it
-            memory = _memory.buffers[name, dtype] = torch.empty(max(_limit(), like.numel()), dtype=dtype)
+            memory = _memory.buffers[name, dtype] = torch.empty(max(_limit(), like.numel()), dtype=dtype, device=like.device)
     return memory.as_strided(like.shape, like.stride())
 
 

@@ -228,3 +228,15 @@ def test_create_graph_has_the_noise_of_forward_in_any_layout(halves, device):
     upstream = torch.randn_like(z)
     plain = gradients(z, h, grad_outputs=upstream, retain_graph=True)
     torch.testing.assert_close(gradients(z, h, grad_outputs=upstream, create_graph=True), plain)
+
+
+def test_a_default_device_is_not_for_what_is_allocated_inside(device):
+    inputs = make_inputs("bernoulli", (3, 2**19), (3, 2**19), device=device)
+    expected = fastelbo.loss(*inputs, reduction="none")
+    with torch.device("meta"):
+        eps = torch.zeros_like(inputs[2], device=device)
+        terms = fastelbo.loss(*inputs, reduction="none")
+        z, kl = fastelbo.sample_kl(inputs[2], inputs[3], eps=eps)
+        grads = gradients(terms.loss.sum() + z.sum() + kl, *inputs[:1], *inputs[2:])
+    assert all(torch.equal(a, b) for a, b in zip(terms, expected, strict=True))
+    assert all(g.device == expected.loss.device for g in grads)
