@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import triton
@@ -104,31 +105,33 @@ def _nvidia(cubin: bytes) -> Machine:
             for option in ("-sass", "--dump-resource-usage")
         )
     listing = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(\S[^;]*);", sass)]
-    loops = []
+    loops = {}  # by where they start, to the last branch back there
     for end, text in listing:
         target = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
-        if target and int(target[1], 16) < end:
-            loops.append(Loop([text for address, text in listing if int(target[1], 16) <= address <= end]))
+        if target and (start := int(target[1], 16)) < end:
+            loops[start] = Loop([text for address, text in listing if start <= address <= end])
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     # Loads of what other programs wrote are the only strong ones.
-    return Machine(_with_stream(loops, "STRONG"), registers, sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))))
+    return Machine(
+        _with_stream(loops.values(), "STRONG"), registers, sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
+    )
 
 
 def _amd(text: str) -> Machine:
     lines = [line.split(";")[0].strip() for line in text.splitlines()]
-    labels, loops = {}, []
+    labels, loops = {}, {}
     for i, line in enumerate(lines):
         if match := re.match(r"(\.LBB\w+):", line):
             labels[match[1]] = i
         elif (match := re.match(r"s_c?branch\w* (\.LBB\w+)", line)) and match[1] in labels:
-            loops.append(Loop([text for text in lines[labels[match[1]] : i + 1] if re.match(r"[a-z]\w+_", text)]))
+            loops[match[1]] = Loop([text for text in lines[labels[match[1]] : i + 1] if re.match(r"[a-z]\w+_", text)])
     # Scalar registers spill into lanes of vector registers, not into memory.
     spilled = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
     registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-    return Machine(_with_stream(loops, "sc0 nt"), registers, sum(map(int, spilled)))
+    return Machine(_with_stream(loops.values(), "sc0 nt"), registers, sum(map(int, spilled)))
 
 
-def _with_stream(loops: list[Loop], partial_sums: str) -> list[Loop]:
+def _with_stream(loops: Iterable[Loop], partial_sums: str) -> list[Loop]:
     return [
         loop for loop in loops if any(loop.widths().values()) and not any(partial_sums in text for text in loop.instructions)
     ]
