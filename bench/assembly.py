@@ -118,13 +118,13 @@ def _nvidia(cubin: bytes) -> Machine:
 
 
 def _amd(text: str) -> Machine:
-    lines = [line.split(";")[0].strip() for line in text.splitlines()]
-    labels, loops = {}, {}
+    lines, headers, loops = text.splitlines(), {}, {}
     for i, line in enumerate(lines):
-        if match := re.match(r"(\.LBB\w+):", line):
-            labels[match[1]] = i
-        elif (match := re.match(r"s_c?branch\w* (\.LBB\w+)", line)) and match[1] in labels:
-            loops[match[1]] = Loop([text for text in lines[labels[match[1]] : i + 1] if re.match(r"[a-z]\w+_", text)])
+        if match := re.match(r"(\.LBB\w+):.*Loop Header", line):
+            headers[match[1]] = i
+        elif (match := re.match(r"\s+s_c?branch\w* (\.LBB\w+)", line)) and match[1] in headers:
+            body = (instruction.split(";")[0].strip() for instruction in lines[headers[match[1]] + 1 : i + 1])
+            loops[match[1]] = Loop([instruction for instruction in body if re.match(r"[a-z]\w+_", instruction)])
     # Scalar registers spill into lanes of vector registers, not into memory.
     spilled = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
     registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
