@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def exp_parts(x):
-    """`(power, k, f)` with exp(x) = power * exp(f), power = 2^k and |f| <= ln(2) / 2, for x in [-87, 88.7]; NaN gives NaN."""
+    """`(power, f)` with exp(x) = power * exp(f), a power of two and |f| <= ln(2) / 2, for x in [-87, 88.7]; NaN gives NaN."""
     # Adding 1.5 * 2^23 rounds to the integer k and leaves it in the low bits.
     shifted = tl.minimum(x * 1.4426950408889634 + 12582912.0, 12583039.0)  # k <= 127
     k = shifted - 12582912.0

@@ -108,6 +108,7 @@ def row(contender, milliseconds, **ratios):
 
 
 def test_report(tmp_path):
+    pytest.importorskip("matplotlib")
     machine = {"device": "a machine", "threads": 2, "torch": "2.13", "triton": "3.9", "python": "3.12"}
     commit = {"id": "0123456789abcdef", "dirty": False}
     rows = [row("eager", 4.0), row("compiled", 0.75), row("fastelbo", 1.0, eager=4.1, compiled=0.74)]

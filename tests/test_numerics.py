@@ -48,8 +48,9 @@ def test_exp_and_softplus(dtype, device):
     x = -torch.cat([torch.linspace(0, 86.9, 99 * SIZE, dtype=dtype), torch.logspace(-30, 1.9, SIZE, dtype=dtype)])
     exp, softplus = (t.cpu() for t in run_pair(exp_and_softplus, x.to(device)))
     eps = torch.finfo(dtype).eps
-    assert relative_error(exp, torch.exp(x.double())) <= 2 * eps
-    assert relative_error(softplus, torch.log1p(torch.exp(x.double()))) <= 3 * eps
+    # A GPU's ex2.approx may itself be off by 1.4 eps.
+    assert relative_error(exp, torch.exp(x.double())) <= 3 * eps
+    assert relative_error(softplus, torch.log1p(torch.exp(x.double()))) <= 4 * eps
     ends = padded(torch.tensor([-87.5, -1e30, -float("inf"), float("nan")], dtype=dtype))
     for result in run_pair(exp_and_softplus, ends.to(device)):
         assert (result[:3] >= 0).all()
