@@ -81,8 +81,6 @@ def operations(loop: Loop) -> collections.Counter:
     return counts
 
 
-# What a multiprocessor should have under way so that memory is never idle: 32 KB of traffic. Nobody waits for the stores in it.
-IN_FLIGHT = 32 * 1024
 REGISTERS, WARP_REGISTERS, PROGRAMS = 65536, 8, 16  # of sm_80 to sm_100; the last is what the launcher asks for at most
 
 
@@ -128,9 +126,6 @@ class Kernel(NamedTuple):
         rounded = -(-registers // WARP_REGISTERS) * WARP_REGISTERS
         programs = min(REGISTERS // (rounded * THREADS), PROGRAMS)
         return programs * sum(size for (kind, _), size in self.tile_bytes(stream).items() if kind == "load")
-
-    def bytes_wanted_in_flight(self, stream: Stream) -> int:
-        return IN_FLIGHT * len(stream.reads) // (len(stream.reads) + len(stream.writes))
 
 
 def kernels() -> Iterator[Kernel]:
