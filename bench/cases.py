@@ -79,8 +79,10 @@ def all_cases() -> Iterator[Case]:
 
 
 def usual(case: Case, cuda: bool) -> bool:
-    """Whether `make bench` runs a case: every size once, every option at a small and a large one. On a CPU, where each costs more,
-    in under ten minutes with all that has to be compiled."""
+    """Whether `make bench` runs a case: every size once, every option at a small and a large one.
+
+    On a CPU there are fewer, so that ten minutes are enough, with all that has to be compiled.
+    """
     small_and_large = case.shape in ("128x784", "4096x4000" if cuda else "64x3x64x64")
     if case.subject == "step":
         return True
