@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastelbo.likelihoods import LIKELIHOODS
+
 # Shapes that people train with: reconstruction, and latents of one sample.
 SHAPES = {
     "1x784": (20,),  # MNIST, one at a time
@@ -31,7 +33,6 @@ DTYPES = {
     "bfloat16+uint8": (torch.bfloat16, torch.uint8),
     "float16": (torch.float16, torch.float16),
 }
-LIKELIHOODS = ("bernoulli", "bernoulli_logits", "mse", "gaussian")
 SUBJECTS = {
     "loss": "reconstruction, KL and their sum",
     "sample": "reparameterized sample and KL",

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .cases import LIKELIHOODS, SHAPES, Case, sizes
+from fastelbo.likelihoods import LIKELIHOODS
+
+from .cases import SHAPES, Case, sizes
 
 README = Path(__file__).parents[1] / "README.md"
 MARKERS = "<!-- performance: what `python -m bench.report --write` makes of bench/results -->", "<!-- end of performance -->"
@@ -34,20 +36,20 @@ class Row(NamedTuple):
         seconds = self.contenders["fastelbo"]["seconds"]
         return (seconds["q3"] - seconds["q1"]) / seconds["median"]
 
-    def speedup(self, other: str, name: str = "fastelbo") -> float | None:
-        """How many times as fast as another contender: the median of the rounds' ratios."""
-        if other not in self.contenders or name not in self.contenders:
+    def speedup(self, other: str) -> float | None:
+        """How many times as fast as another contender fastelbo is: the median of the rounds' ratios."""
+        if other not in self.contenders:
             return None
-        return self.contenders[name]["speedup_over"][f"{other}, graph" if self.graph else other][1]
+        return self.contenders["fastelbo"]["speedup_over"][f"{other}, graph" if self.graph else other][1]
 
-    def bytes_per_second(self, name: str = "fastelbo") -> float | None:
-        found = self.contenders.get(name, {})
+    def bytes_per_second(self) -> float | None:
+        found = self.contenders["fastelbo"]
         return found["least_bytes"] / found["seconds"]["median"] if "least_bytes" in found else None
 
-    def share_of_floor(self, name: str = "fastelbo") -> float | None:
+    def share_of_floor(self) -> float | None:
         """Time that copying as many bytes would take, over the time taken."""
-        rate = self.bytes_per_second(name)
-        return None if rate is None else rate / self.contenders[name]["copy_bytes_per_second"]
+        rate = self.bytes_per_second()
+        return None if rate is None else rate / self.contenders["fastelbo"]["copy_bytes_per_second"]
 
     def peak_megabytes(self, name: str) -> float | None:
         peak = self.contenders.get(name, {}).get("peak_bytes")

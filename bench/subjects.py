@@ -37,6 +37,10 @@ class Inputs(NamedTuple):
     tensors: dict[str, Tensor]
     grad_z: Tensor | None
 
+    def clear(self) -> None:
+        for tensor in self.tensors.values():
+            tensor.grad = None
+
 
 class Streams:
     """Loss, sample or objective: functions from tensors to `(value to differentiate, z or None, other results)`."""
@@ -106,8 +110,7 @@ class Streams:
 
     def clear(self) -> None:
         for inputs in self.inputs:
-            for tensor in inputs.tensors.values():
-                tensor.grad = None
+            inputs.clear()
 
     def bind(self, function: Callable) -> list[Callable[[], tuple]]:
         """`function` as a call for each set of inputs."""
@@ -115,8 +118,7 @@ class Streams:
         return [lambda inputs=inputs: self._call(function, inputs, factors) for inputs in self.inputs]
 
     def _call(self, function: Callable, inputs: Inputs, factors: Iterator[Tensor]) -> tuple:
-        for tensor in inputs.tensors.values():
-            tensor.grad = None
+        inputs.clear()
         value, z, *others = function(**inputs.tensors)
         if self.case.mode != "forward":
             root = value
