@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from fastelbo.kernels.launch import THREADS
+from fastelbo.kernels.launch import PROGRAMS, THREADS
 from fastelbo.likelihoods import LIKELIHOODS
 
 from . import compiled
@@ -81,7 +81,7 @@ def operations(loop: Loop) -> collections.Counter:
     return counts
 
 
-REGISTERS, WARP_REGISTERS, PROGRAMS = 65536, 8, 16  # of sm_80 to sm_100; the last is what the launcher asks for at most
+REGISTERS, WARP_REGISTERS = 65536, 8  # of a multiprocessor of sm_80 to sm_100, and by how many a thread is given them
 
 
 class Kernel(NamedTuple):

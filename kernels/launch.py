@@ -12,6 +12,9 @@ INTERPRETED = triton.knobs.runtime.interpret
 # Of a program, and so of the running sums: each thread keeps one.
 THREADS = 128
 
+# At most, on a multiprocessor.
+PROGRAMS = 16
+
 # A row's partial sums are added up this many at a time: 1024 made ptxas spill a register.
 FINISH = 512
 
@@ -43,10 +46,10 @@ def tile_size(first: torch.Tensor, second: torch.Tensor) -> int:
 
 @functools.cache
 def _resident_programs(device: torch.device) -> int:
-    """Programs that the device can hold at once, at most 16 on a multiprocessor; more only queue up."""
+    """Programs that the device can hold at once; more only queue up."""
     if device.type != "cuda":
-        return 16
-    return 16 * torch.cuda.get_device_properties(device).multi_processor_count
+        return PROGRAMS
+    return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
