@@ -16,7 +16,7 @@ RUN := $(PYTHON)
 READY := own
 endif
 
-.PHONY: demo test lint bench budget gpu own clean
+.PHONY: demo test lint test-integrations bench budget gpu own clean
 
 demo: $(READY)
 	$(RUN) examples/train_digits.py
@@ -29,6 +29,10 @@ test: lint
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# Lightning and Accelerate, which bring much with them, in an environment of their own.
+test-integrations: .venv-integrations/.ready
+	.venv-integrations/bin/python -m pytest tests/integrations
 
 # In turns with the naive code, on a CUDA GPU if there is one: `python -m bench --help` has the options, and
 # `python -m bench.report --write bench/results/*.json` brings tables, plots and the README's section up to date.
@@ -59,8 +63,14 @@ $(VENV)/.ready-%: pyproject.toml
 	$(RUN) -m pip install -e ".[test,bench,examples]"
 	touch $@
 
+.venv-integrations/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/python -m pip install $(TORCH) $(TRITON)
+	.venv-integrations/bin/python -m pip install -e ".[test,examples,integrations]"
+	touch $@
+
 own:
 	$(PYTHON) -m pip install -e ".[test,bench,examples]"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info out
+	rm -rf $(VENV) .venv-integrations build dist *.egg-info out

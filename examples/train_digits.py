@@ -12,37 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from digits import VAE, digits
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastelbo
 
-PIXELS = 64
 SCALE = 0.5  # standard deviation of the Gaussian likelihood
-
-
-class VAE(nn.Module):
-    """A multilayer perceptron each way. `decode` gives what the likelihood is parametrized by.
-
-    Its activation is smooth: the kink of a ReLU would turn one rounding into a different training run.
-    """
-
-    def __init__(self, latent: int, probabilities: bool, hidden: int = 256) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(PIXELS, hidden), nn.SiLU())
-        self.to_mu, self.to_logvar = nn.Linear(hidden, latent), nn.Linear(hidden, latent)
-        self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.SiLU(), nn.Linear(hidden, PIXELS))
-        if probabilities:
-            self.decoder.append(nn.Sigmoid())
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.encoder(x)
-        return self.to_mu(hidden), self.to_logvar(hidden)
-
-    def decode(self, z: Tensor) -> Tensor:
-        return self.decoder(z)
 
 
 def naive_loss(model: VAE, x: Tensor, eps: Tensor, beta: float, likelihood: str) -> Tensor:
@@ -158,7 +135,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    images = torch.tensor(load_digits().data / 16, dtype=torch.float32, device=options.device)
+    images = digits(options.device)
     trainers = train(options, images)
     naive, fused = (torch.stack(t.losses).double().cpu() for t in trainers)
     print(f"largest relative difference of the two losses over {len(naive)} steps: {((fused - naive) / naive).abs().max():.1e}")

@@ -6,8 +6,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .autograd import is_traced
 from .likelihoods import LIKELIHOODS, Likelihood
+from .traced import is_traced
 
 REDUCTIONS = ("sum", "batchmean", "mean", "none")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -100,7 +100,12 @@ def split_reduction(reduction) -> tuple[str, str]:
 
 def weight(reduction: str, value: Tensor) -> float:
     """The factor that makes the sum over `value` the reduction; NaN for a mean over nothing, as in Torch."""
-    count = {"batchmean": value.shape[0], "mean": value.numel()}.get(reduction, 1)
+    if reduction == "batchmean":
+        count = value.shape[0]
+    elif reduction == "mean":
+        count = value.numel()
+    else:
+        return 1.0
     return 1 / count if count else nan
 
 
@@ -119,7 +124,7 @@ def check_number(name: str, value, like: Tensor) -> float | Tensor:
             raise TypeError(f"{name} must be real, got {value.dtype}")
         if value.device.type != "cpu" and value.device != like.device:
             raise ValueError(f"{name} must be on {like.device} or on the CPU, got {value.device}")
-        if value.device.type == "cpu" and not value.requires_grad and not is_traced():
+        if value.device.type == "cpu" and not value.requires_grad and not is_traced(value):
             return float(value)
         return value
     return check_real(name, value, "a number or a 0-d tensor")

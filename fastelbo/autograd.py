@@ -1,10 +1,10 @@
 """The autograd Functions: what is saved, what is computed anew, and who computes.
 
-They have the plain form, with ctx in forward, which costs the least in eager mode. Traced and transformed calls never come
-here but use `formula`, and so does every backward whose own result will be differentiated again.
+They have the plain form, with ctx in forward, which costs the least in eager mode. Calls that are traced or transformed never
+come here but to `traced`. A backward pass whose own result will be differentiated again uses `formula`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,8 @@ from . import formula
 from .backend import backend_for
 from .guess import guess, remember
 from .layout import dense, in_layout, layout_of
+from .operators import differentiate_sample
+from .traced import is_traced
 
 
 class Settings(NamedTuple):
@@ -27,23 +29,16 @@ class Settings(NamedTuple):
     dtype: torch.dtype
 
 
-def is_traced() -> bool:
-    """Whether the call is traced by torch.compile or a dispatch mode (fake tensors, counters), transformed by torch.func, or
-    carries forward-mode tangents: then no state may be kept, and every operation must be Torch's own."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+def _is_differentiated(upstreams: Sequence[Tensor | None]) -> bool:
+    """Whether a backward pass will itself be differentiated (create_graph), or is batched by `is_grads_batched`."""
+    if torch.is_grad_enabled():
+        return True
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in upstreams)
 
 
 def _by_formula(*upstreams: Tensor | None) -> bool:
-    """Whether a backward pass must be made of Torch operations: it will be differentiated (create_graph), or it is itself
-    traced, transformed, or batched by `is_grads_batched`."""
-    if torch.is_grad_enabled() or is_traced():
-        return True
-    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in upstreams)
+    """Whether a backward pass must be made of Torch operations."""
+    return _is_differentiated(upstreams) or is_traced(*upstreams)
 
 
 def loss_forward(settings: Settings, recon_x, x, mu, logvar, kl, beta, factor: Tensor | None = None):
@@ -104,12 +99,9 @@ class Sample(torch.autograd.Function):
         kl_weight, per_sample, dtype = ctx.settings
         needs = ctx.needs_input_grad[:3]
         if needs[2] or _by_formula(grad_z, grad_kl):
-
-            def outputs(mu, logvar, noise):
-                eps = _normals(mu, noise, ctx.latent_layout, dtype)
-                return formula.sample(mu, logvar, eps, dtype), formula.divergence(mu, logvar, kl_weight, per_sample, dtype)
-
-            grads = _differentiate(outputs, (mu, logvar, noise), needs, (grad_z, grad_kl))
+            grads = differentiate_sample(
+                mu, logvar, noise, ctx.latent_layout, kl_weight, per_sample, dtype, needs, (grad_z, grad_kl)
+            )
         elif grad_z is None and grad_kl is None:
             grads = None, None, None
         else:
@@ -134,7 +126,7 @@ class Elbo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstreams):
-        if _by_formula(*upstreams):
+        if _is_differentiated(upstreams):
             raise RuntimeError(
                 "fastelbo.elbo cannot be differentiated twice (create_graph=True) or in batches (is_grads_batched=True):"
                 " use fastelbo.sample_kl, the decoder and fastelbo.loss(..., kl=kl), which can"
@@ -175,18 +167,19 @@ def decoder_leaves(output: Tensor, z: torch.autograd.graph.GradientEdge) -> list
     """The leaves, z aside, of the graph that a decoder has built from z to `output`; None where `Elbo` cannot hold that graph.
 
     That is so where it reaches into an older graph, which the outer one may need as well; where it shares a leaf with the graph
-    behind z, into which its differentiation would go on; where a leaf has hooks, which would run twice; and where a reentrant
-    checkpoint hides the leaves inside it.
+    behind z, into which its differentiation would go on; where a leaf has hooks, which would run twice; and where an autograd
+    Function in it is written in Python, since that may hide leaves (a reentrant checkpoint), or count on the gradients of its
+    leaves being there when it has run (FSDP2, DDP with a static graph) or when all of backward has (FSDP1).
     """
     # Nodes are numbered as they are made, by each thread: what lies outside these bounds is not the decoder's.
     oldest, newest = z.node._sequence_nr(), output.grad_fn._sequence_nr()
     accumulators = {}
     for node in _graph([output.grad_fn], stop=z.node):
         if node.name() == "torch::autograd::AccumulateGrad":
-            if node.variable._backward_hooks:
+            if node.variable._backward_hooks or "_is_flat_param" in node.variable.__dict__:  # FSDP1's leaves
                 return None
             accumulators[node] = node.variable
-        elif not oldest <= node._sequence_nr() <= newest or node.name() == "CheckpointFunctionBackward":
+        elif not oldest <= node._sequence_nr() <= newest or isinstance(node, torch.autograd.function.BackwardCFunction):
             return None
     if any(node in accumulators for node in _graph([node for node, _ in z.node.next_functions])):
         return None
@@ -225,14 +218,6 @@ def _sample_backward(ctx, grad_z, mu, logvar, noise, beta, upstreams, kl_weight,
     return backend.sample_backward(
         grad_z, mu, logvar, noise, _near(beta, mu), upstreams, kl_weight=kl_weight, per_sample=per_sample, dtype=dtype
     )
-
-
-def _normals(mu: Tensor, noise: Tensor, layout: torch.memory_format, dtype: torch.dtype) -> Tensor:
-    """The noise itself: what a sample with mean 0 and logvar 0 is."""
-    if noise.is_floating_point():
-        return noise
-    zeros = torch.zeros_like(mu, dtype=dtype, memory_format=layout)
-    return sample_forward(zeros, zeros, noise, 1.0, False, dtype, False)[0]
 
 
 def _forward(ctx, settings: Settings, recon_x, x, mu, logvar, kl, beta, wants_recon, wants_beta, *also_saved):
@@ -301,19 +286,4 @@ def _loss_differentiated(ctx, saved: Saved, needs, upstreams):
     def objective(recon_x, x, mu, logvar, kl, beta):
         return formula.objective(recon_x, x, mu, logvar, kl, ctx.beta if beta is None else beta, **ctx.settings._asdict())
 
-    return _differentiate(objective, saved[:6], needs, upstreams)
-
-
-def _differentiate(function: Callable, inputs: Sequence, needs: Sequence[bool], upstreams: Sequence) -> list[Tensor | None]:
-    """Gradients of `function(*inputs)` by the inputs that need one; differentiable in turn if grad mode is on."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Aliases, because one input may be computed from another: only the direct paths are this function's own.
-        aliases = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
-        pairs = [(o, g) for o, g in zip(function(*aliases), upstreams, strict=True) if g is not None and o.requires_grad]
-        wrt = [a for a, need in zip(aliases, needs, strict=True) if need]
-        if not pairs or not wrt:
-            return [None] * len(inputs)
-        outputs, grads = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(outputs, wrt, grads, create_graph=create_graph, allow_unused=True))
-    return [next(found) if need else None for need in needs]
+    return formula.differentiate(objective, saved[:6], needs, upstreams)

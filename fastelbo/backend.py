@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -31,19 +32,35 @@ def _kernels() -> ModuleType | None:
     return kernels
 
 
-def backend_for(device: torch.device) -> ModuleType:
-    """The module whose primitives compute for tensors on `device`."""
+class Choice(NamedTuple):
+    """A backend, and what decided for it."""
+
+    backend: ModuleType
+    reason: str
+
+
+@functools.cache
+def choose(device: torch.device) -> Choice:
+    """The backend for tensors on `device`. Nothing that decides changes while a process runs, so each device asks once."""
     forced = _forced()
-    if forced == "torch" or (forced is None and device.type != "cuda"):
-        return torch_backend
+    if forced == "torch":
+        return Choice(torch_backend, f"{VARIABLE}=torch forces it")
+    if forced is None and device.type != "cuda":
+        return Choice(torch_backend, f"the tensors are on {device}, and Triton is for a CUDA or ROCm GPU")
     kernels = _kernels()
     if kernels is None:
         if forced:
             raise RuntimeError(f"{VARIABLE}=triton, but the package triton is not installed")
-        return torch_backend
+        return Choice(torch_backend, f"the tensors are on {device}, but the package triton is not installed")
     if device.type != "cuda" and not kernels.INTERPRETED:
         raise RuntimeError(
             f"{VARIABLE}=triton, but the tensors are on {device}:"
             " Triton needs a GPU, or TRITON_INTERPRET=1 set before it is imported"
         )
-    return kernels
+    reason = f"{VARIABLE}=triton forces it" if forced else f"the tensors are on {device}, and triton is installed"
+    return Choice(kernels, reason + (", interpreted (TRITON_INTERPRET)" if kernels.INTERPRETED else ""))
+
+
+def backend_for(device: torch.device) -> ModuleType:
+    """The module whose primitives compute for tensors on `device`."""
+    return choose(device).backend

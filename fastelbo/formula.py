@@ -1,7 +1,10 @@
 """The objective as a formula of Torch operations, which autograd can differentiate as often as it likes.
 
-What calls use that are traced by `torch.compile` or transformed by `torch.func`, and backward with `create_graph=True`.
+What calls use that `torch.func` transforms, calls that `torch.compile` traces where there are no kernels, and backward with
+`create_graph=True`.
 """
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +32,21 @@ def sample(mu: Tensor, logvar: Tensor, eps: Tensor, dtype: torch.dtype) -> Tenso
     """z = mu + exp(logvar / 2) * eps."""
     z = mu.to(dtype) + eps.to(dtype) * torch.exp(0.5 * logvar.to(dtype))
     return z.to(torch.promote_types(mu.dtype, logvar.dtype))
+
+
+def differentiate(function: Callable, inputs: Sequence, needs: Sequence[bool], upstreams: Sequence) -> list[Tensor | None]:
+    """Gradients of `function(*inputs)` by the inputs that need one; differentiable in turn if grad mode is on."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, because one input may be computed from another: only the direct paths are this function's own.
+        aliases = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
+        pairs = [(o, g) for o, g in zip(function(*aliases), upstreams, strict=True) if g is not None and o.requires_grad]
+        wrt = [a for a, need in zip(aliases, needs, strict=True) if need]
+        if not pairs or not wrt:
+            return [None] * len(inputs)
+        outputs, grads = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wrt, grads, create_graph=create_graph, allow_unused=True))
+    return [next(found) if need else None for need in needs]
 
 
 def _reduce(values: Tensor, weight: float, per_sample: bool) -> Tensor:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import formula
+from . import traced
 from .arguments import (
     check_alike,
     check_batch,
@@ -22,10 +22,11 @@ from .arguments import (
     split_reduction,
     weight,
 )
-from .autograd import Elbo, Loss, Settings, decoder_leaves, is_traced, loss_forward
+from .autograd import Elbo, Loss, Settings, decoder_leaves, loss_forward
 from .layout import dense
 from .likelihoods import LIKELIHOODS
 from .sampling import draw, result_dtype, sample
+from .traced import is_traced
 
 Reduction = str | tuple[str, str]
 
@@ -108,7 +109,8 @@ def elbo(
     The decoder's own graph is released with the backward pass. To use something else from inside it in another loss, or to
     differentiate twice, compose `sample_kl`, the decoder and `loss(..., kl=kl)`; that is also what happens here, with the
     same results, under `torch.compile` and `torch.func`, and where the decoder uses a tensor that is neither a leaf nor
-    computed in it, a leaf with hooks or one that the encoder uses too, or a reentrant checkpoint.
+    computed in it, a leaf with hooks or one that the encoder uses too, or an autograd Function written in Python, as reentrant
+    checkpoints and FSDP do.
 
     Args:
         decoder: a module, bound method or function from z, of the shape of `mu`, to a prediction of the shape of `x`.
@@ -136,7 +138,7 @@ def elbo(
     kl_weight = weight(kl_reduction, mu)
     z, kl = sample(mu, logvar, noise, kl_weight, kl_reduction == "none", wants_kl=True)
     # Taken before the decoder runs, which may write to z.
-    edge = torch.autograd.graph.get_gradient_edge(z) if z.requires_grad and not is_traced() else None
+    edge = torch.autograd.graph.get_gradient_edge(z) if z.requires_grad and not is_traced(x, z) else None
     prediction = decoder(z)
     if isinstance(prediction, tuple | list):
         raise TypeError(
@@ -146,7 +148,7 @@ def elbo(
     check_prediction("decoder(z)", prediction)
     settings, beta = _check_loss("decoder(z)", prediction, x, None, None, kl, options, recon_reduction)
     # A leaf that is itself the prediction, and noise that requires grad, are for the composed path.
-    if edge is not None and prediction.grad_fn is not None and not noise.requires_grad:
+    if edge is not None and prediction.grad_fn is not None and not (noise.requires_grad or is_traced(prediction)):
         leaves = decoder_leaves(prediction, edge)
         if leaves is not None:
             settings = settings._replace(weights=(settings.weights[0], kl_weight))
@@ -218,8 +220,8 @@ def _given(**arguments) -> str:
 
 
 def _loss(settings: Settings, name: str, recon_x, x, mu, logvar, kl, beta) -> ELBOTerms:
-    if is_traced():
-        return ELBOTerms(*formula.objective(recon_x, x, mu, logvar, kl, beta, **settings._asdict()))
+    if is_traced(recon_x, x, mu, logvar, kl, beta):
+        return ELBOTerms(*traced.objective(recon_x, x, mu, logvar, kl, beta, **settings._asdict()))
     recon_x, x = dense(recon_x, x)
     if mu is not None:
         mu, logvar = dense(mu, logvar)

@@ -5,11 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import formula
+from . import traced
 from .arguments import check_alike, check_latents, check_prediction, check_reduction, weight
-from .autograd import Sample, is_traced, sample_forward
+from .autograd import Sample, sample_forward
 from .backend import backend_for
 from .layout import dense, in_layout, layout_of
+from .traced import is_traced
 
 
 class SampleKL(NamedTuple):
@@ -87,17 +88,15 @@ def draw(mu: Tensor, logvar: Tensor, eps: Tensor | None, generator: torch.Genera
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if generator is not None and generator.device != mu.device:
         raise ValueError(f"generator must be on the device of mu: got {generator.device} and {mu.device}")
-    if is_traced():
-        return torch.empty_like(logvar).normal_(generator=generator) if generator is not None else torch.randn_like(logvar)
-    return backend_for(mu.device).draw_noise(logvar, layout_of(logvar), generator)
+    make = traced.draw if is_traced(logvar) else backend_for(mu.device).draw_noise
+    return make(logvar, layout_of(logvar), generator)
 
 
 def sample(mu, logvar, noise, kl_weight: float, per_sample: bool, *, wants_kl: bool) -> tuple[Tensor, Tensor | None]:
     """z and, if wanted, the reduced KL."""
     dtype = result_dtype(mu, logvar)
-    if is_traced():
-        kl = formula.divergence(mu, logvar, kl_weight, per_sample, dtype) if wants_kl else None
-        return formula.sample(mu, logvar, noise, dtype), kl
+    if is_traced(mu, logvar, noise):
+        return traced.sample(mu, logvar, noise, kl_weight, per_sample, dtype, wants_kl)
     mu, logvar = dense(mu, logvar)
     if noise.is_floating_point():
         (noise,) = in_layout(layout_of(mu), noise)

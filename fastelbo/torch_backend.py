@@ -10,6 +10,7 @@ Arguments that several of them take:
 - `weights`: the factors that turn the sums of reconstruction and KL into the reduction asked for.
 - `per_sample`: one result a sample, `[B]`, instead of one, `[]`.
 - `dtype`: that of the results and of the arithmetic, float32 or float64.
+- `stateless`: keep nothing on a GPU for later calls. Nothing is kept there by this backend.
 """
 
 import threading
@@ -30,7 +31,10 @@ def draw_noise(like: Tensor, layout: torch.memory_format, generator: torch.Gener
     return torch.empty_like(like, memory_format=layout).normal_(generator=generator)
 
 
-def loss_forward(recon_x, x, mu, logvar, kl, beta, guess, *, likelihood, scale, target_scale, weights, per_sample, dtype):
+def loss_forward(
+    recon_x, x, mu, logvar, kl, beta, guess, *,
+    likelihood, scale, target_scale, weights, per_sample, dtype, stateless=False,
+):  # fmt: skip
     """Loss, reconstruction and KL, and the gradient of the reconstruction.
 
     `kl`, a KL that is already reduced, stands for `mu` and `logvar` where they are None. `guess`, `[B]` or `[1]`, is the
@@ -79,7 +83,7 @@ def loss_backward(
     return gradient if wants_recon else None, grad_mu, grad_logvar, factor if wants_kl else None, seen
 
 
-def sample_forward(mu, logvar, noise, *, kl_weight, per_sample, dtype, wants_kl):
+def sample_forward(mu, logvar, noise, *, kl_weight, per_sample, dtype, wants_kl, stateless=False):
     """z = mu + exp(logvar / 2) * noise and, if `wants_kl`, the KL, `[]` or `[B]`. Returns `(z, kl or None)`."""
     z = torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
     parts = []

@@ -116,7 +116,7 @@ def draw_noise(like: torch.Tensor, layout: torch.memory_format, generator: torch
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=like.device, generator=generator)
 
 
-def sample_forward(mu, logvar, noise, *, kl_weight, per_sample, dtype, wants_kl):
+def sample_forward(mu, logvar, noise, *, kl_weight, per_sample, dtype, wants_kl, stateless=False):
     """See `fastelbo.torch_backend.sample_forward`. `noise` may be a seed from `draw_noise`."""
     rows = mu.shape[0] if per_sample else 1
     z = torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
@@ -124,7 +124,8 @@ def sample_forward(mu, logvar, noise, *, kl_weight, per_sample, dtype, wants_kl)
     tile = tile_size(mu, logvar)
     latents = Segment.of(mu, rows, tile)
     programs = rows * latents.programs
-    partials, arrived = (mu.new_empty(programs, dtype=torch.float64), arrivals(mu.device, rows)) if wants_kl else (None, None)
+    partials = mu.new_empty(programs, dtype=torch.float64) if wants_kl else None
+    arrived = arrivals(mu.device, rows, stateless) if wants_kl else None
     launch(
         sample_fwd_kernel, programs, mu.device,
         mu, logvar, noise, z, kl, partials, arrived, kl_weight, latents.columns, latents.programs,

@@ -81,12 +81,15 @@ class Segment(NamedTuple):
 _arrivals: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
-def arrivals(device: torch.device, rows: int) -> torch.Tensor:
+def arrivals(device: torch.device, rows: int, stateless: bool) -> torch.Tensor:
     """One zero a row, `[rows]` int32: the counters that the last program of each row sets back to zero.
 
     Launches on one stream run one after the other and share theirs. A captured launch takes its own, since its graph may be
-    replayed on any stream.
+    replayed on any stream; so does a stateless one, which may run while `torch.compile` warms a graph up, with memory from the
+    graph's pool, in which nothing may stay.
     """
+    if stateless:
+        return torch.zeros(rows, dtype=torch.int32, device=device)
     stream = 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():

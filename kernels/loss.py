@@ -141,7 +141,10 @@ def loss_bwd_kernel(
                     kl_backward_tile(mu, logvar, grad_mu, grad_logvar, base + o, o < latents, factor, DTYPE)
 
 
-def loss_forward(recon_x, x, mu, logvar, kl, beta, guess, *, likelihood, scale, target_scale, weights, per_sample, dtype):
+def loss_forward(
+    recon_x, x, mu, logvar, kl, beta, guess, *,
+    likelihood, scale, target_scale, weights, per_sample, dtype, stateless=False,
+):  # fmt: skip
     """See `fastelbo.torch_backend.loss_forward`."""
     rows = recon_x.shape[0] if per_sample else 1
     terms = [recon_x.new_empty(rows if per_sample else (), dtype=dtype) for _ in range(3)]
@@ -152,7 +155,7 @@ def loss_forward(recon_x, x, mu, logvar, kl, beta, guess, *, likelihood, scale, 
     launch(
         loss_fwd_kernel, rows * programs, recon_x.device,
         recon_x, as_bytes(x), gradient, guess, mu, logvar, kl if kl is None else kl.contiguous(),
-        recon_x.new_empty(rows * programs, dtype=torch.float64), arrivals(recon_x.device, rows), *terms,
+        recon_x.new_empty(rows * programs, dtype=torch.float64), arrivals(recon_x.device, rows, stateless), *terms,
         *pointer_and_value(scale, beta), target_scale, *weights,
         recon.columns, latents.columns, recon.programs, programs,
         LIKELIHOOD=getattr(likelihoods, likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,

@@ -1,0 +1,254 @@
+"""torch.compile: one graph forward and backward, results as eager, and no more compilations than inputs differ in kind."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fastelbo
+from support import LIKELIHOODS, gradients, make_inputs, options
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # Torch's own, in Inductor
+
+# The second has no C++ to compile, and calls what it was traced to one by one.
+BACKENDS = ("inductor", "aot_eager")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.compiler.reset()
+
+
+class Counted:
+    """A function under torch.compile, in one graph, and how often it was compiled."""
+
+    def __init__(self, function, backend="aot_eager"):
+        self.counter = CompileCounterWithBackend(backend)
+        self.call = torch.compile(function, fullgraph=True, backend=self.counter)
+
+    def __call__(self, *args):
+        return self.call(*args)
+
+    @property
+    def compilations(self) -> int:
+        return self.counter.frame_count
+
+
+def assert_same(function, compiled, wrt, *args, **tolerances):
+    """Values and gradients of both, which return one tensor or several."""
+    results = []
+    for call in (function, compiled):
+        outputs = call(*args)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        upstreams = [torch.full_like(o, 0.5 + i) for i, o in enumerate(outputs)]
+        grads = torch.autograd.grad(outputs, wrt, upstreams)
+        results.append([*(o.detach() for o in outputs), *grads])
+    torch.testing.assert_close(*results, **tolerances)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ("sum", "none", ("mean", "batchmean")), ids=str)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_loss(likelihood, reduction, backend, device):
+    recon_x, x, mu, logvar = make_inputs(likelihood, (5, 9), (5, 3), device=device)
+
+    def call(recon_x, x, mu, logvar):
+        return fastelbo.loss(recon_x, x, mu, logvar, 0.3, reduction=reduction, **options(likelihood))
+
+    assert_same(call, Counted(call, backend), (recon_x, mu, logvar), recon_x, x, mu, logvar)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ("sum", "none"))
+def test_sample_kl_and_loss(reduction, backend, device):
+    recon_x, x, mu, logvar = make_inputs("mse", (5, 9), (5, 3), device=device)
+
+    def call(recon_x, x, mu, logvar, eps):
+        z, kl = fastelbo.sample_kl(mu, logvar, reduction=reduction, eps=eps)
+        terms = fastelbo.loss(recon_x, x, kl=kl, beta=0.3, likelihood="mse", reduction=reduction)
+        return *terms, z, fastelbo.reparameterize(mu, logvar, eps=eps)
+
+    args = recon_x, x, mu, logvar, torch.randn_like(mu)
+    assert_same(call, Counted(call, backend), (recon_x, mu, logvar), *args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_criterion(backend, device):
+    recon_x, x, mu, logvar = make_inputs("gaussian", (5, 9), (5, 3), device=device)
+    criterion = fastelbo.nn.ELBOLoss("gaussian", beta=0.3, reduction="mean", scale=0.4).to(device)
+    compiled = Counted(criterion, backend)
+    for beta in (0.3, 0.7, 1.0):
+        criterion.beta.fill_(beta)
+        assert_same(criterion, compiled, (recon_x, mu, logvar), recon_x, x, mu, logvar)
+    assert compiled.compilations == 1
+
+
+class VAE(nn.Module):
+    def __init__(self, features=12, latent=3):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(features, 16), nn.SiLU(), nn.Linear(16, 2 * latent))
+        self.decoder = nn.Sequential(nn.Linear(latent, 16), nn.SiLU(), nn.Linear(16, features))
+
+    def encode(self, x):
+        return self.encoder(x).chunk(2, 1)
+
+
+def by_elbo(model, x, eps):
+    mu, logvar = model.encode(x)
+    return fastelbo.elbo(model.decoder, x, mu, logvar, 0.5, likelihood="bernoulli_logits", eps=eps).loss
+
+
+def composed(model, x, eps):
+    z, kl = fastelbo.sample_kl(*model.encode(x), eps=eps)
+    return fastelbo.loss(model.decoder(z), x, kl=kl, beta=0.5, likelihood="bernoulli_logits").loss
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", (by_elbo, composed))
+def test_training_step(way, backend, device):
+    """Forward, backward and the optimizer in one graph; `elbo` takes the composed path."""
+    losses = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = VAE().to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        batches, noise = torch.rand(6, 5, 12).to(device), torch.randn(6, 5, 3).to(device)
+
+        def loss_of(x, eps, model=model):
+            return way(model, x, eps) / len(x)
+
+        function = torch.compile(loss_of, fullgraph=True, backend=backend) if compile else loss_of
+        losses.append([])
+        for x, eps in zip(batches, noise, strict=True):
+            optimizer.zero_grad()
+            loss = function(x, eps)
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_noise_is_fresh_at_each_call(backend, device):
+    mu = torch.zeros(64, 50, device=device)
+    compiled = torch.compile(fastelbo.reparameterize, fullgraph=True, backend=backend)
+    torch.manual_seed(1)
+    first, second = compiled(mu, mu), compiled(mu, mu)
+    assert not torch.equal(first, second)
+    for sample in (first, second):
+        assert abs(sample.mean()) < 0.06
+        assert abs(sample.std() - 1) < 0.06
+    torch.manual_seed(1)
+    assert torch.equal(compiled(mu, mu), first)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_has_the_noise_of_forward(backend, device):
+    """By the logarithm of the variance, z has the derivative (z - mu) / 2."""
+    mu, logvar = (torch.randn(8, 5, device=device, requires_grad=True) for _ in range(2))
+    z = torch.compile(fastelbo.reparameterize, fullgraph=True, backend=backend)(mu, logvar)
+    by_mu, by_logvar = gradients(z.sum(), mu, logvar)
+    torch.testing.assert_close(by_mu, torch.ones_like(mu))
+    torch.testing.assert_close(by_logvar, 0.5 * (z - mu).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_dynamic_batches_compile_twice(device):
+    def call(recon_x, x, mu, logvar):
+        z, kl = fastelbo.sample_kl(mu, logvar, eps=torch.ones_like(mu), reduction="batchmean")
+        return z.sum(), *fastelbo.loss(recon_x, x, kl=kl, likelihood="mse", reduction="mean")
+
+    compiled = Counted(call)
+    for batch in (5, 6, 7, 64):
+        recon_x, x, mu, logvar = make_inputs("mse", (batch, 9), (batch, 3), device=device)
+        assert_same(call, compiled, (recon_x, mu, logvar), recon_x, x, mu, logvar)
+    assert compiled.compilations == 2
+
+
+@pytest.mark.parametrize("likelihood", ("gaussian", "bernoulli"))
+def test_a_float_that_changes_compiles_twice(likelihood, device):
+    recon_x, x, mu, logvar = make_inputs(likelihood, (5, 9), (5, 3), device=device)
+
+    def call(recon_x, x, mu, logvar, beta):
+        scale = 0.2 + beta if likelihood == "gaussian" else None
+        return fastelbo.loss(recon_x, x, mu, logvar, beta, likelihood=likelihood, scale=scale)
+
+    compiled = Counted(call)
+    for beta in (0.1, 0.2, 0.35, 1.0):
+        assert_same(call, compiled, (recon_x, mu, logvar), recon_x, x, mu, logvar, beta)
+    assert compiled.compilations <= 2
+
+
+@pytest.mark.parametrize("where", ("device", "cpu"))
+def test_a_tensor_beta_compiles_once(where, device):
+    recon_x, x, mu, logvar = make_inputs("mse", (5, 9), (5, 3), device=device)
+
+    def call(recon_x, x, mu, logvar, beta):
+        return fastelbo.loss(recon_x, x, mu, logvar, beta, likelihood="mse")
+
+    compiled = Counted(call)
+    for value in (0.1, 0.2, 0.35):
+        beta = torch.tensor(value, device=device if where == "device" else "cpu")
+        assert_same(call, compiled, (recon_x, mu, logvar), recon_x, x, mu, logvar, beta)
+    assert compiled.compilations == 1
+
+
+def test_gradients_of_target_and_beta(device):
+    recon_x, x, mu, logvar = make_inputs("bernoulli_logits", (5, 9), (5, 3), device=device)
+    beta = torch.tensor(0.3, device=device, requires_grad=True)
+    x.requires_grad_()
+
+    def call(*args):
+        return fastelbo.loss(*args, likelihood="bernoulli_logits")
+
+    args = recon_x, x, mu, logvar, beta
+    assert_same(call, Counted(call), args, *args)
+
+
+@pytest.mark.parametrize("needs", ((True, False, False), (False, True, False), (False, False, True)), ids=str)
+def test_any_subset_of_inputs(needs, device):
+    inputs = make_inputs("mse", (5, 9), (5, 3), device=device)
+    for tensor, need in zip((inputs[0], inputs[2], inputs[3]), needs, strict=True):
+        tensor.requires_grad_(need)
+
+    def call(*args):
+        return fastelbo.loss(*args, likelihood="mse").loss
+
+    assert_same(call, Counted(call), [t for t in inputs if t.requires_grad], *inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_and_dtypes(backend, device):
+    """Channels last, halves of one tensor, bytes as targets, half precision."""
+    h = torch.randn(2, 8, 3, 5, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    recon_x = torch.randn(2, 6, 8, 8, device=device, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    recon_x.requires_grad_()
+    x = torch.randint(0, 256, recon_x.shape, dtype=torch.uint8, device=device)
+    eps = torch.randn(2, 4, 3, 5, device=device)
+
+    def call(recon_x, x, h, eps):
+        z, kl = fastelbo.sample_kl(*h.chunk(2, 1), eps=eps)
+        return z, *fastelbo.loss(recon_x, x, kl=kl, likelihood="bernoulli_logits", target_scale=1 / 255)
+
+    assert_same(call, Counted(call, backend), (recon_x, h), recon_x, x, h, eps)
+
+
+def test_transforms_under_compile(device):
+    """Per-sample gradients, compiled."""
+    recon_x, x, mu, logvar = (t.detach() for t in make_inputs("mse", (5, 9), (5, 3), device=device))
+
+    def one(recon_x, x, mu, logvar):
+        return fastelbo.loss(recon_x[None], x[None], mu[None], logvar[None], 0.5, likelihood="mse").loss
+
+    def call(*args):
+        return torch.func.vmap(torch.func.grad(one, argnums=(0, 2)))(*args)
+
+    by_recon_x, by_mu = Counted(call)(recon_x, x, mu, logvar)
+    torch.testing.assert_close(by_recon_x, 2 * (recon_x - x))
+    torch.testing.assert_close(by_mu, 0.5 * mu)
+
+
+def test_errors_name_the_argument(device):
+    compiled = torch.compile(fastelbo.loss, backend="aot_eager")
+    recon_x, x, mu, logvar = make_inputs("mse", (5, 9), (5, 3), device=device)
+    with pytest.raises(ValueError, match="x must have the shape of"):
+        compiled(recon_x, x[:, :8], mu, logvar)

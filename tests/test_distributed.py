@@ -1,0 +1,249 @@
+"""Many processes: gradients by DDP and FSDP2 are those of one process on the joint batch, and the examples, which go on from a
+checkpoint half-way, have the losses of one process that does not.
+
+This file is also the program of those processes (see `torchrun`).
+"""
+
+import contextlib
+import copy
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fastelbo
+from fastelbo import reference
+from support import relative
+
+ROOT = Path(__file__).parent.parent
+WORLD, SHARE, FEATURES, LATENT, BETA = 2, 4, 10, 3, 0.7
+WAYS = ("composed", "elbo")
+
+
+class Objective(nn.Module):
+    """A VAE whose forward is its loss, as DDP and FSDP want it."""
+
+    def __init__(self, way: str, reduction: str) -> None:
+        super().__init__()
+        self.way, self.reduction = way, reduction
+        self.encoder = nn.Sequential(nn.Linear(FEATURES, 16), nn.SiLU(), nn.Linear(16, 2 * LATENT))
+        self.decoder = nn.Sequential(nn.Linear(LATENT, 16), nn.SiLU(), nn.Linear(16, FEATURES))
+
+    def forward(self, x: Tensor, eps: Tensor) -> Tensor:
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        options = {"likelihood": "bernoulli_logits", "reduction": self.reduction}
+        if self.way == "elbo":
+            return fastelbo.elbo(self.decoder, x, mu, logvar, BETA, eps=eps, **options).loss
+        z, kl = fastelbo.sample_kl(mu, logvar, eps=eps, reduction=self.reduction)
+        return fastelbo.loss(self.decoder(z), x, kl=kl, beta=BETA, **options).loss
+
+    def naive(self, x: Tensor, eps: Tensor) -> Tensor:
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        recon_x = self.decoder(mu + torch.exp(0.5 * logvar) * eps)
+        _, recon, kl = reference.elbo_loss(recon_x, x, mu, logvar, likelihood="bernoulli_logits")
+        # What averaging makes of a sum: 1/world of the joint batch's.
+        sizes = {"sum": (WORLD, WORLD), "batchmean": (len(x), len(x)), "mean": (x.numel(), mu.numel())}[self.reduction]
+        return recon / sizes[0] + BETA * kl / sizes[1]
+
+
+def ddp(objective: Objective, **options) -> nn.Module:
+    return DistributedDataParallel(objective, **options)
+
+
+def ddp_parts(objective: Objective, **options) -> nn.Module:
+    """Encoder and decoder wrapped each by itself: DDP's hooks are then inside the graph that `elbo` holds."""
+    objective.encoder = DistributedDataParallel(objective.encoder, **options)
+    objective.decoder = DistributedDataParallel(objective.decoder, **options)
+    return objective
+
+
+def fsdp(objective: Objective, parts: tuple[str, ...], **options) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for name in parts:
+        fully_shard(objective.get_submodule(name), **options)
+    return objective
+
+
+def fsdp1_parts(objective: Objective) -> nn.Module:
+    """The first FSDP, each part a root of its own."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.fsdp import ShardingStrategy
+
+    options = {"sharding_strategy": ShardingStrategy.NO_SHARD, "use_orig_params": True, "device_id": torch.device("cpu")}
+    objective.encoder, objective.decoder = (FSDP(part, **options) for part in (objective.encoder, objective.decoder))
+    return objective
+
+
+class Case(NamedTuple):
+    wrap: Callable[[Objective], nn.Module]
+    reductions: tuple[str, ...] = ("batchmean",)
+    micro_batches: int = 1
+
+
+CASES = {
+    "ddp": Case(ddp, ("batchmean", "mean", "sum")),
+    "ddp, unused parameters": Case(partial(ddp, find_unused_parameters=True)),
+    "ddp, bucket views": Case(partial(ddp, gradient_as_bucket_view=True)),
+    "ddp, static graph": Case(partial(ddp, static_graph=True)),
+    "ddp, no_sync": Case(ddp, micro_batches=2),
+    "ddp of the parts": Case(ddp_parts),
+    "ddp of the parts, static graph": Case(partial(ddp_parts, static_graph=True)),
+    "fsdp": Case(partial(fsdp, parts=("encoder", "decoder", "")), ("batchmean", "mean", "sum")),
+    "fsdp, kept after forward": Case(partial(fsdp, parts=("encoder", "decoder", ""), reshard_after_forward=False)),
+    "fsdp, resharded after forward": Case(partial(fsdp, parts=("encoder", "decoder", ""), reshard_after_forward=True)),
+    "fsdp of the root": Case(partial(fsdp, parts=("",))),
+    "fsdp of the decoder's layers": Case(partial(fsdp, parts=("decoder.0", "decoder.2", ""))),
+    "fsdp of the parts": Case(partial(fsdp, parts=("encoder", "decoder"))),
+    "fsdp1 of the parts": Case(fsdp1_parts),
+    "fsdp, accumulated": Case(partial(fsdp, parts=("encoder", "decoder", "")), micro_batches=2),
+}
+RUNS = [(name, way, reduction) for name, case in CASES.items() for reduction in case.reductions for way in WAYS]
+
+
+def synchronized(model: nn.Module, last: bool):
+    """Gradients of micro-batches are reduced with the last one."""
+    if isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext() if last else model.no_sync()
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+    return contextlib.nullcontext()
+
+
+def worst_error(case: Case, way: str, reduction: str) -> float:
+    """The largest of all errors of a gradient, over two steps: one that arrives a step late is wrong in both."""
+    torch.manual_seed(0)
+    objective = Objective(way, reduction)
+    truth = copy.deepcopy(objective).double()
+    model = case.wrap(objective)
+    errors = []
+    for _ in range(2):
+        model.zero_grad()
+        truth.zero_grad()
+        for i in range(case.micro_batches):
+            x, eps = torch.rand(WORLD * SHARE, FEATURES), torch.randn(WORLD * SHARE, LATENT)
+            truth.naive(x.double(), eps.double()).backward()
+            mine = slice(dist.get_rank() * SHARE, (dist.get_rank() + 1) * SHARE)
+            with synchronized(model, i == case.micro_batches - 1):
+                model(x[mine], eps[mine]).backward()
+        for parameter, right in zip(model.parameters(), truth.parameters(), strict=True):
+            gradient = parameter.grad
+            if gradient is not None and hasattr(gradient, "full_tensor"):
+                gradient = gradient.full_tensor()
+            errors.append(float("inf") if gradient is None else relative(gradient, right.grad))
+    return max(errors)
+
+
+def gradients(out: str) -> None:
+    """The errors of all cases, in one launch, since that costs more than they do."""
+    dist.init_process_group("gloo")
+    errors = torch.tensor([worst_error(CASES[name], way, reduction) for name, way, reduction in RUNS])
+    dist.all_reduce(errors, dist.ReduceOp.MAX)
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(errors.tolist()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def torchrun(script: str | Path, *arguments) -> str:
+    """What two processes print that run a script on the CPU; this file computes `gradients`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if environment.get("TRITON_INTERPRET") != "1":
+        environment["FASTELBO_BACKEND"] = "torch"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}", __file__, script]
+    done = subprocess.run(
+        [*map(str, command), *map(str, arguments)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout
+
+
+def run(script: str, *arguments: str) -> None:
+    if script == __file__:
+        gradients(*arguments)
+    else:
+        sys.path.insert(0, str(Path(script).parent))
+        sys.argv = [script, *arguments]
+        runpy.run_path(script, run_name="__main__")
+    # Past Python's own shutdown: now and then, on a busy machine, a thread of gloo that still frees a tensor aborts in it.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("distributed") / "errors.json"
+    torchrun(__file__, out)
+    return dict(zip(RUNS, json.loads(out.read_text()), strict=True))
+
+
+@pytest.mark.parametrize("case", RUNS, ids=" ".join)
+def test_gradients_of_the_joint_batch(case, errors):
+    assert errors[case] < 1e-5
+
+
+BATCH, SEED, FIRST, ALL = 128, 3, 2, 4
+
+
+@pytest.fixture(scope="module")
+def losses_of_one_process() -> list[float]:
+    """The mean loss of each epoch, by the naive code, on joint batches."""
+    pytest.importorskip("sklearn")
+    from examples.digits import VAE, digits
+
+    images = digits()
+    torch.manual_seed(SEED)
+    model = VAE()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    generators = [torch.Generator().manual_seed(SEED + rank) for rank in range(WORLD)]
+    zeros = torch.zeros(BATCH, 16)
+    means = []
+    for epoch in range(ALL):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED + epoch))
+        losses = []
+        for batch in order.split(WORLD * BATCH)[: len(order) // (WORLD * BATCH)]:
+            x = images[batch]
+            eps = torch.cat([fastelbo.reparameterize(zeros, zeros, generator=generator) for generator in generators])
+            mu, logvar = model.encode(x)
+            recon_x = model.decode(mu + torch.exp(0.5 * logvar) * eps)
+            loss = reference.elbo_loss(recon_x, x, mu, logvar, likelihood="bernoulli_logits")[0] / len(x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        means.append(sum(losses) / len(losses))
+    return means
+
+
+@pytest.mark.parametrize("name", ("ddp", "fsdp"))
+def test_example_goes_on_from_its_checkpoint(name, losses_of_one_process, tmp_path):
+    script, checkpoint = ROOT / "examples" / f"train_{name}.py", tmp_path / "checkpoint"
+    losses = []
+    for epochs in (FIRST, ALL):
+        printed = torchrun(script, "--epochs", epochs, "--batch-size", BATCH, "--seed", SEED, "--checkpoint", checkpoint)
+        losses.append([float(loss) for loss in re.findall(r"loss per digit (\S+)", printed)])
+        # What a run leaves that is killed while it saves.
+        if name == "ddp":
+            (tmp_path / "checkpoint.partial").write_bytes(b"half")
+        else:
+            (checkpoint / "partial").mkdir()
+            (checkpoint / "partial" / ".metadata").write_bytes(b"half")
+    assert [len(part) for part in losses] == [FIRST, ALL - FIRST]
+    torch.testing.assert_close(losses[0] + losses[1], losses_of_one_process, rtol=1e-6, atol=0)
+    assert losses_of_one_process[-1] < 0.9 * losses_of_one_process[0]
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])
