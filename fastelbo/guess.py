@@ -16,7 +16,7 @@ LIMIT = 1024  # entries, a few bytes each on the device
 # wrote it, so no launch can see it change.
 _table: dict[Hashable, tuple[int, Tensor]] = {}
 # The factors that captured graphs read: kept as long as the process, since a graph may be replayed as long.
-_captured: dict[Hashable, Tensor] = {}
+_captured: list[Tensor] = []
 
 
 def guess(key: Hashable, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -26,7 +26,8 @@ def guess(key: Hashable, rows: int, dtype: torch.dtype, device: torch.device) ->
         if known is None:
             return torch.ones(rows, dtype=dtype, device=device)
         # Capture begins with a sync of the device, so what another stream wrote is there.
-        return _captured.setdefault(key, known[1])
+        _captured.append(known[1])
+        return known[1]
     stream = _stream(device)
     if known is None or known[0] != stream:
         known = stream, torch.ones(rows, dtype=dtype, device=device)

@@ -1,8 +1,8 @@
 """The primitives as registered operators, by which traced calls reach the kernels.
 
-To a tracer each is one opaque node. They keep no state: no gradient is stored with a guessed factor, so backward computes it from
-prediction and target. What changes from step to step, beta and the weights of the reductions, is applied outside, by operations of
-Torch, where neither a new beta nor a new batch size compiles anew.
+To a tracer each is one opaque node. They keep no state: no gradient is stored with a guessed factor, so backward computes it
+from prediction and target. What changes from step to step, beta and the weights of the reductions, is applied outside, by
+operations of Torch, where neither a new beta nor a new batch size compiles anew.
 """
 
 from collections.abc import Callable

@@ -13,7 +13,6 @@ from .backend import backend_for
 from .likelihoods import LIKELIHOODS
 from .operators import ops
 
-
 # Types of arguments behind which nothing else can be.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, type(None)))
 

@@ -1,5 +1,5 @@
-"""Many processes: gradients by DDP and FSDP2 are those of one process on the joint batch, and the examples, which go on from a
-checkpoint half-way, have the losses of one process that does not.
+"""Many processes: gradients by DDP and FSDP are those of one process on the joint batch, DTensors give the results of whole
+tensors, and the examples, which go on from a checkpoint half-way, have the losses of one process that does not.
 
 This file is also the program of those processes (see `torchrun`).
 """
@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastelbo
 from fastelbo import reference
-from support import relative
+from support import LIKELIHOODS, make_inputs, options, relative
 
 ROOT = Path(__file__).parent.parent
 WORLD, SHARE, FEATURES, LATENT, BETA = 2, 4, 10, 3, 0.7
@@ -79,11 +79,12 @@ def fsdp(objective: Objective, parts: tuple[str, ...], **options) -> nn.Module:
 
 def fsdp1_parts(objective: Objective) -> nn.Module:
     """The first FSDP, each part a root of its own."""
-    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-    from torch.distributed.fsdp import ShardingStrategy
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
     options = {"sharding_strategy": ShardingStrategy.NO_SHARD, "use_orig_params": True, "device_id": torch.device("cpu")}
-    objective.encoder, objective.decoder = (FSDP(part, **options) for part in (objective.encoder, objective.decoder))
+    objective.encoder, objective.decoder = (
+        FullyShardedDataParallel(part, **options) for part in (objective.encoder, objective.decoder)
+    )
     return objective
 
 
@@ -146,10 +147,55 @@ def worst_error(case: Case, way: str, reduction: str) -> float:
     return max(errors)
 
 
-def gradients(out: str) -> None:
-    """The errors of all cases, in one launch, since that costs more than they do."""
+SHARDED = [
+    (dimension, likelihood, reduction)
+    for dimension in (0, 1)
+    for likelihood in LIKELIHOODS
+    for reduction in ("sum", "none", ("mean", "batchmean"))
+]
+
+
+def worst_error_of_dtensors(dimension: int, likelihood: str, reduction) -> float:
+    """The largest of all errors of results and gradients, of sampling, loss and `elbo`, whose arguments are sharded."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    kl_reduction = reduction if isinstance(reduction, str) else reduction[1]
+
+    def results(recon_x, x, mu, logvar, eps):
+        z, kl = fastelbo.sample_kl(mu, logvar, eps=eps, reduction=kl_reduction)
+        terms = fastelbo.loss(recon_x, x, mu, logvar, BETA, reduction=reduction, **options(likelihood))
+        joined = fastelbo.elbo(
+            lambda z: recon_x * torch.ones_like(z[:, :1]),
+            x,
+            mu,
+            logvar,
+            BETA,
+            eps=eps,
+            reduction=reduction,
+            **options(likelihood),
+        )
+        total = 2 * terms.loss.sum() + terms.recon.sum() + kl.sum() + (z * z).sum() + joined.loss.sum()
+        return [z, kl, *terms, *joined, *torch.autograd.grad(total, (recon_x, mu, logvar))]
+
+    torch.manual_seed(0)
+    inputs = [*make_inputs(likelihood, (SHARE, FEATURES), (SHARE, 4)), torch.randn(SHARE, 4)]
+    sharded = [
+        distribute_tensor(t.detach(), mesh, [Shard(dimension)]).requires_grad_(t.requires_grad) for t in inputs
+    ]  # fmt: skip
+    found = results(*sharded)
+    if any(gradient.placements != (Shard(dimension),) for gradient in found[-3:]):
+        return float("inf")
+    pairs = zip(found, results(*inputs), strict=True)
+    return max(relative(value.full_tensor(), whole) for value, whole in pairs)
+
+
+def measure(out: str) -> None:
+    """All errors, in one launch, since that costs more than they do."""
     dist.init_process_group("gloo")
-    errors = torch.tensor([worst_error(CASES[name], way, reduction) for name, way, reduction in RUNS])
+    errors = [worst_error(CASES[name], way, reduction) for name, way, reduction in RUNS]
+    errors = torch.tensor(errors + [worst_error_of_dtensors(*case) for case in SHARDED])
     dist.all_reduce(errors, dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(errors.tolist()))
@@ -158,7 +204,7 @@ def gradients(out: str) -> None:
 
 
 def torchrun(script: str | Path, *arguments) -> str:
-    """What two processes print that run a script on the CPU; this file computes `gradients`."""
+    """What two processes print that run a script on the CPU; this file computes `measure`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if environment.get("TRITON_INTERPRET") != "1":
         environment["FASTELBO_BACKEND"] = "torch"
@@ -172,7 +218,7 @@ def torchrun(script: str | Path, *arguments) -> str:
 
 def run(script: str, *arguments: str) -> None:
     if script == __file__:
-        gradients(*arguments)
+        measure(*arguments)
     else:
         sys.path.insert(0, str(Path(script).parent))
         sys.argv = [script, *arguments]
@@ -186,11 +232,17 @@ def run(script: str, *arguments: str) -> None:
 def errors(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("distributed") / "errors.json"
     torchrun(__file__, out)
-    return dict(zip(RUNS, json.loads(out.read_text()), strict=True))
+    return dict(zip([*RUNS, *SHARDED], json.loads(out.read_text()), strict=True))
 
 
 @pytest.mark.parametrize("case", RUNS, ids=" ".join)
 def test_gradients_of_the_joint_batch(case, errors):
+    assert errors[case] < 1e-5
+
+
+@pytest.mark.parametrize("case", SHARDED, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}")
+def test_dtensors(case, errors):
+    """Sharded over the batch or over features: whole results, and gradients sharded alike."""
     assert errors[case] < 1e-5
 
 

@@ -197,8 +197,10 @@ def test_checkpoint_inside_the_decoder(reentrant, device):
     compare(make, device, expected="LossBackward" if reentrant else "ElboBackward")
 
 
+@pytest.mark.parametrize("way", (by_elbo, composed))
 @pytest.mark.parametrize("reentrant", (False, True), ids=("", "reentrant"))
-def test_checkpoint_around_elbo(reentrant, device):
+def test_checkpoint_around_encoder_sampling_and_decoder(reentrant, way, device):
+    """The noise of the recomputation is the first noise."""
     results = []
     for checkpointed in (True, False):
         torch.manual_seed(0)
@@ -206,7 +208,7 @@ def test_checkpoint_around_elbo(reentrant, device):
         x = torch.rand(B, FEATURES, device=device, requires_grad=True)
 
         def region(x):
-            return fastelbo.elbo(net, x.detach(), *encoder(x).chunk(2, 1), likelihood="mse").loss  # noqa: B023
+            return way(net, x.detach(), *encoder(x).chunk(2, 1), None, likelihood="mse").loss  # noqa: B023
 
         torch.manual_seed(5)
         loss = checkpoint(region, x, use_reentrant=reentrant) if checkpointed else region(x)

@@ -107,6 +107,126 @@ def test_graph_replay(device):
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise(samples))
 
 
+def test_replays_on_two_streams_at_once(device):
+    """Two graphs of calls alike, each with counters and noise of its own."""
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    replays = []
+    for stream in streams:
+        inputs = make_inputs("bernoulli_logits", (256, 1000), (256, 8), device=device)
+
+        def step(inputs=inputs):
+            z, kl = fastelbo.sample_kl(inputs[2], inputs[3])
+            terms = fastelbo.loss(*inputs, likelihood="bernoulli_logits")
+            return z, kl, *terms, *gradients(terms.loss, inputs[0], *inputs[2:])
+
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            results = step()
+        replays.append((stream, graph, results, [t.clone() for t in step()]))
+    torch.cuda.synchronize()
+    noises = []
+    for _ in range(50):
+        for stream, graph, _, _ in replays:
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for _, _, results, expected in replays:
+            assert all(torch.equal(a, b) for a, b in zip(results[1:], expected[1:], strict=True))
+            noises.append(results[0].clone())
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(noises[-6:], 2))
+
+
+def test_a_replay_allocates_nothing(device):
+    inputs = make_inputs("mse", (64, 100), (64, 8), device=device)
+
+    def step():
+        terms = fastelbo.loss(*inputs, likelihood="mse")
+        return gradients(terms.loss + fastelbo.sample_kl(inputs[2], inputs[3]).kl, inputs[0], *inputs[2:])
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats(device)["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            graph.replay()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats(device)["allocation.all.allocated"] == before
+    torch.testing.assert_close(results[0], 2 * (inputs[0] - inputs[1]).detach())
+
+
+def test_graphed_callables(device):
+    """`make_graphed_callables` warms up with gradients that mean nothing, so that every guess is wrong."""
+    inputs = make_inputs("mse", (64, 100), (64, 8), device=device)
+
+    def call(*inputs):
+        return tuple(fastelbo.loss(*inputs, 0.5, likelihood="mse"))
+
+    graphed = torch.cuda.make_graphed_callables(call, inputs)
+    for factor in (1.0, 1.0, 0.25):
+        others = make_inputs("mse", (64, 100), (64, 8), device=device)
+        wrt = others[0], *others[2:]
+        results = []
+        for function in (graphed, call):
+            terms = function(*others)
+            results.append([*(t.detach().clone() for t in terms), *gradients(terms[0] * factor + terms[2], *wrt)])
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.filterwarnings("ignore")  # Inductor's own
+@pytest.mark.parametrize("way", ("elbo", "composed"))
+def test_reduce_overhead(way, device):
+    """A training step under torch.compile with CUDA graphs: what it learns is what it learns eagerly, and noise is fresh."""
+    torch.compiler.reset()
+    net = torch.nn.Linear(8, 100).to(device)
+    _, x, mu, logvar = make_inputs("mse", (64, 100), (64, 8), device=device)
+
+    def step(x, mu, logvar, eps):
+        if way == "elbo":
+            terms = fastelbo.elbo(net, x, mu, logvar, 0.5, likelihood="mse", eps=eps)
+        else:
+            z, kl = fastelbo.sample_kl(mu, logvar, eps=eps)
+            terms = fastelbo.loss(net(z), x, kl=kl, beta=0.5, likelihood="mse")
+        return terms.loss, fastelbo.reparameterize(mu, logvar)
+
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    samples, wrt = [], (mu, logvar, *net.parameters())
+    for _ in range(5):
+        eps = torch.randn_like(mu)
+        results = []
+        for function in (compiled, step):
+            torch.compiler.cudagraph_mark_step_begin()
+            loss, _ = function(x, mu, logvar, eps)
+            results.append([loss.detach().clone(), *(g.clone() for g in gradients(loss, *wrt))])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
+        torch.compiler.cudagraph_mark_step_begin()
+        samples.append(compiled(x, mu, logvar, eps)[1].detach().clone())
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(samples, 2))
+    assert all(abs(((z - mu) * (-0.5 * logvar).exp()).std() - 1) < 0.15 for z in samples)
+
+
+@pytest.mark.counts_launches
+def test_no_cast_kernels_under_autocast(device):
+    recon_x, x, mu, logvar = make_inputs("bernoulli_logits", (128, 784), (128, 20), device=device)
+    recon_x = recon_x.detach().bfloat16().requires_grad_()
+    x = (255 * x).round().to(torch.uint8)
+    one = torch.ones((), device=device)
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = fastelbo.loss(recon_x, x, mu, logvar, likelihood="bernoulli_logits", target_scale=1 / 255).loss
+        gradients(loss, recon_x, mu, logvar, grad_outputs=one)
+
+    assert count_kernels(step) == 2
+
+
 def test_two_streams_at_once(device):
     streams = [torch.cuda.Stream() for _ in range(2)]
     inputs = [make_inputs("mse", (256, 1000), (256, 8), device=device) for _ in range(2)]

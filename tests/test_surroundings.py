@@ -1,0 +1,116 @@
+"""What surrounds a call changes nothing in it: copies of modules, default dtype, deterministic algorithms, other devices."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+import fastelbo
+from support import LIKELIHOODS, gradients, make_inputs, options
+
+
+def results(device, dtype=torch.float32):
+    """Losses, samples and gradients of one seed."""
+    torch.manual_seed(3)
+    found = []
+    for likelihood in LIKELIHOODS:
+        recon_x, x, mu, logvar = (
+            t.detach().requires_grad_(t.requires_grad) for t in make_inputs(likelihood, (5, 37), (5, 3), dtype, device)
+        )
+        z, kl = fastelbo.sample_kl(mu, logvar, reduction="none")
+        terms = fastelbo.loss(recon_x, x, kl=kl, beta=0.3, reduction="none", **options(likelihood))
+        found += [z, *terms, *gradients(terms.loss.sum() + z.square().sum(), recon_x, mu, logvar)]
+        net = torch.nn.Linear(3, 37, dtype=dtype).to(device)
+        loss = fastelbo.elbo(lambda z, net=net: net(z).sigmoid(), x, mu, logvar, 0.3, **options(likelihood)).loss
+        found += [loss, *gradients(loss, mu, logvar, *net.parameters())]
+    return found
+
+
+@pytest.fixture
+def restored():
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_default_dtype(restored, device):
+    """float32 stays float32, in results and in arithmetic; so do the numbers."""
+    expected = results(device)
+    inputs = make_inputs("mse", (5, 37), (5, 3), device=device)
+    terms = fastelbo.loss(*inputs, 0.3, likelihood="mse")
+    torch.set_default_dtype(torch.float64)
+    again = fastelbo.loss(*inputs, 0.3, likelihood="mse")
+    assert all(torch.equal(a, b) for a, b in zip(again, terms, strict=True))
+    z, kl = fastelbo.sample_kl(*inputs[2:])
+    assert {z.dtype, kl.dtype, again.loss.dtype} == {torch.float32}
+    criterion = fastelbo.nn.ELBOLoss("mse", beta=0.1).to(device)
+    assert criterion.beta.item() == 0.1
+    assert criterion(*inputs).loss.dtype == torch.float32
+    torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(results(device), expected, strict=True))
+
+
+def test_deterministic_algorithms(restored, device):
+    expected = results(device)
+    torch.use_deterministic_algorithms(True)
+    assert all(torch.equal(a, b) for a, b in zip(results(device), expected, strict=True))
+
+
+def through_pickle(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def through_a_file(module):
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    twin = fastelbo.nn.ELBOLoss("gaussian", reduction="mean", scale=0.4, target_scale=0.5).to(module.beta.device)
+    twin.load_state_dict(torch.load(file))
+    return twin
+
+
+@pytest.mark.parametrize("transport", (copy.deepcopy, through_pickle, through_a_file))
+def test_copies_of_the_module(transport, device):
+    inputs = make_inputs("gaussian", (5, 9), (5, 3), device=device)
+    criterion = fastelbo.nn.ELBOLoss("gaussian", beta=2.5, reduction="mean", scale=0.4, target_scale=0.5).to(device)
+    twin = transport(criterion)
+    expected = [t.detach() for t in criterion(*inputs)]
+    criterion.beta.fill_(7.0)  # of the original alone
+    assert all(torch.equal(a, b) for a, b in zip(twin(*inputs), expected, strict=True))
+
+
+def test_results_can_be_pickled(device):
+    terms = fastelbo.loss(*(t.detach() for t in make_inputs("mse", (5, 9), (5, 3), device=device)), likelihood="mse")
+    twin = pickle.loads(pickle.dumps(terms))
+    assert isinstance(twin, fastelbo.ELBOTerms)
+    assert all(torch.equal(a, b) for a, b in zip(twin, terms, strict=True))
+
+
+@pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode))
+def test_no_gradient_is_stored_without_grad_mode(mode, device, monkeypatch):
+    """Nothing as large as the prediction is allocated."""
+    recon_x, x, mu, logvar = make_inputs("mse", (5, 99), (5, 3), device=device)
+    fastelbo.loss(recon_x, x, mu, logvar, likelihood="mse")  # what is kept for the next call
+    allocated, allocate = [], torch.empty_like
+
+    def empty_like(tensor, **kwargs):
+        allocated.append(tensor.numel())
+        return allocate(tensor, **kwargs)
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    with mode():
+        fastelbo.loss(recon_x, x, mu, logvar, likelihood="mse")
+    assert recon_x.numel() not in allocated
+    fastelbo.loss(recon_x, x, mu, logvar, likelihood="mse")
+    assert recon_x.numel() in allocated
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_a_device_that_is_not_current():
+    with torch.cuda.device(0):
+        other = results(torch.device("cuda", 1))
+    with torch.cuda.device(1):
+        expected = results(torch.device("cuda", 1))
+    assert all(torch.equal(a, b) for a, b in zip(other, expected, strict=True))
