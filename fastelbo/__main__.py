@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.utils import collect_env
 
 import fastelbo
 
@@ -62,7 +63,7 @@ def attempt(find: Callable[[], str]) -> str:
             text = find()
         except Exception as error:
             text = f"not known: {why(error)}"
-    return "; ".join([text, *(one_line(warning.message) for warning in caught)])
+    return "; ".join([text, *dict.fromkeys(one_line(warning.message) for warning in caught)])  # each once
 
 
 def why(error: Exception) -> str:
@@ -116,10 +117,9 @@ def find_runtime() -> str:
 
 
 def find_driver() -> str:
-    if not torch.version.cuda:
-        return "not known: torch can tell CUDA's alone"
-    version = torch._C._cuda_getDriverVersion()  # 12080 for 12.8
-    return f"for CUDA up to {version // 1000}.{version % 1000 // 10}" if version else "none found"
+    if torch.version.hip:
+        return "not known: torch can tell NVIDIA's alone"
+    return f"NVIDIA {version}" if (version := collect_env.get_nvidia_driver_version(collect_env.run)) else "none found"
 
 
 def describe_gpu(device: torch.device) -> str:

@@ -42,7 +42,7 @@ class Likelihood(NamedTuple):
 
 def _bernoulli(p: Tensor, x: Tensor, scale: Number) -> Tensor:
     kind = p.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):  # which refuses this function on a GPU, even for float32
             return F.binary_cross_entropy(p, x, reduction="none")
     return F.binary_cross_entropy(p, x, reduction="none")

@@ -67,7 +67,8 @@ def loss(
             `"bernoulli_logits"`: logits, as `F.binary_cross_entropy_with_logits`; `"mse"`: as `F.mse_loss`;
             `"gaussian"`: means, as `-Normal(recon_x, scale).log_prob(x)`.
         reduction: `"sum"`, `"batchmean"` (sum / B), `"mean"` (over all elements of a term), `"none"` (one value a sample), or a
-            pair for reconstruction and KL.
+            pair for reconstruction and KL. Where processes average gradients (DDP, FSDP), those of `"batchmean"` and `"mean"`
+            are the joint batch's, and those of `"sum"` are 1/world of them.
         scale: standard deviation of `"gaussian"`, positive: a number or a 0-d tensor without grad. Default 1.
         target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
 

@@ -28,7 +28,8 @@ def _poison(request, monkeypatch):
     def poisoned(allocate):
         def call(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+            with torch.no_grad():
+                return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
         return call
 

@@ -68,7 +68,7 @@ def test_inductor(reduction, device):
         for likelihood, (recon_x, x, mu, logvar) in zip(LIKELIHOODS, inputs, strict=True):
             z, kl = fastelbo.sample_kl(mu, logvar, eps=eps, reduction=reduction)
             found += [z, *fastelbo.loss(recon_x, x, kl=kl, beta=0.3, reduction=reduction, **options(likelihood))]
-            found += fastelbo.loss(recon_x, x, mu, logvar, 0.3, reduction=reduction, **options(likelihood))
+            found += [*fastelbo.loss(recon_x, x, mu, logvar, 0.3, reduction=reduction, **options(likelihood))]
         return found
 
     wrt = [t for four in inputs for t in four if t.requires_grad]

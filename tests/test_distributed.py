@@ -7,6 +7,7 @@ This file is also the program of those processes (see `torchrun`).
 import contextlib
 import copy
 import json
+import math
 import os
 import re
 import runpy
@@ -184,7 +185,10 @@ def worst_error_of_dtensors(dimension: int, likelihood: str, reduction) -> float
     sharded = [
         distribute_tensor(t.detach(), mesh, [Shard(dimension)]).requires_grad_(t.requires_grad) for t in inputs
     ]  # fmt: skip
-    found = results(*sharded)
+    try:
+        found = results(*sharded)
+    except NotImplementedError:  # torch cannot shard an operator
+        return float("nan")
     if any(gradient.placements != (Shard(dimension),) for gradient in found[-3:]):
         return float("inf")
     pairs = zip(found, results(*inputs), strict=True)
@@ -243,6 +247,8 @@ def test_gradients_of_the_joint_batch(case, errors):
 @pytest.mark.parametrize("case", SHARDED, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}")
 def test_dtensors(case, errors):
     """Sharded over the batch or over features: whole results, and gradients sharded alike."""
+    if case[1] == "bernoulli_logits" and math.isnan(errors[case]) and torch.__version__ < "2.13":
+        pytest.skip("torch raises NotImplementedError, since it cannot shard binary_cross_entropy_with_logits before 2.13")
     assert errors[case] < 1e-5
 
 
