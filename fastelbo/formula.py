@@ -14,7 +14,9 @@ from .likelihoods import LIKELIHOODS
 
 def objective(recon_x, x, mu, logvar, kl, beta, *, likelihood, scale, target_scale, weights, per_sample, dtype):
     """`(loss, recon, kl)` as `torch_backend.loss_forward` computes them."""
-    target = x.to(dtype) * target_scale
+    target = x.to(dtype)
+    if target_scale != 1:
+        target = target * target_scale
     recon = _reduce(LIKELIHOODS[likelihood].nll(recon_x.to(dtype), target, scale), weights[0], per_sample)
     kl = divergence(mu, logvar, weights[1], per_sample, dtype) if kl is None else kl.to(dtype, copy=True)
     if isinstance(beta, Tensor):

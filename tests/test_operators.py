@@ -5,11 +5,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastelbo
+from conftest import BACKEND
 from fastelbo import formula
 from support import LIKELIHOODS, gradients, make_inputs, options
 
 ops = torch.ops.fastelbo
 SINGLE = torch.float32
+TAKES_SEEDS = BACKEND == "triton"
 
 
 def loss_arguments(device, likelihood="mse", per_sample=False, given=False, channels_last=False):
@@ -51,7 +53,7 @@ def cases(name, device):
     elif name in ("reparameterize", "sample_kl"):
         for strided in (False, True):
             mu, logvar = latents(device, strided=strided)
-            noises = [torch.randn_like(mu)] + [seed(device)] * takes_seeds()
+            noises = [torch.randn_like(mu)] + [seed(device)] * TAKES_SEEDS
             for noise in noises:
                 for per_sample in ((),) if name == "reparameterize" else ((False,), (True,)):
                     yield mu, logvar, noise, *per_sample, SINGLE
@@ -60,13 +62,6 @@ def cases(name, device):
         grad_z, eps, per_sample = torch.rand_like(mu), torch.randn_like(mu), torch.rand(3, device=device)
         for to_z, to_kl in ((grad_z, per_sample[0].clone()), (grad_z, None), (None, per_sample)):
             yield to_z, to_kl, mu, logvar, eps, to_kl is per_sample, SINGLE
-
-
-def takes_seeds() -> bool:
-    """The Torch backend draws its noise at once."""
-    from conftest import BACKEND
-
-    return BACKEND == "triton"
 
 
 NAMES = sorted(
@@ -134,10 +129,9 @@ def test_sampling_is_the_formula(upstreams, device):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.skipif(not TAKES_SEEDS, reason="the Torch backend draws its noise at once")
 def test_a_seed_gives_the_same_noise_again(device):
     """In forward, in backward and in the formula for second derivatives; also where mu comes back with other strides."""
-    if not takes_seeds():
-        pytest.skip("the Torch backend draws its noise at once")
     for strided in (False, True):
         mu, logvar = latents(device, strided=strided)
         z = ops.reparameterize(mu, logvar, seed(device), SINGLE)
