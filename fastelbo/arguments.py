@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .likelihoods import LIKELIHOODS, Likelihood
-from .traced import is_traced
+from .tracing import is_traced
 
 REDUCTIONS = ("sum", "batchmean", "mean", "none")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -4,7 +4,7 @@ They have the plain form, with ctx in forward, which costs the least in eager mo
 come here but to `traced`. A backward pass whose own result will be differentiated again uses `formula`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from .backend import backend_for
 from .guess import guess, remember
 from .layout import dense, in_layout, layout_of
 from .operators import differentiate_sample
-from .traced import is_traced
+from .tracing import is_differentiated, is_traced, never_compiled
 
 
 class Settings(NamedTuple):
@@ -29,18 +29,12 @@ class Settings(NamedTuple):
     dtype: torch.dtype
 
 
-def _is_differentiated(upstreams: Sequence[Tensor | None]) -> bool:
-    """Whether a backward pass will itself be differentiated (create_graph), or is batched by `is_grads_batched`."""
-    if torch.is_grad_enabled():
-        return True
-    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in upstreams)
-
-
 def _by_formula(*upstreams: Tensor | None) -> bool:
     """Whether a backward pass must be made of Torch operations."""
-    return _is_differentiated(upstreams) or is_traced(*upstreams)
+    return is_differentiated(upstreams) or is_traced(*upstreams)
 
 
+@never_compiled
 def loss_forward(settings: Settings, recon_x, x, mu, logvar, kl, beta, factor: Tensor | None = None):
     """`(loss, recon, kl, gradient)` from the backend of the tensors' device; no gradient is stored without a `factor`."""
     backend = backend_for(recon_x.device)
@@ -64,11 +58,13 @@ class Loss(torch.autograd.Function):
     """Reconstruction, KL (or one that is given, already reduced) and their sum. The tensors come dense, in pairs alike."""
 
     @staticmethod
+    @never_compiled
     def forward(ctx, settings: Settings, recon_x, x, mu, logvar, kl, beta):
         _, wants_recon, _, _, _, _, wants_beta = ctx.needs_input_grad
         return _forward(ctx, settings, recon_x, x, mu, logvar, kl, beta, wants_recon, wants_beta)
 
     @staticmethod
+    @never_compiled
     def backward(ctx, *upstreams):
         saved = Saved(*ctx.saved_tensors)
         _, *needs = ctx.needs_input_grad
@@ -86,6 +82,7 @@ class Sample(torch.autograd.Function):
     """z = mu + exp(logvar / 2) * noise, and the KL. `noise` is what `draw_noise` gave, or the user's own. All come dense."""
 
     @staticmethod
+    @never_compiled
     def forward(ctx, mu, logvar, noise, kl_weight: float, per_sample: bool, dtype: torch.dtype, wants_kl: bool):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mu, logvar, noise)
@@ -94,6 +91,7 @@ class Sample(torch.autograd.Function):
         return sample_forward(mu, logvar, noise, kl_weight, per_sample, dtype, wants_kl)
 
     @staticmethod
+    @never_compiled
     def backward(ctx, grad_z, grad_kl):
         mu, logvar, noise = ctx.saved_tensors
         kl_weight, per_sample, dtype = ctx.settings
@@ -117,6 +115,7 @@ class Elbo(torch.autograd.Function):
     """
 
     @staticmethod
+    @never_compiled
     def forward(ctx, settings: Settings, inner, noise, x, mu, logvar, kl, beta, *leaves):
         ctx.inner, ctx.leaves = inner, leaves
         prediction, x = dense(inner[0].detach(), x)
@@ -125,8 +124,9 @@ class Elbo(torch.autograd.Function):
         return terms
 
     @staticmethod
+    @never_compiled
     def backward(ctx, *upstreams):
-        if _is_differentiated(upstreams):
+        if is_differentiated(upstreams):
             raise RuntimeError(
                 "fastelbo.elbo cannot be differentiated twice (create_graph=True) or in batches (is_grads_batched=True):"
                 " use fastelbo.sample_kl, the decoder and fastelbo.loss(..., kl=kl), which can"
@@ -197,6 +197,7 @@ def _graph(todo: list, stop=None) -> Iterator:
             todo.extend(following for following, _ in node.next_functions)
 
 
+@never_compiled
 def sample_forward(mu, logvar, noise, kl_weight: float, per_sample: bool, dtype: torch.dtype, wants_kl: bool):
     """`(z, kl or None)` from the backend of the tensors' device."""
     backend = backend_for(mu.device)

@@ -26,7 +26,7 @@ from .autograd import Elbo, Loss, Settings, decoder_leaves, loss_forward
 from .layout import dense
 from .likelihoods import LIKELIHOODS
 from .sampling import draw, result_dtype, sample
-from .traced import is_traced
+from .tracing import is_traced
 
 Reduction = str | tuple[str, str]
 
@@ -78,8 +78,8 @@ def loss(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, devices or names do not fit; `scale` is not positive; on a CPU, probabilities or the targets of
-            `"bernoulli"`, or integer targets of `"bernoulli_logits"`, are outside [0, 1]. On a GPU, looking would need a sync:
-            such probabilities and scales give NaN there, such targets a loss that means nothing.
+            `"bernoulli"`, or integer targets of `"bernoulli_logits"`, are outside [0, 1]. On a GPU, looking would need a sync,
+            and a tracer sees no values: such probabilities and scales give NaN there, such targets a loss that means nothing.
     """
     check_prediction("recon_x", recon_x)
     check_target("x", x)

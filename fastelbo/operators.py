@@ -13,6 +13,7 @@ from torch import Tensor
 from . import formula
 from .backend import backend_for
 from .layout import dense, in_layout, layout_of
+from .tracing import is_differentiated, never_compiled
 
 _library = torch.library.Library("fastelbo", "DEF")
 ops = torch.ops.fastelbo
@@ -141,12 +142,13 @@ def _save_loss(ctx, inputs, output):
     ctx.options = inputs[6:]
 
 
+@never_compiled
 def _differentiate_loss(ctx, grad_recon, grad_kl):
     *values, scale = ctx.saved_tensors
     recon_x, x, mu, logvar, kl = values
     likelihood, target_scale, per_sample, dtype = ctx.options
     wants_recon, wants_x, wants_mu, wants_logvar, wants_kl, *_ = needs = ctx.needs_input_grad
-    if wants_x or torch.is_grad_enabled():
+    if wants_x or is_differentiated((grad_recon, grad_kl)):
 
         def terms(recon_x, x, mu, logvar, kl):
             return formula.objective(
@@ -173,10 +175,11 @@ def _save_sample(ctx, inputs, output):
     ctx.layout, ctx.per_sample, ctx.options = layout_of(mu), any(per_sample), len(inputs) - 3
 
 
+@never_compiled
 def _differentiate_sample(ctx, grad_z, grad_kl=None):
     (mu, logvar, noise), needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
     upstreams = grad_z, grad_kl
-    if needs[2] or torch.is_grad_enabled():
+    if needs[2] or is_differentiated(upstreams):
         grads = differentiate_sample(mu, logvar, noise, ctx.layout, 1.0, ctx.per_sample, ctx.dtype, needs, upstreams)
     elif grad_z is None and grad_kl is None:
         grads = None, None, None

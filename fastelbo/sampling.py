@@ -10,7 +10,7 @@ from .arguments import check_alike, check_latents, check_prediction, check_reduc
 from .autograd import Sample, sample_forward
 from .backend import backend_for
 from .layout import dense, in_layout, layout_of
-from .traced import is_traced
+from .tracing import is_traced
 
 
 class SampleKL(NamedTuple):
@@ -88,8 +88,9 @@ def draw(mu: Tensor, logvar: Tensor, eps: Tensor | None, generator: torch.Genera
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if generator is not None and generator.device != mu.device:
         raise ValueError(f"generator must be on the device of mu: got {generator.device} and {mu.device}")
-    make = traced.draw if is_traced(logvar) else backend_for(mu.device).draw_noise
-    return make(logvar, layout_of(logvar), generator)
+    if is_traced(mu, logvar):
+        return traced.draw(mu, logvar, generator)
+    return backend_for(mu.device).draw_noise(logvar, layout_of(logvar), generator)
 
 
 def sample(mu, logvar, noise, kl_weight: float, per_sample: bool, *, wants_kl: bool) -> tuple[Tensor, Tensor | None]:

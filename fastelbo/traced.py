@@ -12,54 +12,28 @@ from . import formula, torch_backend
 from .backend import backend_for
 from .likelihoods import LIKELIHOODS
 from .operators import ops
-
-# Types of arguments behind which nothing else can be.
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, type(None)))
-
-
-def is_traced(*values) -> bool:
-    """Whether a call is traced by torch.compile or a dispatch mode (fake tensors, counters), transformed by torch.func, carries
-    forward-mode tangents, or has tensors among its values that stand for others (DTensor, fake tensors)."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or _is_transformed()
-        or (not _PLAIN.issuperset(map(type, values)) and any(map(_is_wrapper, values)))
-    )
-
-
-def _is_transformed() -> bool:
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
-def _is_wrapper(value) -> bool:
-    """Whether it is a tensor whose operations are Python's, so that there may be no memory of its own behind it."""
-    return isinstance(value, Tensor) and type(value).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+from .tracing import constant_when_compiled, is_transformed, is_wrapper
 
 
 def _goes_to_kernels(*values) -> bool:
     """Whether Triton computes for the first of these, and an operator may stand for it."""
-    if _is_transformed() or any(_is_wrapper(v) for v in values if not isinstance(v, FakeTensor)):
+    if is_transformed() or any(is_wrapper(v) for v in values if not isinstance(v, FakeTensor)):
         return False
     return _has_kernels(values[0].device)
 
 
+@constant_when_compiled
 def _has_kernels(device: torch.device) -> bool:
     return backend_for(device) is not torch_backend
 
 
-# A constant to torch.compile, which does not look inside. `torch.compiler.assume_constant_result` does just this, but takes a
-# second and more to import all of the compiler.
-_has_kernels._dynamo_marked_constant = True
-
-
-def draw(like: Tensor, layout: torch.memory_format, generator: torch.Generator | None) -> Tensor:
+def draw(mu: Tensor, logvar: Tensor, generator: torch.Generator | None) -> Tensor:
     """Noise, or a seed for it."""
-    if _goes_to_kernels(like):
+    if _goes_to_kernels(mu, logvar):
         from .kernels import draw_noise  # not above: Triton may be missing
 
-        return draw_noise(like, layout, generator)
-    return torch.empty_like(like).normal_(generator=generator) if generator is not None else torch.randn_like(like)
+        return draw_noise(logvar, torch.contiguous_format, generator)
+    return torch.empty_like(logvar).normal_(generator=generator) if generator is not None else torch.randn_like(logvar)
 
 
 def sample(mu, logvar, noise, kl_weight: float, per_sample: bool, dtype: torch.dtype, wants_kl: bool):
@@ -77,7 +51,9 @@ def objective(recon_x, x, mu, logvar, kl, beta, *, likelihood, scale, **options)
     """`(loss, recon, kl)` as `torch_backend.loss_forward` computes them."""
     if not LIKELIHOODS[likelihood].has_scale:
         scale = None
-    elif not isinstance(scale, Tensor):  # only in a product with a tensor does a number that changes not compile anew
+    elif isinstance(scale, Tensor):
+        scale = scale.to(recon_x.device)
+    else:  # only in a product with a tensor does a number that changes not compile anew
         scale = torch.ones((), dtype=torch.float64, device=recon_x.device) * scale
     if not _goes_to_kernels(recon_x, x, mu, logvar, kl, beta, scale):
         return formula.objective(recon_x, x, mu, logvar, kl, beta, likelihood=likelihood, scale=scale, **options)

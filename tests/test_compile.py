@@ -1,5 +1,8 @@
 """torch.compile: one graph forward and backward, results as eager, and no more compilations than inputs differ in kind."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +11,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastelbo
 from support import LIKELIHOODS, gradients, make_inputs, options
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # Torch's own, in Inductor
+pytestmark = [  # Inductor's own
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+]
 
 # Inductor compiles C++ or Triton, which takes seconds. `aot_eager` calls what was traced one by one, for all that is not in how
 # it is compiled.
@@ -178,6 +184,62 @@ def test_dynamic_batches_compile_twice(device):
     assert compiled.compilations == 2
 
 
+def by_loss(inputs, eps, net):
+    recon_x, x, mu, logvar = inputs
+    return 2.5 * fastelbo.loss(recon_x, x, mu, logvar, 0.5, likelihood="mse").loss
+
+
+def by_sample(inputs, eps, net):
+    z, kl = fastelbo.sample_kl(*inputs[2:], eps=eps)
+    return z.square().sum() + kl
+
+
+def around_decoder(inputs, eps, net):
+    return fastelbo.elbo(net, inputs[1], *inputs[2:], eps=eps, likelihood="mse").loss
+
+
+@pytest.mark.filterwarnings("ignore")  # of Dynamo, which looks at a tensor's grad and gives up frames
+@pytest.mark.parametrize("compiled_autograd", (False, True), ids=("", "compiled autograd"))
+@pytest.mark.parametrize("way", (by_loss, by_sample, around_decoder))
+def test_backward_of_an_eager_loss(way, compiled_autograd, device):
+    """A compiled function calls the backward pass of what it was not traced with."""
+    inputs = make_inputs("mse", (5, 9), (5, 3), device=device)
+    inputs[1].requires_grad_()
+    eps, net = torch.randn(5, 3, device=device), nn.Linear(3, 9).to(device)
+    leaves = [*inputs, *net.parameters()]
+    expected = torch.autograd.grad(way(inputs, eps, net), leaves, allow_unused=True)
+    loss = way(inputs, eps, net)
+    if compiled_autograd:
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            loss.backward()
+    else:
+        torch.compile(lambda loss: loss.backward(), backend="aot_eager")(loss)
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient)
+
+
+@pytest.mark.filterwarnings("ignore")  # likewise
+def test_a_plain_call_after_a_transformed_one(device):
+    """Dynamo has given the function up by then, and goes on with the frames inside it."""
+    recon_x, x, mu, logvar = (t.detach() for t in make_inputs("mse", (5, 9), (5, 3), device=device))
+
+    def call(recon_x):
+        return fastelbo.loss(recon_x, x, mu, logvar, likelihood="mse", reduction="none").loss
+
+    compiled = torch.compile(call, backend="aot_eager")
+    twice = torch.func.vmap(compiled)(torch.stack([recon_x, 2 * recon_x]))
+    torch.testing.assert_close(twice[0], call(recon_x))
+    recon_x.requires_grad_()
+    loss = compiled(recon_x)
+    torch.testing.assert_close(loss, twice[0])
+    torch.testing.assert_close(gradients(loss.sum(), recon_x)[0], 2 * (recon_x - x).detach())
+
+
+def test_import_does_not_bring_the_compiler():
+    code = "import sys, fastelbo; print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
 @pytest.mark.parametrize("likelihood", ("gaussian", "bernoulli"))
 def test_a_float_that_changes_compiles_twice(likelihood, device):
     recon_x, x, mu, logvar = make_inputs(likelihood, (5, 9), (5, 3), device=device)
@@ -194,10 +256,11 @@ def test_a_float_that_changes_compiles_twice(likelihood, device):
 
 @pytest.mark.parametrize("where", ("device", "cpu"))
 def test_a_tensor_beta_compiles_once(where, device):
-    recon_x, x, mu, logvar = make_inputs("mse", (5, 9), (5, 3), device=device)
+    """The same tensor as scale, too."""
+    recon_x, x, mu, logvar = make_inputs("gaussian", (5, 9), (5, 3), device=device)
 
     def call(recon_x, x, mu, logvar, beta):
-        return fastelbo.loss(recon_x, x, mu, logvar, beta, likelihood="mse")
+        return fastelbo.loss(recon_x, x, mu, logvar, beta, likelihood="gaussian", scale=beta)
 
     compiled = Counted(call)
     for value in (0.1, 0.2, 0.35):

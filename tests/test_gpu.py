@@ -1,6 +1,7 @@
 """What only a CUDA GPU can show: graphs, streams, launches, syncs, autocast, and tensors of more than 2^31 elements."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -56,7 +57,21 @@ def test_launches(device):
     assert count_kernels(sample) == 3
 
 
-def test_no_sync(device):
+@pytest.fixture
+def syncs_raise():
+    """A function after which each sync raises, until the test ends."""
+
+    def begin():
+        torch.cuda.synchronize()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+
+    yield begin
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_sync(syncs_raise, device):
     recon_x, x, mu, logvar = make_inputs("bernoulli", (128, 784), (128, 20), device=device)
     beta = torch.tensor(0.5, device=device, requires_grad=True)
     net = torch.nn.Linear(20, 784).to(device)
@@ -66,12 +81,8 @@ def test_no_sync(device):
         fastelbo.elbo(lambda z: net(z).sigmoid(), x, mu, logvar, 0.1).loss.backward()
 
     step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    syncs_raise()
+    step()
 
 
 def test_graph_replay(device):
@@ -108,38 +119,40 @@ def test_graph_replay(device):
 
 
 def test_replays_on_two_streams_at_once(device):
-    """Two graphs of calls alike, each with counters and noise of its own."""
-    streams = [torch.cuda.Stream() for _ in range(2)]
+    """Two graphs of calls alike, each with counters of its own."""
     replays = []
-    for stream in streams:
-        inputs = make_inputs("bernoulli_logits", (256, 1000), (256, 8), device=device)
+    for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
+        recon_x, x, mu, logvar = make_inputs("bernoulli_logits", (256, 1000), (256, 8), device=device)
 
-        def step(inputs=inputs):
-            z, kl = fastelbo.sample_kl(inputs[2], inputs[3])
-            terms = fastelbo.loss(*inputs, likelihood="bernoulli_logits")
-            return z, kl, *terms, *gradients(terms.loss, inputs[0], *inputs[2:])
+        def step(recon_x=recon_x, x=x, mu=mu, logvar=logvar):
+            z, kl = fastelbo.sample_kl(mu, logvar)
+            terms = fastelbo.loss(recon_x, x, mu, logvar, likelihood="bernoulli_logits")
+            by_sample = gradients(z.sum(), logvar)[0] - 0.5 * (z - mu)  # which is 0 with one noise for both
+            found = kl, *terms, *gradients(terms.loss, recon_x, mu, logvar)
+            return z.detach(), by_sample.detach(), [t.detach() for t in found]
 
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            step()
+            expected = [t.clone() for t in step()[2]]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            results = step()
-        replays.append((stream, graph, results, [t.clone() for t in step()]))
-    torch.cuda.synchronize()
-    noises = []
+            z, by_sample, found = step()
+        replays.append((stream, graph, z, by_sample, found, expected, []))
     for _ in range(50):
-        for stream, graph, _, _ in replays:
+        for stream, graph, *_ in replays:
             with torch.cuda.stream(stream):
                 graph.replay()
         torch.cuda.synchronize()
-        for _, _, results, expected in replays:
-            assert all(torch.equal(a, b) for a, b in zip(results[1:], expected[1:], strict=True))
-            noises.append(results[0].clone())
-    assert all(not torch.equal(a, b) for a, b in itertools.combinations(noises[-6:], 2))
+        for _, _, z, by_sample, found, expected, samples in replays:
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            assert by_sample.abs().max() < 1e-4
+            samples.append(z.clone())
+        torch.cuda.synchronize()
+    for *_, samples in replays:
+        assert all(not torch.equal(a, b) for a, b in itertools.pairwise(samples))
 
 
-def test_a_replay_allocates_nothing(device):
+def test_a_replay_allocates_nothing(syncs_raise, device):
     inputs = make_inputs("mse", (64, 100), (64, 8), device=device)
 
     def step():
@@ -150,18 +163,16 @@ def test_a_replay_allocates_nothing(device):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = step()
-    torch.cuda.synchronize()
     before = torch.cuda.memory_stats(device)["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            graph.replay()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    syncs_raise()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats(device)["allocation.all.allocated"] == before
     torch.testing.assert_close(results[0], 2 * (inputs[0] - inputs[1]).detach())
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # which make_graphed_callables keeps from its warm-up
 def test_graphed_callables(device):
     """`make_graphed_callables` warms up with gradients that mean nothing, so that every guess is wrong."""
     inputs = make_inputs("mse", (64, 100), (64, 8), device=device)

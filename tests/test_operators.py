@@ -152,6 +152,21 @@ def test_dispatch_modes_see_the_same_numbers(device):
     torch.testing.assert_close(*results)
 
 
+def test_batched_backward_after_a_dispatch_mode(device):
+    recon_x, x, mu, logvar = make_inputs("mse", (5, 9), (5, 3), device=device)
+    with FlopCounterMode(display=False):
+        losses = fastelbo.loss(recon_x, x, mu, logvar, likelihood="mse", reduction="none").loss
+        losses = losses + fastelbo.sample_kl(mu, logvar, reduction="none").kl
+    upstreams = torch.randn(4, 5, device=device)
+
+    def backward(upstream, **options):
+        return torch.autograd.grad(losses, (recon_x, mu, logvar), upstream, retain_graph=True, **options)
+
+    for found in (backward(upstreams, is_grads_batched=True), torch.func.vmap(backward)(upstreams)):
+        for i in range(4):
+            torch.testing.assert_close([gradient[i] for gradient in found], list(backward(upstreams[i])))
+
+
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_backward_under_a_dispatch_mode_alone(likelihood, device):
     inputs = make_inputs(likelihood, (5, 9), (5, 3), device=device)

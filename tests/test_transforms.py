@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 import fastelbo
 from support import LIKELIHOODS, gradients, make_inputs, options
@@ -105,6 +106,54 @@ def test_hessian(device):
     torch.testing.assert_close(by_mu.reshape(6, 6), torch.eye(6, dtype=mu.dtype, device=device))
     torch.testing.assert_close(by_logvar.reshape(6, 6), torch.diag(0.5 * logvar.exp().flatten()))
     assert not mixed.any()
+
+
+def test_vmap_of_a_backward_pass(device):
+    """Over the gradient that arrives, forward untransformed; `elbo` names the alternative."""
+    recon_x, x, mu, logvar = make_inputs("mse", (5, 9), (5, 3), device=device)
+    net = nn.Linear(3, 9).to(device)
+    losses = fastelbo.loss(recon_x, x, mu, logvar, likelihood="mse", reduction="none").loss
+    losses = losses + fastelbo.sample_kl(mu, logvar, reduction="none").kl
+
+    def backward(upstream):
+        return torch.autograd.grad(losses, (recon_x, mu), upstream, retain_graph=True)
+
+    upstreams = torch.randn(4, 5, device=device)
+    found = torch.func.vmap(backward)(upstreams)
+    for i in range(4):
+        torch.testing.assert_close((found[0][i], found[1][i]), backward(upstreams[i]))
+    losses = fastelbo.elbo(net, x, mu, logvar, likelihood="mse", reduction="none").loss
+    with pytest.raises(RuntimeError, match=r"use fastelbo\.sample_kl"):
+        torch.func.vmap(lambda upstream: torch.autograd.grad(losses, mu, upstream, retain_graph=True))(upstreams)
+
+
+class Wrapper(torch.Tensor):
+    """Stands for another tensor, as DTensor does."""
+
+    @staticmethod
+    def __new__(cls, tensor):
+        made = torch.Tensor._make_wrapper_subclass(cls, tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        made.tensor = tensor
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, lambda w: w.tensor, (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, cls, function(*args, **kwargs))
+
+
+@pytest.mark.parametrize("wrapped", ((True, True), (True, False), (False, True)), ids=str)
+def test_tensors_that_stand_for_others(wrapped, device):
+    inputs = [t.detach() for t in make_inputs("mse", (5, 9), (5, 30), device=device)]
+    expected = fastelbo.loss(*inputs, likelihood="mse").loss
+    first, second = wrapped
+    recon_x, x, mu, logvar = (Wrapper(t) if w else t for t, w in zip(inputs, (first, second) * 2, strict=True))
+    torch.testing.assert_close(fastelbo.loss(recon_x, x, mu, logvar, likelihood="mse").loss.tensor, expected)
+    z, kl = fastelbo.sample_kl(mu, logvar)
+    torch.testing.assert_close(kl.tensor, fastelbo.sample_kl(*inputs[2:]).kl)
+    noise = (z.tensor - inputs[2]) / torch.exp(0.5 * inputs[3])
+    assert abs(noise.mean()) < 0.4
+    assert 0.7 < noise.std() < 1.3
 
 
 @pytest.mark.parametrize("randomness", ("same", "different", "error"))

@@ -1,0 +1,55 @@
+"""What may surround a call that is not plain eager mode: compilers, dispatch modes, transformations."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
+# Types of arguments behind which nothing else can be.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, type(None)))
+
+
+def is_traced(*values) -> bool:
+    """Whether a call is traced by torch.compile or a dispatch mode (fake tensors, counters), transformed by torch.func, carries
+    forward-mode tangents, or has tensors among its values that stand for others (DTensor, fake tensors)."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or is_transformed()
+        or (not _PLAIN.issuperset(map(type, values)) and any(map(is_wrapper, values)))
+    )
+
+
+def is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_wrapper(value) -> bool:
+    """Whether it is a tensor whose operations are Python's, so that there may be no memory of its own behind it."""
+    return isinstance(value, Tensor) and type(value).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+
+
+def is_differentiated(upstreams: Sequence[Tensor | None]) -> bool:
+    """Whether a backward pass will itself be differentiated (create_graph), or is batched (is_grads_batched, vmap)."""
+    if torch.is_grad_enabled() or is_transformed():
+        return True
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in upstreams)
+
+
+def never_compiled(function: Callable) -> Callable:
+    """Keeps torch.compile out of a function and of all that it calls.
+
+    A compiled function may run what was not traced with it, such as the backward pass of a loss from outside. Dynamo then looks
+    into that frame by itself, and a graph break there cuts the formula off from its inputs, whose gradients vanish. This is
+    what `torch.compiler.disable` does, without a second and more to import all of the compiler.
+    """
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return function
+
+
+def constant_when_compiled(function: Callable) -> Callable:
+    """Makes what a function returns a constant to torch.compile, which does not look inside: this is
+    `torch.compiler.assume_constant_result`, again without the import."""
+    function._dynamo_marked_constant = True
+    return function
