@@ -141,6 +141,19 @@ def test_a_seed_gives_the_same_noise_again(device):
             torch.testing.assert_close(by_logvar, 0.5 * upstream * (z - mu))
 
 
+def test_saved_tensors_that_come_back_in_another_layout(device):
+    """As in eager mode: the noise is numbered as it was in forward."""
+    mu, logvar = (
+        torch.randn(2, 4, 3, 5, device=device).contiguous(memory_format=torch.channels_last).requires_grad_() for _ in range(2)
+    )
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format))
+    with hooks, FlopCounterMode(display=False):
+        z, kl = fastelbo.sample_kl(mu, logvar)
+    by_mu, by_logvar = gradients(z.sum() + kl, mu, logvar)
+    torch.testing.assert_close(by_mu, 1 + mu)
+    torch.testing.assert_close(by_logvar, 0.5 * (z - mu) + 0.5 * torch.expm1(logvar), rtol=1e-4, atol=1e-5)
+
+
 def test_dispatch_modes_see_the_same_numbers(device):
     """As the counters, tracers and memory estimators do that are dispatch modes."""
     inputs = make_inputs("mse", (5, 9), (5, 3), device=device)
