@@ -173,14 +173,16 @@ def test_backward_has_the_noise_of_forward(backend, device):
 
 
 def test_dynamic_batches_compile_twice(device):
-    def call(recon_x, x, mu, logvar):
+    """With a beta that changes as well."""
+
+    def call(recon_x, x, mu, logvar, beta):
         z, kl = fastelbo.sample_kl(mu, logvar, eps=torch.ones_like(mu), reduction="batchmean")
-        return z.sum(), *fastelbo.loss(recon_x, x, kl=kl, likelihood="mse", reduction="mean")
+        return z.sum(), *fastelbo.loss(recon_x, x, kl=kl, beta=beta, likelihood="mse", reduction="mean")
 
     compiled = Counted(call)
-    for batch in (5, 6, 7, 64):
+    for batch, beta in ((5, 0.1), (6, 0.2), (7, 0.35), (64, 1.0)):
         recon_x, x, mu, logvar = make_inputs("mse", (batch, 9), (batch, 3), device=device)
-        assert_same(call, compiled, (recon_x, mu, logvar), recon_x, x, mu, logvar)
+        assert_same(call, compiled, (recon_x, mu, logvar), recon_x, x, mu, logvar, beta)
     assert compiled.compilations == 2
 
 
