@@ -210,12 +210,13 @@ def measure(out: str) -> None:
 def torchrun(script: str | Path, *arguments) -> str:
     """What two processes print that run a script on the CPU; this file computes `measure`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # or it looks for the host's name, which not every machine resolves
     if environment.get("TRITON_INTERPRET") != "1":
         environment["FASTELBO_BACKEND"] = "torch"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}", __file__, script]
-    done = subprocess.run(
-        [*map(str, command), *map(str, arguments)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command = [*launcher, f"--nproc-per-node={WORLD}", __file__, script, *arguments]
+    done = subprocess.run(list(map(str, command)), env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stdout
 
