@@ -110,9 +110,9 @@ def cells(row: Row) -> list[str]:
 LEGEND = (
     "Medians of interleaved rounds; spread: the interquartile range over fastelbo's median. Speedups are medians of the ratios"
     " within a round, over the naive code, eager and compiled, and of fastelbo compiled over the latter; ▼ marks where fastelbo"
-    " loses. GB/s: the bytes that the case has to move, over fastelbo's time. Floor: the"
-    " time that a copy measured in the same run takes for as many bytes. Peak: memory held at one time beyond the inputs, and"
-    " on a CPU beyond the few megabytes of scratch that a thread keeps between calls."
+    " loses. GB/s: the bytes that the case has to move, over fastelbo's time. Floor: the time that a copy measured in the same"
+    " run takes for as many bytes. Peak: memory held at one time beyond the inputs, and on a CPU beyond the few megabytes of"
+    " scratch that a thread keeps between calls."
 )
 
 

@@ -10,6 +10,7 @@ import argparse
 import os
 from pathlib import Path
 
+import processes
 import torch
 import torch.distributed as dist
 from digits import VAE, digits
@@ -48,19 +49,17 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
     done = load(options.checkpoint, objective, optimizer) if options.checkpoint and options.checkpoint.exists() else 0
     for epoch in range(done, options.epochs):
-        # The same on every process, and from the epoch alone, so that a run which goes on needs no memory of it.
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed + epoch))
-        steps = len(order) // (options.batch_size * world)  # what is left would give unequal shares
+        batches = processes.shares(len(images), options.batch_size, options.seed + epoch)
         total = torch.zeros((), device=device)
-        for batch in order[: steps * options.batch_size * world].view(steps, world, options.batch_size):
+        for batch in batches:
             optimizer.zero_grad()
-            loss = model(images[batch[rank].to(device)])
+            loss = model(images[batch.to(device)])
             loss.backward()
             optimizer.step()
             total += loss.detach()
         dist.all_reduce(total)
         if rank == 0:
-            print(f"epoch {epoch + 1:3}: loss per digit {total.item() / (steps * world):.6f}", flush=True)
+            print(f"epoch {epoch + 1:3}: loss per digit {total.item() / (len(batches) * world):.6f}", flush=True)
         if options.checkpoint:
             save(options.checkpoint, objective, optimizer, epoch + 1)
 
@@ -88,31 +87,5 @@ def load(path: Path, objective: Objective, optimizer: torch.optim.Optimizer) -> 
     return state["epochs"]
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=20, help="in all, with those of the checkpoint")
-    parser.add_argument("--batch-size", type=int, default=64, help="of each process")
-    parser.add_argument("--latent", type=int, default=16, help="dimensions of z")
-    parser.add_argument("--beta", type=float, default=1.0, help="weight of the KL")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", type=Path, help="file to save to, and to go on from")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, device_id=own)
-    train(options, device)
-    # Without it gloo aborts now and then while Python shuts down, after all work is done.
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    processes.run(train, processes.parse(__doc__, "file"))

@@ -223,9 +223,7 @@ def _given(**arguments) -> str:
 def _loss(settings: Settings, name: str, recon_x, x, mu, logvar, kl, beta) -> ELBOTerms:
     if is_traced(recon_x, x, mu, logvar, kl, beta):
         return ELBOTerms(*traced.objective(recon_x, x, mu, logvar, kl, beta, **settings._asdict()))
-    recon_x, x = dense(recon_x, x)
-    if mu is not None:
-        mu, logvar = dense(mu, logvar)
+    (recon_x, x), (mu, logvar) = dense(recon_x, x), dense(mu, logvar)
     tensors = (recon_x, x, mu, logvar, kl, beta)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         terms = Loss.apply(settings, *tensors)

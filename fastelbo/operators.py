@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import formula
 from .backend import backend_for
-from .layout import dense, in_layout, layout_of
+from .layout import dense, dense_latents, in_layout, layout_of
 from .tracing import is_differentiated, never_compiled
 
 _library = torch.library.Library("fastelbo", "DEF")
@@ -50,9 +50,7 @@ def _loss_fake(recon_x, x, mu, logvar, kl, scale, likelihood, target_scale, per_
 )
 def _loss(recon_x, x, mu, logvar, kl, scale, likelihood, target_scale, per_sample, dtype):
     """Reconstruction and KL, each its sum or one sum a sample; a `kl` that is given is handed on."""
-    recon_x, x = dense(recon_x, x)
-    if mu is not None:
-        mu, logvar = dense(mu, logvar)
+    (recon_x, x), (mu, logvar) = dense(recon_x, x), dense(mu, logvar)
     _, recon, kl, _ = backend_for(recon_x.device).loss_forward(
         recon_x, x, mu, logvar, kl, 1.0, None, stateless=True,
         likelihood=likelihood, scale=1.0 if scale is None else scale, target_scale=target_scale, weights=(1.0, 1.0),
@@ -73,9 +71,7 @@ def _loss_backward_fake(grad_recon, grad_kl, recon_x, x, mu, logvar, scale, like
 )
 def _loss_backward(grad_recon, grad_kl, recon_x, x, mu, logvar, scale, likelihood, target_scale, per_sample, dtype):
     """The gradient by `recon_x` if `grad_recon` arrived; those by `mu` and `logvar` if `grad_kl` did."""
-    recon_x, x = dense(recon_x, x)
-    if mu is not None:
-        mu, logvar = dense(mu, logvar)
+    (recon_x, x), (mu, logvar) = dense(recon_x, x), dense(mu, logvar)
     grad_recon_x, grad_mu, grad_logvar, _, _ = backend_for(recon_x.device).loss_backward(
         recon_x, x, mu, logvar, 1.0, (None, grad_recon, grad_kl), None, None,
         likelihood=likelihood, scale=1.0 if scale is None else scale, target_scale=target_scale, weights=(1.0, 1.0),
@@ -108,9 +104,7 @@ def _sample_kl(mu, logvar, noise, per_sample, dtype):
 
 
 def _sampled(mu, logvar, noise, per_sample, dtype, wants_kl):
-    mu, logvar = dense(mu, logvar)
-    if noise.is_floating_point():
-        (noise,) = in_layout(layout_of(mu), noise)
+    mu, logvar, noise = dense_latents(mu, logvar, noise)
     return backend_for(mu.device).sample_forward(
         mu, logvar, noise, stateless=True, kl_weight=1.0, per_sample=per_sample, dtype=dtype, wants_kl=wants_kl
     )
@@ -127,9 +121,8 @@ def _sample_backward_fake(grad_z, grad_kl, mu, logvar, noise, per_sample, dtype)
 )
 def _sample_backward(grad_z, grad_kl, mu, logvar, noise, per_sample, dtype):
     """Gradients by `mu` and `logvar`; by `logvar` alone where no `grad_kl` arrived, since that by `mu` is `grad_z` then."""
-    mu, logvar, grad_z = dense(mu, logvar, grad_z)
-    if noise.is_floating_point():
-        (noise,) = in_layout(layout_of(mu), noise)
+    (grad_z,) = in_layout(layout_of(mu), grad_z)
+    mu, logvar, noise = dense_latents(mu, logvar, noise)
     gradients = backend_for(mu.device).sample_backward(
         grad_z, mu, logvar, noise, 1.0, (None, grad_kl), kl_weight=1.0, per_sample=per_sample, dtype=dtype
     )

@@ -9,7 +9,7 @@ from . import traced
 from .arguments import check_alike, check_latents, check_prediction, check_reduction, weight
 from .autograd import Sample, sample_forward
 from .backend import backend_for
-from .layout import dense, in_layout, layout_of
+from .layout import dense_latents, layout_of
 from .tracing import is_traced
 
 
@@ -98,9 +98,7 @@ def sample(mu, logvar, noise, kl_weight: float, per_sample: bool, *, wants_kl: b
     dtype = result_dtype(mu, logvar)
     if is_traced(mu, logvar, noise):
         return traced.sample(mu, logvar, noise, kl_weight, per_sample, dtype, wants_kl)
-    mu, logvar = dense(mu, logvar)
-    if noise.is_floating_point():
-        (noise,) = in_layout(layout_of(mu), noise)
+    mu, logvar, noise = dense_latents(mu, logvar, noise)
     arguments = (mu, logvar, noise, kl_weight, per_sample, dtype, wants_kl)
     if torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad or noise.requires_grad):
         return Sample.apply(*arguments)

@@ -64,3 +64,10 @@ def assert_no_worse(value: Tensor, by_naive: Tensor, truth: Tensor, terms: Tenso
 
     allowed = error(by_naive) + torch.finfo(value.dtype).eps
     assert error(value) <= allowed, f"{name}: error {error(value):.2e}, allowed {allowed:.2e}"
+
+
+class ContiguousWhenUnpacked(torch.autograd.graph.saved_tensors_hooks):
+    """As `save_on_cpu(pin_memory=True)` does: saved tensors come back with other strides."""
+
+    def __init__(self):
+        super().__init__(lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format))

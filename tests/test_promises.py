@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastelbo
-from support import LIKELIHOODS, as_double, gradients, make_inputs, naive, options, relative
+from support import LIKELIHOODS, ContiguousWhenUnpacked, as_double, gradients, make_inputs, naive, options, relative
 
 
 @pytest.mark.parametrize(
@@ -194,13 +194,6 @@ def test_no_grad_stores_nothing(device):
             assert all(t.grad_fn is None for t in terms)
             assert relative(terms.loss, naive(*as_double(recon_x, x, mu, logvar), likelihood="mse")[0]) < 1e-6
             assert fastelbo.reparameterize(mu, logvar).grad_fn is None
-
-
-class ContiguousWhenUnpacked(torch.autograd.graph.saved_tensors_hooks):
-    """As `save_on_cpu(pin_memory=True)` does: saved tensors come back with other strides."""
-
-    def __init__(self):
-        super().__init__(lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format))
 
 
 @pytest.mark.parametrize("halves", (False, True), ids=("whole", "halves"))
