@@ -11,7 +11,7 @@ import torch
 import triton
 
 from fastelbo.kernels.launch import PROGRAMS, THREADS
-from fastelbo.likelihoods import LIKELIHOODS
+from fastelbo.plain import PLAIN
 
 from . import compiled
 from .assembly import Loop, machine
@@ -130,7 +130,7 @@ class Kernel(NamedTuple):
 
 def kernels() -> Iterator[Kernel]:
     """Every primitive of the budget, for each likelihood and dtype."""
-    for likelihood in LIKELIHOODS:
+    for likelihood in PLAIN:
         for prediction, target in PAIRS:
             latent = F64 if prediction == F64 else F32
             given = likelihood, prediction, target, latent

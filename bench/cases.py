@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastelbo.likelihoods import LIKELIHOODS
+from fastelbo.plain import PLAIN
 
 # Shapes that people train with: reconstruction, and latents of one sample.
 SHAPES = {
@@ -67,14 +67,14 @@ def sizes(shape: str) -> tuple[int, ...]:
 CHOICES = {
     "subjects": SUBJECTS,
     "shapes": (*SHAPES, *LATENTS, *MODELS),
-    "likelihoods": LIKELIHOODS,
+    "likelihoods": PLAIN,
     "dtypes": DTYPES,
     "modes": MODES,
 }
 
 
 def all_cases() -> Iterator[Case]:
-    yield from map(Case._make, itertools.product(["loss", "objective"], SHAPES, LIKELIHOODS, DTYPES, MODES))
+    yield from map(Case._make, itertools.product(["loss", "objective"], SHAPES, PLAIN, DTYPES, MODES))
     yield from map(Case._make, itertools.product(["sample"], LATENTS, ["-"], ["float32", "bfloat16"], ["forward", "backward"]))
     yield from (Case("step", model, likelihood, "float32", "backward") for model, likelihood in MODELS.items())
 
@@ -107,5 +107,5 @@ def select(chosen: dict[str, list[str] | None], cuda: bool) -> list[Case]:
     if not any(chosen.values()):
         return [case for case in all_cases() if usual(case, cuda)]
     wanted = {"dtypes": ["float32"], "modes": ["backward"]} | {name: values for name, values in chosen.items() if values}
-    wanted["likelihoods"] = [*wanted.get("likelihoods", LIKELIHOODS), "-"]
+    wanted["likelihoods"] = [*wanted.get("likelihoods", PLAIN), "-"]
     return [c for c in all_cases() if all(v in wanted.get(name, [v]) for name, v in zip(CHOICES, c, strict=True))]

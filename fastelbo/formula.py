@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .likelihoods import LIKELIHOODS
+from .plain import PLAIN
 
 
 def objective(recon_x, x, mu, logvar, kl, beta, *, likelihood, scale, target_scale, weights, per_sample, dtype):
@@ -17,7 +17,7 @@ def objective(recon_x, x, mu, logvar, kl, beta, *, likelihood, scale, target_sca
     target = x.to(dtype)
     if target_scale != 1:
         target = target * target_scale
-    recon = _reduce(LIKELIHOODS[likelihood].nll(recon_x.to(dtype), target, scale), weights[0], per_sample)
+    recon = _reduce(PLAIN[likelihood].nll(recon_x.to(dtype), target, scale), weights[0], per_sample)
     kl = divergence(mu, logvar, weights[1], per_sample, dtype) if kl is None else kl.to(dtype, copy=True)
     if isinstance(beta, Tensor):
         beta = beta.to(dtype)

@@ -1,125 +1,373 @@
-"""The likelihoods p(x | z) that a decoder can parametrize, one row each.
+"""The likelihoods p(x | z): what a decoder's output parametrizes.
 
-A row has the formula in plain Torch (`nll`, which autograd can differentiate as often as it likes), the same formula with
-its gradient in one pass (`fused`, the Torch twin of the device function of the same name in `kernels/likelihoods.py`), and
-what may be asked of the arguments.
+Wherever a likelihood is asked for, a name stands for one with its defaults, and an object of this module for one with options of
+its own. A likelihood of several parameters takes them as a tuple in place of `recon_x`, in the order given here; all but the first
+may be smaller, as long as they broadcast to its shape: a 0-d tensor, one number a channel `[C, 1, 1]`, one a feature `[G]`.
+
+| name | object | `recon_x` |
+|---|---|---|
+| `"bernoulli"` | | probabilities |
+| `"bernoulli_logits"` | `BernoulliLogits` | logits |
+| `"mse"`, `"l1"` | | values |
+| `"gaussian"` | `Gaussian` | mean, or (mean, scale) |
+| `"laplace"` | `Laplace` | mean, or (mean, scale) |
+| `"categorical"` | `Categorical` | logits, with a dimension of classes |
+| `"multinomial"` | `Multinomial` | logits, with a dimension of items |
+| `"poisson"`, `"poisson_log"` | | rate, or its logarithm |
+| `"negative_binomial"` | | (mean, inverse dispersion) |
+| `"zero_inflated_negative_binomial"` | | (mean, inverse dispersion, logits of the extra zeros) |
+| `"discretized_logistic"` | `DiscretizedLogistic` | (mean, log scale) |
+| `"discretized_logistic_mixture"` | `DiscretizedLogisticMixture` | all parameters of the mixture, along one dimension |
+| `"continuous_bernoulli"`, `"continuous_bernoulli_logits"` | | probabilities, or logits |
+
+All are negative log-likelihoods in nats with their constants, so that they can be compared with others and be turned into bits;
+but for `"mse"` and `"l1"`, which are no densities, and `"multinomial"`, without the coefficient that only the data determine.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Number = float | Tensor
+from .numerics import log1mexp, log_factorial, log_gamma_ratio, softplus
+from .plain import PLAIN
 
-DENOMINATOR = 9.999999960041972e-13  # 1e-12 in float32, which Torch clamps by in every dtype
-
-# Torch makes a tensor of a number at every operation, which costs as much as the operation on a small input; and it has no
-# `rsub` that writes to given memory. Being 0-d, these go with every dtype and device.
-ONE, HALF = torch.tensor(1.0, device="cpu"), torch.tensor(0.5, device="cpu")
+SCALES = ("scale", "log_scale", "logvar")
 
 
-class Likelihood(NamedTuple):
-    """One row of the table.
+@dataclass(frozen=True)
+class Likelihood:
+    """What all of them have. `nll(parameters, x)` is the formula: nats of each element, or of each position of `[B, ...]`
+    without the dimension of classes or channels. All of `parameters` and `x` come in one floating dtype, labels as they are."""
 
-    `nll(prediction, target, scale)` is the negative log-likelihood of each element, in nats.
-    `fused(prediction, target, scale, dim, factor, a, b)` returns its sum over `dim` (-1; None: over everything; False: not
-    wanted), and leaves its derivative by the prediction, times `factor`, in the buffer `a`, unless `factor` is None. `b` is
-    scratch. All tensors have one shape and dtype; `factor` is a float or broadcasts.
-    `name` is also that of the device function. `probabilities`: predictions must lie in [0, 1]. `binary`: so must targets.
-    """
+    name: ClassVar[str]
+    parameters: ClassVar[tuple[str, ...]]
+
+    def plain(self, count: int) -> str | None:
+        """The name of the row that computes it from `count` parameters, if there is one."""
+
+    def nll(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Named(Likelihood):
+    """One of a single parameter and no options."""
 
     name: str
-    nll: Callable[[Tensor, Tensor, Number], Tensor]
-    fused: Callable[[Tensor, Tensor, Number, int | bool | None, Number | None, Tensor, Tensor], Tensor | None]
-    probabilities: bool = False
-    binary: bool = False
-    has_scale: bool = False
+    parameters = ("recon_x",)
+
+    def plain(self, count):
+        return self.name
+
+    def nll(self, parameters, x):
+        return PLAIN[self.name].nll(parameters[0], x, 1.0)
 
 
-def _bernoulli(p: Tensor, x: Tensor, scale: Number) -> Tensor:
-    kind = p.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):  # which refuses this function on a GPU, even for float32
-            return F.binary_cross_entropy(p, x, reduction="none")
-    return F.binary_cross_entropy(p, x, reduction="none")
+@dataclass(frozen=True)
+class BernoulliLogits(Likelihood):
+    """As `F.binary_cross_entropy_with_logits(logits, x, pos_weight=pos_weight)`.
+
+    Args:
+        pos_weight: weight of the positive part, such as negatives / positives: a number, or a tensor that broadcasts to `x`.
+    """
+
+    pos_weight: float | Tensor | None = None
+    name = "bernoulli_logits"
+    parameters = ("logits", "pos_weight")
+
+    def plain(self, count):
+        return self.name if self.pos_weight is None else None
+
+    def nll(self, parameters, x):
+        logits, *pos_weight = parameters
+        return F.binary_cross_entropy_with_logits(logits, x, pos_weight=pos_weight[0] if pos_weight else None, reduction="none")
 
 
-def _bernoulli_fused(p, x, scale, dim, factor, a, b):
-    # As in Torch: logarithms clamped at -100.
-    total = None
-    if dim is not False:
-        torch.log(p, out=a).clamp_(min=-100)
-        torch.neg(p, out=b).log1p_().clamp_(min=-100)
-        total = torch.lerp(b, a, x, out=b).sum(dim).neg_()
-    if factor is not None:
-        torch.sub(ONE, p, out=b).mul_(p).clamp_(min=DENOMINATOR)
-        _times(torch.sub(p, x, out=a).div_(b), factor)
-    return total
+@dataclass(frozen=True)
+class _Scaled(Likelihood):
+    """
+    Args:
+        scale: what the second parameter is: `"scale"`, `"log_scale"` or `"logvar"`, each of the distribution's own scale.
+        soft_min: a lower bound on the logarithm of the scale, softly: `soft_min + softplus(log_scale - soft_min)`, as sigma-VAE
+            has it with -6 (Rybkin et al., Simple and Effective VAE Training with Calibrated Decoders, 2021).
+    """
+
+    scale: str = "scale"
+    soft_min: float | None = None
+
+    def __post_init__(self):
+        _check_choice(f"{type(self).__name__}.scale", self.scale, self.scales())
+        if self.soft_min is not None:
+            _check_real(f"{type(self).__name__}.soft_min", self.soft_min)
+
+    @classmethod
+    def scales(cls):
+        return SCALES
+
+    def log_and_inverse(self, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithm and reciprocal of the scale."""
+        if self.soft_min is None and self.scale == "scale":
+            return torch.log(given), 1 / given
+        log_scale = {"scale": torch.log, "log_scale": lambda t: t, "logvar": lambda t: 0.5 * t}[self.scale](given)
+        if self.soft_min is not None:
+            log_scale = self.soft_min + softplus(log_scale - self.soft_min)
+        return log_scale, torch.exp(-log_scale)
 
 
-def _bernoulli_logits(logit: Tensor, x: Tensor, scale: Number) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logit, x, reduction="none")
+@dataclass(frozen=True)
+class Gaussian(_Scaled):
+    """`-Normal(mean, scale).log_prob(x)`, with a scale that may be learned.
+
+    Args:
+        scale: what the second parameter is: `"scale"` (standard deviation), `"log_scale"` or `"logvar"`. Or `"optimal"`: there is
+            none, and the scale is the one that minimizes the loss, the root of the mean squared error over all that `recon_x`
+            holds (sigma-VAE's closed form).
+        soft_min: a lower bound on the logarithm of the scale, softly: `soft_min + softplus(log_scale - soft_min)`; sigma-VAE has
+            -6 (Rybkin et al., Simple and Effective VAE Training with Calibrated Decoders, 2021).
+    """
+
+    name = "gaussian"
+    parameters = ("mean", "scale")
+
+    @classmethod
+    def scales(cls):
+        return (*SCALES, "optimal")
+
+    def plain(self, count):
+        return self.name if count == 1 and self == Gaussian() else None
+
+    def nll(self, parameters, x):
+        mean, scale = parameters
+        log_scale, inverse = self.log_and_inverse(scale)
+        return 0.5 * ((x - mean) * inverse).square() + (log_scale + 0.5 * math.log(2 * math.pi))
 
 
-def _bernoulli_logits_fused(logit, x, scale, dim, factor, a, b):
-    # max(l, 0) - x l + log1p(exp(-|l|)); the last term is -log(1 - q) with q = sigmoid(-|l|), which is cheaper than exp.
-    total = None
-    if dim is not False:
-        positive = torch.clamp_min(logit, 0, out=a)
-        torch.sub(logit, positive, alpha=2, out=b).sigmoid_().neg_().log1p_()
-        total = positive.addcmul_(logit, x, value=-1).sub_(b).sum(dim)
-    if factor is not None:
-        _times(torch.sigmoid(logit, out=a).sub_(x), factor)
-    return total
+@dataclass(frozen=True)
+class Laplace(_Scaled):
+    """`-Laplace(mean, scale).log_prob(x)`, with a scale that may be learned.
+
+    Args:
+        scale: what the second parameter is: `"scale"` (mean absolute deviation), `"log_scale"`, or `"logvar"`, twice that.
+        soft_min: as in `Gaussian`.
+    """
+
+    name = "laplace"
+    parameters = ("mean", "scale")
+
+    def plain(self, count):
+        return self.name if count == 1 and self == Laplace() else None
+
+    def nll(self, parameters, x):
+        mean, scale = parameters
+        log_scale, inverse = self.log_and_inverse(scale)
+        return (x - mean).abs() * inverse + (log_scale + math.log(2))
 
 
-def _mse(y: Tensor, x: Tensor, scale: Number) -> Tensor:
-    return F.mse_loss(y, x, reduction="none")
+@dataclass(frozen=True)
+class DiscretizedLogistic(_Scaled):
+    """Logistic distribution of values in [-1, 1], integrated over the bin of each of `levels` equal steps.
+
+    The lowest bin reaches to -infinity, the highest to infinity. Integer targets are taken as the levels 0 to `levels` - 1.
+    (Kingma et al., Improved Variational Inference with Inverse Autoregressive Flow, 2016; Salimans et al., PixelCNN++, 2017,
+    with their ends. The logarithm of a bin is exact, where theirs is that of a density once the bin holds less than 1e-5.)
+
+    Args:
+        scale: what the second parameter is: `"log_scale"`, `"scale"`, or `"logvar"`, twice the first.
+        soft_min: as in `Gaussian`.
+        levels: number of steps.
+    """
+
+    scale: str = "log_scale"
+    levels: int = 256
+    name = "discretized_logistic"
+    parameters = ("mean", "scale")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_levels(self)
+
+    def nll(self, parameters, x):
+        mean, scale = parameters
+        log_scale, inverse = self.log_and_inverse(scale)
+        half = 1 / (self.levels - 1)
+        lowest, highest = x < half - 1, x > 1 - half
+        # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a))
+        upper = torch.where(highest, 0.0, softplus((mean - x - half) * inverse))
+        lower = torch.where(lowest, 0.0, softplus((x - half - mean) * inverse))
+        return upper + lower - torch.where(lowest | highest, 0.0, log1mexp(2 * half * inverse))
 
 
-def _mse_fused(y, x, scale, dim, factor, a, b):
-    if factor is None:
-        return torch.ops.aten.mse_loss.out(y, x, 0, out=a).sum(dim)  # not reduced; a pass less than below
-    torch.sub(y, x, out=a)
-    # torch.dot would be one pass less, but is off by 2e-4 for half a million elements.
-    total = None if dim is False else torch.mul(a, a, out=b).sum(dim)
-    a.mul_(2 * factor)
-    return total
+@dataclass(frozen=True)
+class Categorical(Likelihood):
+    """As `F.cross_entropy`: logits `[B, K, ...]` and labels `[B, ...]`, or a target of the shape of the logits.
+
+    Targets of an integer dtype with one dimension less are labels; those of the shape of `logits` are probabilities of the classes,
+    one-hot or soft.
+
+    Args:
+        dim: the dimension of the classes in the logits; -1 for `[B, ..., K]`.
+        ignore_index: positions with this label count neither in a sum nor in the number that a mean divides by.
+    """
+
+    dim: int = 1
+    ignore_index: int = -100
+    name = "categorical"
+    parameters = ("logits",)
+
+    def __post_init__(self):
+        _check_dim(self)
+        _check_integer("Categorical.ignore_index", self.ignore_index)
+
+    def nll(self, parameters, x):
+        (logits,) = parameters
+        if x.dim() == logits.dim():
+            return multinomial_nll(logits, x, self.dim)
+        logits = logits.movedim(self.dim, 1)
+        ignored = x == self.ignore_index
+        # NaN for labels that are none, as nothing can be raised where the values are not seen.
+        outside = ~ignored & ((x < 0) | (x >= logits.shape[1]))
+        nll = F.cross_entropy(logits, torch.where(ignored | outside, 0, x.long()), reduction="none")
+        return torch.where(outside, torch.nan, torch.where(ignored, 0.0, nll))
 
 
-def _gaussian(mean: Tensor, x: Tensor, scale: Number) -> Tensor:
-    return 0.5 * ((x - mean) / scale).square() + _log_normalizer(scale)
+@dataclass(frozen=True)
+class Multinomial(Likelihood):
+    """`-(log_softmax(logits) * counts).sum(dim)`, without the multinomial coefficient (Liang et al., Variational Autoencoders for
+    Collaborative Filtering, 2018). The counts have the shape of the logits.
+
+    Args:
+        dim: the dimension of the items.
+    """
+
+    dim: int = -1
+    name = "multinomial"
+    parameters = ("logits",)
+
+    def __post_init__(self):
+        _check_dim(self)
+
+    def nll(self, parameters, x):
+        return multinomial_nll(parameters[0], x, self.dim)
 
 
-def _gaussian_fused(mean, x, scale, dim, factor, a, b):
-    total = _mse_fused(mean, x, scale, dim, None if factor is None else factor * 0.5 / scale**2, a, b)
-    if dim is not False:
-        terms = a.numel() // max(total.numel(), 1)
-        total.mul_(0.5 / scale**2).add_(terms * _log_normalizer(scale))
-    return total
+def multinomial_nll(logits: Tensor, counts: Tensor, dim: int) -> Tensor:
+    log_p = F.log_softmax(logits, dim)
+    # An item that is masked by a logit of -infinity has no counts.
+    return -torch.where((counts == 0) & log_p.isinf(), 0.0, log_p * counts).sum(dim)
 
 
-def _log_normalizer(scale: Number) -> Number:
-    """log(scale sqrt(2 pi))."""
-    log_scale = scale.log() if isinstance(scale, Tensor) else math.log(scale)
-    return log_scale + 0.5 * math.log(2 * math.pi)
+EPS = 1e-8  # by which scvi-tools keeps its logarithms from 0, and so a mean of 0 with a count above it from infinity
 
 
-def _times(gradient: Tensor, factor: Number) -> None:
-    if isinstance(factor, Tensor) or factor != 1:
-        gradient.mul_(factor)
+@dataclass(frozen=True)
+class NegativeBinomial(Likelihood):
+    """Counts with mean mu and variance mu + mu^2 / theta, theta the inverse dispersion: scvi-tools' `NegativeBinomial(mu, theta)`
+    (Lopez et al., Deep generative modeling for single-cell transcriptomics, 2018)."""
+
+    name = "negative_binomial"
+    parameters = ("mean", "inverse_dispersion")
+
+    def nll(self, parameters, x):
+        mean, theta = parameters
+        return zeros_nll(mean, theta) + _beyond_zero(mean, theta, x)
 
 
-LIKELIHOODS = {
-    row.name: row
-    for row in (
-        Likelihood("bernoulli", _bernoulli, _bernoulli_fused, probabilities=True, binary=True),
-        Likelihood("bernoulli_logits", _bernoulli_logits, _bernoulli_logits_fused, binary=True),
-        Likelihood("mse", _mse, _mse_fused),
-        Likelihood("gaussian", _gaussian, _gaussian_fused, has_scale=True),
+@dataclass(frozen=True)
+class ZeroInflatedNegativeBinomial(Likelihood):
+    """A negative binomial with a share of extra zeros, whose logits are the third parameter: scvi-tools'
+    `ZeroInflatedNegativeBinomial(mu, theta, zi_logits)`."""
+
+    name = "zero_inflated_negative_binomial"
+    parameters = ("mean", "inverse_dispersion", "zi_logits")
+
+    def nll(self, parameters, x):
+        mean, theta, logits = parameters
+        zeros = zeros_nll(mean, theta)
+        # log p(0) = log(1 - q), q = sigmoid(-logits) (1 - exp(-zeros)); where q is near 1, as a difference.
+        q = -torch.sigmoid(-logits) * torch.expm1(-zeros)
+        near = q < 0.5
+        is_zero = torch.where(near, -torch.log1p(-torch.where(near, q, 0.0)), softplus(-logits) - softplus(-logits - zeros))
+        return torch.where(x < EPS, is_zero, softplus(logits) + zeros + _beyond_zero(mean, theta, x))
+
+
+def zeros_nll(mean: Tensor, theta: Tensor) -> Tensor:
+    """-log p(0) of a negative binomial."""
+    return theta * torch.log1p(mean / (theta + EPS))
+
+
+def _beyond_zero(mean: Tensor, theta: Tensor, x: Tensor) -> Tensor:
+    """What -log p(x) is more than -log p(0)."""
+    return log_factorial(x) - log_gamma_ratio(theta, x) + x * torch.log1p(theta / (mean + EPS))
+
+
+@dataclass(frozen=True)
+class DiscretizedLogisticMixture(Likelihood):
+    """A mixture of discretized logistic distributions of each pixel in [-1, 1] (Salimans et al., PixelCNN++, 2017; Child, Very
+    Deep VAEs, 2021).
+
+    For targets of three channels, K components take 10 K parameters a pixel, G depends linearly on R and B on both; for C other
+    channels, they take K (1 + 2 C). They lie as in PixelCNN++: K logits of the components, then for each channel K means, K log
+    scales (not below -7) and, of three channels, K coefficients (through tanh). Targets and bins are those of `DiscretizedLogistic`.
+
+    Args:
+        levels: number of steps.
+        dim: the dimension of parameters and channels; -1 for channels last.
+    """
+
+    levels: int = 256
+    dim: int = 1
+    name = "discretized_logistic_mixture"
+    parameters = ("parameters",)
+
+    def __post_init__(self):
+        _check_dim(self)
+        _check_levels(self)
+
+    def nll(self, parameters, x):
+        from . import mixture
+
+        return mixture.nll(parameters[0], x, levels=self.levels, dim=self.dim)
+
+
+def _check_choice(name: str, value, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def _check_real(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def _check_integer(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+
+
+def _check_dim(likelihood) -> None:
+    name = f"{type(likelihood).__name__}.dim"
+    _check_integer(name, likelihood.dim)
+    if likelihood.dim == 0:
+        raise ValueError(f"{name} must not be 0, the dimension of the batch")
+
+
+def _check_levels(likelihood) -> None:
+    name = f"{type(likelihood).__name__}.levels"
+    _check_integer(name, likelihood.levels)
+    if likelihood.levels < 2:
+        raise ValueError(f"{name} must be at least 2, got {likelihood.levels}")
+
+
+BY_NAME: dict[str, Likelihood] = {name: Named(name) for name in PLAIN} | {
+    kind.name: kind()
+    for kind in (
+        BernoulliLogits, Gaussian, Laplace, Categorical, Multinomial, NegativeBinomial, ZeroInflatedNegativeBinomial,
+        DiscretizedLogistic, DiscretizedLogisticMixture,
     )
-}
+}  # fmt: skip
+"""The likelihood that a name stands for."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .likelihoods import HALF, LIKELIHOODS
+from .plain import HALF, PLAIN
 
 # Elements of a block, and of each thread's part of it at least: a few buffers of 3 MB stay in the last-level cache. Smaller
 # blocks would fit in a nearer one, but starting the threads for every operation costs more than that gains.
@@ -111,7 +111,7 @@ def _reconstruct(
     recon_x, x, gradient, factor, likelihood, scale, target_scale, weight, per_sample, dtype, wants_sum
 ):  # fmt: skip
     """The reduced reconstruction if `wants_sum`; its gradient times `factor` goes into `gradient`, unless that is None."""
-    fused = LIKELIHOODS[likelihood].fused
+    fused = PLAIN[likelihood].fused
     dim = (-1 if per_sample else None) if wants_sum else False
     factor = None if gradient is None else _column(factor, weight, per_sample)
     parts = []

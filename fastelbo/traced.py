@@ -10,8 +10,8 @@ from torch._subclasses import FakeTensor
 
 from . import formula, torch_backend
 from .backend import backend_for
-from .likelihoods import LIKELIHOODS
 from .operators import ops
+from .plain import PLAIN
 from .tracing import constant_when_compiled, is_transformed, is_wrapper
 
 
@@ -49,7 +49,7 @@ def sample(mu, logvar, noise, kl_weight: float, per_sample: bool, dtype: torch.d
 
 def objective(recon_x, x, mu, logvar, kl, beta, *, likelihood, scale, **options):
     """`(loss, recon, kl)` as `torch_backend.loss_forward` computes them."""
-    if not LIKELIHOODS[likelihood].has_scale:
+    if not PLAIN[likelihood].has_scale:
         scale = None
     elif isinstance(scale, Tensor):
         scale = scale.to(recon_x.device)

@@ -1,0 +1,213 @@
+"""Every likelihood, with inputs and with the truth about them from `torch.distributions` or a formula written down here."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributions as D
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastelbo.likelihoods import (
+    BernoulliLogits,
+    Categorical,
+    DiscretizedLogistic,
+    Gaussian,
+    Laplace,
+    Likelihood,
+    Multinomial,
+)
+
+SHAPE = (3, 4, 5, 6)
+
+
+class Case(NamedTuple):
+    """`parameters(*shapes)` draws what parametrizes the likelihood, `target(shape)` a target, both in float64.
+
+    `truth(parameters, x)` is the negative log-likelihood of each term. `shapes`: of the parameters.
+    """
+
+    name: str
+    likelihood: str | Likelihood
+    parameters: Callable[..., list[Tensor]]
+    target: Callable[[], Tensor]
+    truth: Callable[[list[Tensor], Tensor], Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+
+    def make(self, dtype=torch.float64, device="cpu") -> tuple[list[Tensor], Tensor]:
+        parameters = [p.to(device, dtype).requires_grad_() for p in self.parameters(*self.shapes)]
+        x = self.target().to(device)
+        return parameters, x if not x.is_floating_point() else x.to(dtype)
+
+    def elementwise(self) -> bool:
+        return self.name.split(",")[0] not in ("categorical", "multinomial")
+
+
+def _double(shape) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def _real(*shapes) -> list[Tensor]:
+    return [_double(shape) for shape in shapes]
+
+
+def _first_real_others_positive(first, *others) -> list[Tensor]:
+    return [_double(first), *(torch.exp(_double(shape)) for shape in others)]
+
+
+def _positive(*shapes) -> list[Tensor]:
+    return [torch.exp(_double(shape)) for shape in shapes]
+
+
+def _counts() -> Tensor:
+    return torch.poisson(torch.exp(1.5 * _double(SHAPE)))
+
+
+def _bins() -> Tensor:
+    """Of 256 levels in [-1, 1], with both ends."""
+    levels = torch.randint(0, 256, SHAPE)
+    levels.view(-1)[:4] = torch.tensor([0, 255, 1, 254])
+    return 2 * levels.double() / 255 - 1
+
+
+def _normal(kind: str, soft_min: float | None = None):
+    def truth(parameters, x):
+        return -D.Normal(parameters[0], scale_of(kind, parameters[1], soft_min)).log_prob(x)
+
+    return truth
+
+
+def _laplace(kind: str, soft_min: float | None = None):
+    def truth(parameters, x):
+        return -D.Laplace(parameters[0], scale_of(kind, parameters[1], soft_min)).log_prob(x)
+
+    return truth
+
+
+def scale_of(kind: str, given: Tensor, soft_min: float | None = None) -> Tensor:
+    log_scale = {"scale": given.log() if kind == "scale" else given, "log_scale": given, "logvar": given / 2}[kind]
+    if soft_min is not None:
+        log_scale = soft_min + torch.logaddexp(log_scale - soft_min, torch.zeros_like(given))
+    return log_scale.exp()
+
+
+def _negative_binomial(parameters, x):
+    """torch.distributions' formula, with scvi-tools' 1e-8 in the logarithms."""
+    (mean, theta), eps = parameters, 1e-8
+    logits = (mean + eps).log() - (theta + eps).log()
+    if mean.dtype == torch.float64:
+        log_p = theta * ((theta + eps) / (theta + mean + eps)).log() + x * ((mean + eps) / (theta + mean + eps)).log()
+        return -(log_p + torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1))
+    return -D.NegativeBinomial(theta, logits=logits).log_prob(x)
+
+
+def _zero_inflated(parameters, x):
+    mean, theta, logits = parameters
+    log_count = -_negative_binomial((mean, theta), x) + F.logsigmoid(-logits)
+    with_zero = torch.logaddexp(F.logsigmoid(logits), log_count)
+    return -torch.where(x == 0, with_zero, log_count)
+
+
+def _weighted_bernoulli(weight):
+    def truth(parameters, x):
+        log_p, log_q = F.logsigmoid(parameters[0]), F.logsigmoid(-parameters[0])
+        return -(weight * x * log_p + (1 - x) * log_q)
+
+    return truth
+
+
+def _discretized(kind: str, levels: int = 256):
+    def truth(parameters, x):
+        mean, inverse, half = parameters[0], 1 / scale_of(kind, parameters[1]), 1 / (levels - 1)
+        a, b = (x + half - mean) * inverse, (x - half - mean) * inverse
+        a, b = torch.where(x > 1 - half / 2, torch.inf, a), torch.where(x < -1 + half / 2, -torch.inf, b)
+        # Both on the side of the mean where neither sigmoid is near 1.
+        a, b = torch.where(a + b > 0, -b, a), torch.where(a + b > 0, -a, b)
+        upper, lower = F.logsigmoid(a), F.logsigmoid(b)
+        return -(upper + torch.log(-torch.expm1(lower - upper)))
+
+    return truth
+
+
+def _soft(dim: int):
+    def truth(parameters, x):
+        return -(F.log_softmax(parameters[0], dim) * x).sum(dim)
+
+    return truth
+
+
+def _labels(ignored: bool = False) -> Tensor:
+    labels = torch.randint(0, 4, (3, 5, 6))
+    if ignored:
+        labels[labels == 2] = -100
+    return labels
+
+
+def _categorical(parameters, x):
+    log_prob = D.Categorical(logits=parameters[0].movedim(1, -1)).log_prob(x.clamp_min(0))
+    return torch.where(x < 0, 0.0, -log_prob)
+
+
+CHANNEL, FEATURE = (4, 1, 1), (6,)
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("l1", "l1", _real, lambda: _double(SHAPE), lambda p, x: (p[0] - x).abs(), (SHAPE,)),
+        Case("gaussian, scale", "gaussian", _first_real_others_positive, lambda: _double(SHAPE), _normal("scale"), (SHAPE, SHAPE)),
+        Case("gaussian, log scale 0-d", Gaussian("log_scale"), _real, lambda: _double(SHAPE), _normal("log_scale"), (SHAPE, ())),
+        Case(
+            "gaussian, soft log scale", Gaussian("log_scale", -1.0), _real, lambda: _double(SHAPE), _normal("log_scale", -1.0),
+            (SHAPE, CHANNEL),
+        ),
+        Case("gaussian, soft scale", Gaussian("scale", -1.0), _first_real_others_positive, lambda: _double(SHAPE),
+             _normal("scale", -1.0), (SHAPE, SHAPE)),
+        Case("gaussian, logvar", Gaussian("logvar"), _real, lambda: _double(SHAPE), _normal("logvar"), (SHAPE, FEATURE)),
+        Case("laplace, scale", "laplace", _first_real_others_positive, lambda: _double(SHAPE), _laplace("scale"), (SHAPE, FEATURE)),
+        Case("laplace, log scale", Laplace("log_scale"), _real, lambda: _double(SHAPE), _laplace("log_scale"), (SHAPE, SHAPE)),
+        Case("laplace, logvar", Laplace("logvar", -2.0), _real, lambda: _double(SHAPE), _laplace("logvar", -2.0), (SHAPE, CHANNEL)),
+        Case("poisson", "poisson", _positive, _counts, lambda p, x: -D.Poisson(p[0]).log_prob(x), (SHAPE,)),
+        Case("poisson_log", "poisson_log", _real, _counts, lambda p, x: -D.Poisson(p[0].exp()).log_prob(x), (SHAPE,)),
+        Case("negative_binomial", "negative_binomial", _positive, _counts, _negative_binomial, (SHAPE, FEATURE)),
+        Case("negative_binomial, each", "negative_binomial", _positive, _counts, _negative_binomial, (SHAPE, SHAPE)),
+        Case("zero_inflated", "zero_inflated_negative_binomial", lambda a, b, c: [*_positive(a, b), _double(c)], _counts,
+             _zero_inflated, (SHAPE, FEATURE, SHAPE)),
+        Case("discretized_logistic", "discretized_logistic", lambda a, b: [0.5 * _double(a), _double(b) - 3], _bins,
+             _discretized("log_scale"), (SHAPE, SHAPE)),
+        Case("discretized_logistic, scale", DiscretizedLogistic("scale"), lambda a, b: [0.5 * _double(a), torch.exp(_double(b) - 2)],
+             _bins, _discretized("scale"), (SHAPE, CHANNEL)),
+        Case("continuous_bernoulli", "continuous_bernoulli", lambda a: [torch.rand(a, dtype=torch.float64)],
+             lambda: torch.rand(SHAPE, dtype=torch.float64),
+             lambda p, x: -D.ContinuousBernoulli(p[0], validate_args=False).log_prob(x), (SHAPE,)),
+        Case("continuous_bernoulli_logits", "continuous_bernoulli_logits", _real, lambda: torch.rand(SHAPE, dtype=torch.float64),
+             lambda p, x: -D.ContinuousBernoulli(logits=p[0], validate_args=False).log_prob(x), (SHAPE,)),
+        Case("pos_weight", BernoulliLogits(3.0), _real, lambda: torch.rand(SHAPE, dtype=torch.float64), _weighted_bernoulli(3.0),
+             (SHAPE,)),
+        Case("pos_weight of features", BernoulliLogits(torch.arange(1.0, 7.0)), _real, lambda: torch.rand(SHAPE, dtype=torch.float64),
+             _weighted_bernoulli(torch.arange(1.0, 7.0)), (SHAPE,)),
+        Case("categorical", "categorical", _real, _labels, _categorical, (SHAPE,)),
+        Case("categorical, ignored", Categorical(), _real, lambda: _labels(True), _categorical, (SHAPE,)),
+        Case("categorical, soft", Categorical(), _real, lambda: _double(SHAPE).softmax(1), _soft(1), (SHAPE,)),
+        Case("multinomial", "multinomial", _real, _counts, _soft(-1), (SHAPE,)),
+        Case("multinomial, dim 2", Multinomial(2), _real, _counts, _soft(2), (SHAPE,)),
+    )
+}  # fmt: skip
+
+
+def recon_x(parameters: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    return parameters[0] if len(parameters) == 1 else tuple(parameters)
+
+
+def reduce(terms: Tensor, reduction: str, weight: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
+    """The reduction of terms under weights, of which `counted` says the ones that a mean divides by."""
+    w = torch.ones_like(terms) if weight is None else weight.to(terms).expand_as(terms)
+    if counted is not None:
+        w = w * counted
+    values = torch.where(w == 0, 0.0, terms * w)
+    if reduction == "none":
+        return values.flatten(1).sum(1)
+    return {"sum": 1.0, "batchmean": 1 / len(terms), "mean": 1 / w.sum()}[reduction] * values.sum()
+
+
+LOG_2PI = math.log(2 * math.pi)

@@ -1,0 +1,446 @@
+"""Every likelihood: values and gradients against the truth in float64, derivatives, errors, edges and weights."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastelbo
+from fastelbo.likelihoods import BernoulliLogits, Categorical, DiscretizedLogistic, Gaussian, Laplace, Multinomial
+from likelihood_cases import CASES, SHAPE, recon_x, reduce
+from support import assert_no_worse, gradients
+
+ZERO = {"sum": (), "batchmean": (), "mean": (), "none": (3,)}
+
+
+def recon(parameters, x, likelihood, reduction="sum", **options):
+    kl = torch.zeros(x.shape[:1] if reduction == "none" else (), device=x.device)
+    return fastelbo.loss(recon_x(parameters), x, kl=kl, likelihood=likelihood, reduction=reduction, **options).recon
+
+
+def counted(case, x):
+    return (x != -100) if "ignored" in case.name else None
+
+
+@pytest.mark.parametrize("reduction", ("sum", "batchmean", "mean", "none"))
+@pytest.mark.parametrize("name", CASES)
+def test_float64_truth(name, reduction, device):
+    case = CASES[name]
+    parameters, x = case.make(device=device)
+    got = recon(parameters, x, case.likelihood, reduction)
+    wide = [p.detach().cpu().requires_grad_() for p in parameters]
+    expected = reduce(case.truth(wide, x.cpu()), reduction, counted=counted(case, x.cpu()))
+    upstream = torch.rand_like(expected)
+    torch.testing.assert_close(got.detach().cpu(), expected.detach(), rtol=1e-9, atol=1e-11)
+    ours = gradients(got, *parameters, grad_outputs=upstream.to(device))
+    for a, b in zip(ours, gradients(expected, *wide, grad_outputs=upstream), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_error_is_no_larger_than_the_formulas(name, dtype, device):
+    """Of torch.distributions in the same dtype, or in float32 for what it has no float16 of."""
+    case = CASES[name]
+    parameters, x = case.make(dtype, device)
+    if x.is_floating_point():
+        x = x.float()  # targets keep their digits
+    wide = [p.detach().double().requires_grad_() for p in parameters]
+    narrow = [p.detach().float().requires_grad_() for p in parameters]
+    truth = case.truth(wide, x.double() if x.is_floating_point() else x)
+    naive = case.truth(narrow, x)
+    got = recon(parameters, x, case.likelihood)
+    assert got.dtype == torch.float32
+    assert_no_worse(got, naive.sum(), truth.detach().sum(), truth.detach().abs().sum() + 1, name)
+    found = zip(
+        gradients(got, *parameters), gradients(naive.sum(), *narrow), gradients(truth.sum(), *wide), parameters, strict=True
+    )
+    for ours, theirs, exact, parameter in found:
+        magnitude = exact.abs() + 4 * (1 + x.abs().max())  # of the terms that make up a gradient
+        if ours.numel() < x.numel():
+            magnitude = magnitude * (x.numel() / max(ours.numel(), 1))
+        assert_no_worse(ours, theirs.to(parameter.dtype), exact, magnitude, f"{name}: gradient")
+
+
+SMALL = (2, 2)
+
+
+@pytest.mark.parametrize("check", (gradcheck, gradgradcheck), ids=("first", "second"))
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@pytest.mark.parametrize("name", CASES)
+def test_derivatives(name, reduction, check, device):
+    case = CASES[name]
+    parameters, x = case.make(device=device)
+    # A few elements of each: the dimensions stay, the last of a feature's too.
+    keep = (
+        (slice(2), slice(None), slice(1), slice(2))
+        if "categorical" in name or "dim 2" in name
+        else (slice(2), slice(2), slice(1), slice(2))
+    )
+    if "dim 2" in name:
+        keep = (slice(2), slice(1), slice(None), slice(1))
+    first = [p.detach()[keep[4 - p.dim() :]] if p.dim() else p.detach() for p in parameters]
+    x = x[(keep[0], *keep[2:])] if x.dim() == 3 else x[keep]
+    likelihood = case.likelihood
+    if name == "pos_weight of features":
+        likelihood = BernoulliLogits(likelihood.pos_weight[:2].to(device))
+    inputs = [p.clone().requires_grad_() for p in first]
+    if name == "l1" or name.startswith("laplace"):
+        x = x + 0.01  # not at the kink
+    assert check(lambda *p: recon(p, x, likelihood, reduction), inputs)
+
+
+@pytest.mark.parametrize("name", ("gaussian, logvar", "zero_inflated", "categorical, soft", "pos_weight"))
+def test_gradients_of_target_and_weight(name, device):
+    case = CASES[name]
+    parameters, x = case.make(device=device)
+    x = x.detach().requires_grad_()
+    weight = torch.rand(3, 1, 1, 6, dtype=torch.float64, device=device, requires_grad=True) + 0.1
+    inputs = (x, weight, *parameters)
+    # Counts are no continuous target.
+    inputs = inputs if name != "zero_inflated" else inputs[1:]
+    got = recon(parameters, x, case.likelihood, "mean", weight=weight)
+    expected = reduce(case.truth(parameters, x), "mean", weight if case.elementwise() else weight.squeeze(1))
+    torch.testing.assert_close(gradients(got, *inputs), gradients(expected, *inputs), rtol=1e-6, atol=1e-8)
+
+
+WEIGHTS = {
+    "element": lambda: torch.rand(SHAPE),
+    "mask": lambda: torch.rand(SHAPE) > 0.4,
+    "sample": lambda: torch.rand(3, 1, 1, 1),
+    "pixels": lambda: torch.rand(5, 6),
+    "pixels of samples": lambda: torch.rand(3, 1, 5, 6) > 0.4,
+    "channels": lambda: torch.rand(4, 1, 1),
+    "rows of samples": lambda: torch.rand(3, 1, 5, 1),
+    "rows of channels": lambda: torch.rand(4, 5, 1),
+    "every second": lambda: torch.rand(1, 4, 1, 6),
+    "bytes": lambda: torch.randint(0, 3, SHAPE, dtype=torch.uint8),
+    "number": lambda: torch.tensor(0.3),
+}
+
+
+@pytest.mark.parametrize("reduction", ("sum", "batchmean", "mean", "none"))
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("layout", ("contiguous", "channels last"))
+def test_weights(layout, kind, reduction, device):
+    for name in ("l1", "gaussian, soft log scale", "zero_inflated"):
+        case = CASES[name]
+        parameters, x = case.make(device=device)
+        weight = WEIGHTS[kind]().to(device)
+        if layout == "channels last":
+            parameters[0] = parameters[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+        got = recon(parameters, x, case.likelihood, reduction, weight=weight)
+        expected = reduce(case.truth(parameters, x), reduction, weight)
+        torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
+        upstream = torch.rand_like(expected)
+        ours, theirs = (gradients(value, *parameters, grad_outputs=upstream) for value in (got, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "shape", ((), (6,), (4, 1, 1), (1, 4, 1, 1), (3, 1, 1, 1), (5, 1), (3, 1, 5, 1), (1, 4, 1, 6), SHAPE), ids=str
+)
+@pytest.mark.parametrize("reduction", ("sum", "none"))
+@pytest.mark.parametrize("layout", ("contiguous", "channels last"))
+def test_scales_of_every_shape(layout, reduction, shape, device):
+    mean, x = (torch.randn(SHAPE, dtype=torch.float64, device=device) for _ in range(2))
+    if layout == "channels last":
+        mean = mean.contiguous(memory_format=torch.channels_last)
+    mean.requires_grad_()
+    logvar = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
+    got = recon((mean, logvar), x, Gaussian("logvar"), reduction)
+    expected = reduce(-torch.distributions.Normal(mean, torch.exp(logvar / 2)).log_prob(x), reduction)
+    upstream = torch.rand_like(expected)
+    torch.testing.assert_close(got, expected)
+    ours, theirs = (gradients(value, mean, logvar, grad_outputs=upstream) for value in (got, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("reduction", ("sum", "mean", "none"))
+def test_scales_of_long_rows(reduction, device):
+    """A scale a channel of images so large that the kernel adds its gradient up itself."""
+    mean, x = (torch.randn(2, 3, 32, 33, dtype=torch.float64, device=device) for _ in range(2))
+    mean.requires_grad_()
+    log_scale = torch.randn(3, 1, 1, dtype=torch.float64, device=device, requires_grad=True)
+    weight = torch.rand(2, 1, 32, 33, device=device) > 0.3
+    got = recon((mean, log_scale), x, Gaussian("log_scale"), reduction, weight=weight)
+    expected = reduce(-torch.distributions.Normal(mean, log_scale.exp()).log_prob(x), reduction, weight)
+    upstream = torch.rand_like(expected)
+    torch.testing.assert_close(got, expected)
+    ours, theirs = (gradients(value, mean, log_scale, grad_outputs=upstream) for value in (got, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("reduction", ("sum", "mean", "none"))
+def test_what_is_masked_may_be_anything(reduction, device):
+    """Value and gradients as without it, where target, parameters and even nothing at all of a batch are left."""
+    x = torch.randn(3, 4, device=device)
+    mean, log_scale = (torch.randn(3, 4, device=device, requires_grad=True) for _ in range(2))
+    weight = torch.ones(3, 4, dtype=torch.bool, device=device)
+    weight[1:, 2:] = False
+    bad = torch.where(weight, x, torch.nan)
+    with torch.no_grad():
+        mean[2, 2], log_scale[2, 3] = torch.inf, torch.nan
+    got = recon((mean, log_scale), bad, Gaussian("log_scale"), reduction, weight=weight)
+    ours = gradients(got.sum(), mean, log_scale)
+    clean = [torch.where(weight, p, 0.0) for p in (mean, log_scale)]
+    expected = recon(clean, x, Gaussian("log_scale"), reduction, weight=weight)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(ours, gradients(expected.sum(), mean, log_scale), strict=True):
+        torch.testing.assert_close(a, torch.where(weight, b, 0.0))
+
+
+def test_an_all_masked_batch(device):
+    """Nothing adds up to 0; the mean of nothing is NaN, as Torch's."""
+    x = torch.full((3, 4), torch.nan, device=device)
+    mean = torch.randn(3, 4, device=device, requires_grad=True)
+    weight = torch.zeros(3, 1, device=device)
+    for reduction in ("sum", "batchmean", "none"):
+        got = recon([mean], x, "l1", reduction, weight=weight)
+        assert (got == 0).all()
+        assert (gradients(got.sum(), mean)[0] == 0).all()
+    assert recon([mean], x, "l1", "mean", weight=weight).isnan()
+
+
+EDGES = {
+    "counts": ("negative_binomial", [0.0, 1.0, 1e6], ([1e-6, 1.0, 1e6], [1e-6, 1.0, 1e6])),
+    "zeros": ("zero_inflated_negative_binomial", [0.0, 1e6], ([1e-6, 1.0, 1e6], [1e-6, 1e6], [-50.0, 0.0, 50.0])),
+    "rates": ("poisson", [0.0, 1.0, 1e6], ([1e-6, 1.0, 1e6],)),
+    "log rates": ("poisson_log", [0.0, 1e6], ([-50.0, 0.0, 14.0],)),
+    "scales": (Gaussian("scale"), [-1.0, 0.0, 1.0], ([0.0, 1.0], [1e-6, 1.0, 1e6])),
+    "absolute": (Laplace("log_scale"), [-1.0, 0.5], ([0.0, 1.0], [math.log(1e-6), math.log(1e6)])),
+    "soft scales": (Gaussian("log_scale", -6.0), [-1.0, 0.5], ([0.0, 1.0], [-50.0, 50.0])),
+    "bins": (DiscretizedLogistic("scale"), [-1.0, 1 / 255, 1.0], ([-1.0, 0.1, 1.0], [1e-6, 0.01, 1e6])),
+    "logits": ("continuous_bernoulli_logits", [0.0, 0.3, 1.0], ([-50.0, -1e-3, 0.0, 1e-3, 0.49, 0.51, 50.0],)),
+    "weighted logits": (BernoulliLogits(5.0), [0.0, 0.3, 1.0], ([-50.0, 0.0, 50.0],)),
+}
+
+
+def exact(likelihood, x, parameters):
+    """By mpmath with 60 digits: the value and the derivatives by the parameters."""
+    mp = pytest.importorskip("mpmath")
+    mp.mp.dps = 60
+
+    def softplus(v):
+        return mp.log1p(mp.exp(v))
+
+    def negative_binomial(m, t):
+        e = mp.mpf("1e-8")
+        log_p = t * mp.log((t + e) / (t + m + e)) + x * mp.log((m + e) / (t + m + e))
+        return -(log_p + mp.loggamma(x + t) - mp.loggamma(t) - mp.loggamma(x + 1))
+
+    def scale(given):
+        kind, soft_min = likelihood.scale, likelihood.soft_min
+        log_scale = {"scale": mp.log(given) if kind == "scale" else given, "log_scale": given, "logvar": given / 2}[kind]
+        return log_scale if soft_min is None else soft_min + softplus(log_scale - soft_min)
+
+    def function(first, *rest):
+        if likelihood == "negative_binomial":
+            return negative_binomial(first, rest[0])
+        if likelihood == "zero_inflated_negative_binomial":
+            p = 1 / (1 + mp.exp(-rest[1]))
+            return -mp.log(p * (x == 0) + (1 - p) * mp.exp(-negative_binomial(first, rest[0])))
+        if likelihood == "poisson":
+            return first - x * mp.log(first) + mp.loggamma(x + 1)
+        if likelihood == "poisson_log":
+            return mp.exp(first) - x * first + mp.loggamma(x + 1)
+        if likelihood == "continuous_bernoulli_logits":
+            normalizer = mp.log(2) if first == 0 else mp.log(first / mp.tanh(first / 2))
+            return softplus(first) - x * first - normalizer
+        if isinstance(likelihood, BernoulliLogits):
+            return likelihood.pos_weight * x * softplus(-first) + (1 - x) * softplus(first)
+        log_scale = scale(rest[0])
+        if isinstance(likelihood, Gaussian):
+            return ((x - first) / mp.exp(log_scale)) ** 2 / 2 + log_scale + mp.log(2 * mp.pi) / 2
+        if isinstance(likelihood, Laplace):
+            return abs(x - first) / mp.exp(log_scale) + log_scale + mp.log(2)
+        half, inverse = mp.mpf(1) / (likelihood.levels - 1), mp.exp(-log_scale)
+        a, b = (x - first + half) * inverse, (x - first - half) * inverse
+        if x > 1 - half:
+            return softplus(b)
+        if x < half - 1:
+            return softplus(-a)
+        return softplus(-a) + softplus(b) - mp.log(-mp.expm1(b - a))
+
+    point = [mp.mpf(p) for p in parameters]
+    x = mp.mpf(x)
+    slopes = []
+    for i, p in enumerate(point):
+        # A difference in 60 digits has 25 that count.
+        step = mp.mpf(10) ** -28 * max(abs(p), mp.mpf("1e-3"))
+        up, down = ([*point[:i], p + s, *point[i + 1 :]] for s in (step, -step))
+        slopes.append((function(*up) - function(*down)) / (2 * step))
+    return float(function(*point)), [float(s) for s in slopes]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("name", EDGES)
+def test_edges(name, dtype, device):
+    """At the ends of what occurs nothing overflows, and digits are lost only where the formula's own terms cancel."""
+    likelihood, targets, grids = EDGES[name]
+    points = torch.cartesian_prod(torch.tensor(targets).double(), *(torch.tensor(g).double() for g in grids))
+    points = points.to(dtype)
+    x, *parameters = (column.contiguous().view(-1, 1).to(device) for column in points.T)
+    parameters = [p.requires_grad_() for p in parameters]
+    values = recon(parameters, x, likelihood, "none")
+    ours = gradients(values.sum(), *parameters)
+    eps = 8 * torch.finfo(dtype).eps
+    for i, (target, *point) in enumerate(points.double().tolist()):
+        value, slopes = exact(likelihood, target, point)
+        # Of the terms: what a count adds, and what a parameter's logarithm can.
+        counts = name in ("counts", "zeros", "rates", "log rates")
+        size = abs(value) + (40 * (1 + target) if counts else 20)
+        if dtype == torch.float64 and name in ("counts", "zeros"):  # in Torch, a difference of two lgamma
+            size += abs(math.lgamma(target + point[1]))
+        assert abs(values[i].item() - value) <= eps * size, (name, target, point, values[i].item(), value)
+        for j, slope in enumerate(slopes):
+            if isinstance(likelihood, Laplace) and j == 0 and target == point[0]:
+                continue
+            near = abs(slope) + (20 if name not in ("counts", "zeros") or j == 2 else 0)
+            if name in ("counts", "zeros") and j == 0:
+                near += point[1] / (point[0] + point[1]) * (1 + target / point[0])
+            if name in ("counts", "zeros") and j == 1:
+                # The terms that cancel; in Torch in float64, two digamma as well.
+                near += target / (point[0] + point[1]) + 1 / point[1] + (20 if dtype == torch.float64 else 0)
+            assert abs(ours[j][i].item() - slope) <= eps * near, (name, target, point, j, ours[j][i].item(), slope)
+
+
+def test_nan_stays_visible(device):
+    for name, case in CASES.items():
+        parameters, x = case.make(torch.float32, device)
+        if "ignored" in name:
+            x[0] = 0
+        for i in range(len(parameters)):
+            bad = [p.detach().clone() for p in parameters]
+            bad[i].view(-1)[0] = torch.nan
+            assert recon(bad, x, case.likelihood).isnan(), (name, i)
+        if x.is_floating_point():
+            x = x.clone()
+            x.view(-1)[0] = torch.nan
+            assert recon(parameters, x, case.likelihood).isnan(), name
+
+
+def test_optimal_scale(device):
+    """The Gaussian whose scale is the root of the mean squared error: nothing else has a smaller loss."""
+    mean = torch.randn(5, 6, dtype=torch.float64, device=device, requires_grad=True)
+    x = torch.randn(5, 6, dtype=torch.float64, device=device)
+    error = F.mse_loss(mean, x)
+    for reduction, factor in (("sum", 30), ("batchmean", 6), ("mean", 1)):
+        got = recon([mean], x, Gaussian("optimal"), reduction)
+        expected = factor * 0.5 * (torch.log(2 * torch.pi * error) + 1)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(gradients(got, mean), gradients(expected, mean, retain_graph=True))
+    rows = recon([mean], x, Gaussian("optimal"), "none")
+    torch.testing.assert_close(rows, -torch.distributions.Normal(mean, error.sqrt()).log_prob(x).sum(1))
+    weight = torch.rand(5, 1, device=device) + 0.5
+    error = (weight * (mean - x).square()).sum() / (6 * weight.sum())
+    for reduction in ("sum", "mean", "none"):
+        got = recon([mean], x, Gaussian("optimal", -1.0), reduction, weight=weight)
+        scale = torch.exp(-1 + torch.nn.functional.softplus(0.5 * error.log() + 1))
+        expected = reduce(-torch.distributions.Normal(mean, scale).log_prob(x), reduction, weight)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+        ours, theirs = (gradients(v.sum(), mean, retain_graph=True) for v in (got, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+
+
+def test_levels(device):
+    """Integers are levels; all 256 of them have the probability 1 together."""
+    mean = torch.tensor([[-1.2], [0.3], [1.0]], dtype=torch.float64, device=device).expand(3, 256).contiguous()
+    log_scale = torch.tensor([[-5.0], [-2.0], [0.5]], dtype=torch.float64, device=device)
+    levels = torch.arange(256, dtype=torch.uint8, device=device).expand(3, 256).contiguous()
+    for row in range(3):
+        one = slice(row, row + 1)
+        kl = torch.zeros((), device=device)
+        total = sum(
+            torch.exp(
+                -fastelbo.loss((mean[one, i : i + 1], log_scale[one]), levels[one, i : i + 1], kl=kl,
+                               likelihood="discretized_logistic").recon
+            )
+            for i in (*range(0, 256, 1),)
+        ) if row == 1 else None  # fmt: skip
+        if total is not None:
+            torch.testing.assert_close(total.item(), 1.0, rtol=1e-12, atol=0)
+    by_level = recon((mean, log_scale), levels, "discretized_logistic", "none")
+    by_value = recon((mean, log_scale), 2 * levels.double() / 255 - 1, "discretized_logistic", "none")
+    torch.testing.assert_close(by_level, by_value)
+
+
+@pytest.mark.parametrize("dtype", (torch.int64, torch.int32, torch.uint8), ids=str)
+def test_labels_and_one_hot_targets_agree_with_cross_entropy(dtype, device):
+    logits = torch.randn(4, 7, 5, device=device, requires_grad=True)
+    labels = torch.randint(0, 7, (4, 5), device=device)
+    expected = F.cross_entropy(logits, labels, reduction="sum")
+    one_hot = F.one_hot(labels, 7).movedim(-1, 1)
+    last = logits.movedim(1, -1)
+    for got in (
+        recon([logits], labels.to(dtype), "categorical"),
+        recon([logits], one_hot.to(dtype), "categorical"),
+        recon([last], labels.to(dtype), Categorical(dim=-1)),
+        recon([last], one_hot.movedim(1, -1).to(dtype), Multinomial()),
+    ):
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(gradients(got, logits), gradients(expected, logits, retain_graph=True))
+
+
+def test_masked_classes(device):
+    """A logit of -infinity takes a class out, as long as no target has it."""
+    logits = torch.randn(4, 7, device=device)
+    logits[:, 3] = -torch.inf
+    logits.requires_grad_()
+    counts = torch.randint(0, 5, (4, 7), device=device).float()
+    counts[:, 3] = 0
+    rest = [0, 1, 2, 4, 5, 6]
+    got = recon([logits], counts, "multinomial")
+    expected = -(F.log_softmax(logits[:, rest], -1) * counts[:, rest]).sum()
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gradients(got, logits), gradients(expected, logits))
+
+
+def bad_calls(device):
+    p, x = torch.rand(3, 4, device=device), torch.rand(3, 4, device=device)
+    labels = torch.zeros(3, dtype=torch.long, device=device)
+    return {
+        "unknown likelihood": ((p, x, "gamma"), {}, "likelihood must be an object of fastelbo.likelihoods or one of"),
+        "too few parameters": ((p, x, "negative_binomial"), {}, r"the tuple \(mean, inverse_dispersion\)"),
+        "too many parameters": (((p, p), x, "l1"), {}, "recon_x must be a tensor"),
+        "scale twice": (((p, p), x, "gaussian"), {"scale": 2.0}, "give scale, or recon_x as a tuple, not both"),
+        "scale of none": ((p, x, "poisson"), {"scale": 2.0}, "scale is for the likelihoods"),
+        "shape of a parameter": (((p, p[:, :3]), x, "gaussian"), {}, r"recon_x\[1\] must broadcast to recon_x\[0\]"),
+        "dtype of a parameter": (((p, labels), x, "gaussian"), {}, r"recon_x\[1\] must be float16"),
+        "shape of weight": ((p, x, "l1"), {"weight": p[:2]}, "weight must broadcast to x"),
+        "type of weight": ((p, x, "l1"), {"weight": 0.5}, "weight must be a tensor"),
+        "weight of classes": ((p, x, "multinomial"), {"weight": p}, "weight must have 1 element along dimension 1"),
+        "labels of a float dtype": ((p, labels.float(), "categorical"), {}, "x must be of an integer dtype for labels"),
+        "shape of labels": ((p, labels[:2], "categorical"), {}, "x must have the shape of recon_x without its dimension 1"),
+        "dimension": ((p, x, Multinomial(3)), {}, "Multinomial.dim must be a dimension of recon_x"),
+        "labels beyond": ((p, labels + 4, "categorical"), {}, "x must have labels from 0 to 3"),
+        "optimal and a scale": ((p, x, Gaussian("optimal")), {"scale": 1.0}, "scale must not be given"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_calls("cpu"))
+def test_errors(name, device):
+    (p, x, likelihood), options, message = bad_calls(device)[name]
+    if name == "labels beyond" and device.type != "cpu":
+        pytest.skip("nobody looks on a GPU")
+    parameters = list(p) if isinstance(p, tuple) else [p]
+    with pytest.raises((TypeError, ValueError), match=message):
+        recon(parameters, x, likelihood, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    (
+        (lambda: Gaussian("sigma"), "Gaussian.scale must be one of"),
+        (lambda: Gaussian(soft_min="low"), "Gaussian.soft_min must be a number"),
+        (lambda: Laplace("optimal"), "Laplace.scale must be one of"),
+        (lambda: Categorical(dim=0), "Categorical.dim must not be 0"),
+        (lambda: Categorical(ignore_index=1.5), "Categorical.ignore_index must be an integer"),
+        (lambda: DiscretizedLogistic(levels=1), "DiscretizedLogistic.levels must be at least 2"),
+    ),
+)
+def test_options_are_checked(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
