@@ -30,7 +30,8 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# Lightning and Accelerate, which bring much with them, in an environment of their own.
+# Lightning and Accelerate, and pythae, scvi-tools and diffusers to compare losses with. They bring much with them, so have an
+# environment of their own, and need Python 3.11.
 test-integrations: .venv-integrations/.ready
 	.venv-integrations/bin/python -m pytest tests/integrations
 

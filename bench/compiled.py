@@ -91,6 +91,31 @@ def loss_backward(likelihood, prediction, target, latent=torch.float32, *, retai
     )
 
 
+def reconstruction(
+    likelihood, *parameters, target=torch.float32, scale=None, weight=None, shapes=(), per_sample=False, features=784, guess=None
+):
+    """The kernel of several parameters, of these dtypes: forward, or backward if forward's factor was `guess`.
+
+    `shapes`: those of parameters that are smaller than the target. `weight`: a dtype, or a tensor that broadcasts.
+    """
+    shapes = [shapes[i - 1] if i and i <= len(shapes) else (128, features) for i in range(len(parameters))]
+    tensors = [torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, parameters, strict=True)]
+    x = torch.zeros(128, features, dtype=target)
+    if isinstance(weight, torch.dtype):
+        weight = torch.zeros_like(x, dtype=weight)
+    dtype = torch.float64 if torch.float64 in parameters else torch.float32
+    rows, wants = 128 if per_sample else 1, [True] * len(tensors)
+    options = {
+        "likelihood": likelihood, "scale": scale, "soft_min": None, "target_scale": 1.0, "target_shift": 0.0, "constant": 0.0,
+        "per_sample": per_sample, "dtype": dtype,
+    }  # fmt: skip
+    factor = torch.ones(rows, dtype=dtype)
+    if guess is None:
+        return record(lambda: kernels.reconstruction.forward(tensors, x, weight, 1.0, factor, wants, **options))
+    gradients = [torch.empty_like(t) if t.shape == x.shape else None for t in tensors]
+    return record(lambda: kernels.reconstruction.backward(tensors, x, weight, 1.0, factor, gradients, guess, wants, **options))
+
+
 def sample_forward(latent, *, seeded=True, per_sample=False, features=20, wants_kl=True):
     mu, noise, dtype = _latents(latent, seeded, features)
     options = {"kl_weight": 1.0, "per_sample": per_sample, "dtype": dtype, "wants_kl": wants_kl}

@@ -22,7 +22,7 @@ from torch.utils import collect_env
 import fastelbo
 
 from .backend import VARIABLE, choose
-from .likelihoods import LIKELIHOODS
+from .plain import PLAIN
 
 # Of the self-test, in float32: far above its rounding errors, far below what a mistake makes.
 TOLERANCE = 1e-5
@@ -139,7 +139,7 @@ def describe_cpu(device: torch.device) -> str:
 
 def self_test(device: torch.device) -> Iterator[tuple[str, bool, str]]:
     """Each subject, whether it passed, and its errors or why there are none."""
-    cases = [(f"loss {name}", functools.partial(loss_errors, device, name)) for name in LIKELIHOODS]
+    cases = [(f"loss {name}", functools.partial(loss_errors, device, name)) for name in PLAIN]
     said: set[str] = set()
     for subject, errors_of in [*cases, ("sample_kl", functools.partial(sample_errors, device))]:
         try:
@@ -195,7 +195,7 @@ def inputs(likelihood: str, shape: tuple[int, ...], latent: tuple[int, ...]) -> 
     generator = torch.Generator().manual_seed(0)
     recon_x, x = torch.rand((2, *shape), dtype=torch.float32, generator=generator)
     mu, logvar = torch.randn((2, *latent), dtype=torch.float32, generator=generator)
-    return [0.05 + 0.9 * recon_x if LIKELIHOODS[likelihood].probabilities else 4 * recon_x - 2, x, mu, logvar]
+    return [0.05 + 0.9 * recon_x if PLAIN[likelihood].probabilities else 4 * recon_x - 2, x, mu, logvar]
 
 
 def relative(value: Tensor, truth: Tensor) -> float:

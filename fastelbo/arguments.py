@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .likelihoods import LIKELIHOODS, Likelihood
+from .likelihoods import BY_NAME, BernoulliLogits, Categorical, DiscretizedLogisticMixture, Gaussian, Likelihood
 from .tracing import is_traced
 
 REDUCTIONS = ("sum", "batchmean", "mean", "none")
@@ -72,11 +72,132 @@ def check_batch(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         )
 
 
-def find_likelihood(name) -> Likelihood:
-    row = LIKELIHOODS.get(name) if isinstance(name, str) else None
-    if row is None:
-        raise ValueError(f"likelihood must be one of {', '.join(map(repr, LIKELIHOODS))}; got {name!r}")
-    return row
+def find_likelihood(likelihood) -> Likelihood:
+    """The likelihood that a name stands for, or the object that it is."""
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    found = BY_NAME.get(likelihood) if isinstance(likelihood, str) else None
+    if found is None:
+        names = ", ".join(map(repr, BY_NAME))
+        raise ValueError(f"likelihood must be an object of fastelbo.likelihoods or one of {names}; got {likelihood!r}")
+    return found
+
+
+def check_parameters(name: str, recon_x, likelihood: Likelihood, scale) -> list[Tensor]:
+    """The tensors that parametrize a likelihood, from a tensor or a tuple of them; the first has the full shape."""
+    names = likelihood.parameters
+    given = list(recon_x) if isinstance(recon_x, tuple | list) else [recon_x]
+    fixed = isinstance(likelihood, BernoulliLogits) or getattr(likelihood, "scale", None) == "optimal"
+    expected = {1} if fixed else {1, 2} if names == ("mean", "scale") else {len(names)}
+    if len(given) not in expected:
+        needed = " or ".join(sorted("a tensor" if n == 1 else f"the tuple ({', '.join(names)})" for n in expected))
+        raise ValueError(f"{name} must be {needed} for the likelihood {likelihood.name!r}, got {len(given)} tensors")
+    for i, value in enumerate(given):
+        label = name if len(given) == 1 else f"{name}[{i}]"
+        if i == 0:
+            check_prediction(label, value)
+        else:
+            _check_smaller(label, value, f"{name}[0]", given[0])
+    first = given[0]
+    if len(given) == 1 and 2 in expected:
+        given.append(_as_parameter(check_scale(scale, likelihood, first), first))
+    elif scale is not None:
+        check_scale(scale, likelihood, first)  # where there is none
+        raise ValueError(f"give scale, or {name} as a tuple, not both")
+    if isinstance(likelihood, BernoulliLogits) and likelihood.pos_weight is not None:
+        weight = likelihood.pos_weight
+        if isinstance(weight, Tensor):
+            _check_smaller("pos_weight", weight, name, first)
+        given.append(_as_parameter(weight, first))
+    return given
+
+
+def _as_parameter(number: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(number, Tensor):
+        return number.to(like.device)
+    return torch.full((), number, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32, device=like.device)
+
+
+def _check_smaller(name: str, value, other_name: str, other: Tensor) -> None:
+    """A floating-point tensor that broadcasts to `other`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+    _check_broadcasts(name, value, other_name, other.shape)
+    if value.dim() > 0 or value.device.type != "cpu":
+        check_device(name, value, other_name, other)
+
+
+def _check_broadcasts(name: str, value: Tensor, other_name: str, shape: torch.Size) -> None:
+    fits = value.dim() <= len(shape) and all(
+        n in (1, m) for n, m in zip(reversed(value.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name} must broadcast to {other_name}: got {name} {tuple(value.shape)} and {tuple(shape)}")
+
+
+def check_fits(name: str, parameters: list[Tensor], x: Tensor, likelihood: Likelihood) -> None:
+    """Parameters and target fit together."""
+    first = parameters[0]
+    if isinstance(likelihood, DiscretizedLogisticMixture):
+        _check_mixture(name, first, x, likelihood)
+    elif isinstance(likelihood, Categorical) and x.dim() == first.dim() - 1:
+        dim = _check_dim(likelihood, first)
+        if x.is_floating_point():
+            raise TypeError(f"x must be of an integer dtype for labels, got {x.dtype}")
+        expected = first.shape[:dim] + first.shape[dim + 1 :]
+        if x.shape != expected:
+            raise ValueError(
+                f"x must have the shape of {name} without its dimension {dim} of classes, {tuple(expected)}, or that of {name},"
+                f" {tuple(first.shape)}; got {tuple(x.shape)}"
+            )
+    else:
+        if hasattr(likelihood, "dim"):
+            _check_dim(likelihood, first)
+        check_alike(name, first, "x", x)
+    check_device(name, first, "x", x)
+
+
+def _check_dim(likelihood: Likelihood, first: Tensor) -> int:
+    if not -first.dim() < likelihood.dim < first.dim() or likelihood.dim % first.dim() == 0:
+        raise ValueError(
+            f"{type(likelihood).__name__}.dim must be a dimension of recon_x {tuple(first.shape)} other than the batch,"
+            f" got {likelihood.dim}"
+        )
+    return likelihood.dim % first.dim()
+
+
+def _check_mixture(name: str, first: Tensor, x: Tensor, likelihood: DiscretizedLogisticMixture) -> None:
+    dim = _check_dim(likelihood, first)
+    if x.dim() != first.dim() or any(n != m for d, (n, m) in enumerate(zip(x.shape, first.shape, strict=True)) if d != dim):
+        raise ValueError(
+            f"x must have the shape of {name} but for dimension {dim}, its channels:"
+            f" got {name} {tuple(first.shape)} and x {tuple(x.shape)}"
+        )
+    channels, found = x.shape[dim], first.shape[dim]
+    each = 10 if channels == 3 else 1 + 2 * channels
+    if found % each or found == 0:
+        raise ValueError(
+            f"{name} must have {each} parameters a component for {channels} channels, along dimension {dim}: got {found} in all"
+        )
+
+
+def check_weight(weight, x: Tensor, dim: int | None) -> Tensor | None:
+    """Weights that broadcast to `x`, all alike along `dim`, its classes or channels; that dimension is taken away."""
+    if weight is None:
+        return None
+    check_target("weight", weight)
+    _check_broadcasts("weight", weight, "x", x.shape)
+    check_device("weight", weight, "x", x)
+    if dim is None:
+        return weight
+    at = dim - (x.dim() - weight.dim())
+    if at < 0:
+        return weight
+    if weight.shape[at] != 1:
+        raise ValueError(f"weight must have 1 element along dimension {dim} of x, which has one term; got {tuple(weight.shape)}")
+    return weight.squeeze(at)
 
 
 def check_reduction(reduction) -> str:
@@ -130,22 +251,25 @@ def check_number(name: str, value, like: Tensor) -> float | Tensor:
     return check_real(name, value, "a number or a 0-d tensor")
 
 
-def check_scale(scale, row: Likelihood, like: Tensor | None = None) -> float | Tensor:
-    """The standard deviation of the Gaussian likelihood, 1 if not given. A tensor must be near `like`."""
+def check_scale(scale, likelihood: Likelihood, like: Tensor | None = None) -> float | Tensor:
+    """The scale of a likelihood that has one, 1 if not given. A tensor must be near `like`."""
+    kind = getattr(likelihood, "scale", "scale" if likelihood.name in ("gaussian", "laplace") else None)
     if scale is None:
-        return 1.0
-    if not row.has_scale:
-        raise ValueError(f"scale is for the likelihood 'gaussian'; got it with {row.name!r}")
+        return 0.0 if kind in ("log_scale", "logvar") else 1.0
+    if kind is None:
+        raise ValueError(f"scale is for the likelihoods 'gaussian' and 'laplace'; got it with {likelihood.name!r}")
+    if kind == "optimal":
+        raise ValueError("scale must not be given to a Gaussian whose scale is 'optimal'")
+    if isinstance(scale, Tensor) and scale.dim() > 0:
+        _check_smaller("scale", scale, "recon_x", like)
+        return scale
     scale = check_number("scale", scale, like)
-    if isinstance(scale, Tensor):
-        if scale.requires_grad:
-            raise ValueError("scale must not require grad: a learned scale is not supported yet; pass scale.detach()")
-    elif not scale > 0:
+    if not isinstance(scale, Tensor) and kind == "scale" and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     return scale
 
 
-def check_unit_interval(name: str, value: Tensor, row: Likelihood, advice: str, factor: float = 1.0) -> None:
+def check_unit_interval(name: str, value: Tensor, likelihood: str, advice: str, factor: float = 1.0) -> None:
     """Numbers in [0, 1] once multiplied by `factor`; NaN passes, to become a loss of NaN."""
     if value.dtype == torch.bool or value.numel() == 0:
         return
@@ -154,5 +278,5 @@ def check_unit_interval(name: str, value: Tensor, row: Likelihood, advice: str, 
     low, high = sorted(float(v) * factor for v in torch.aminmax(value.detach()))
     if low < 0 or high > 1:
         raise ValueError(
-            f"{name} must lie in [0, 1] for the likelihood {row.name!r}, got values from {low:g} to {high:g}; {advice}"
+            f"{name} must lie in [0, 1] for the likelihood {likelihood!r}, got values from {low:g} to {high:g}; {advice}"
         )

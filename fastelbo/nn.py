@@ -2,9 +2,14 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from .arguments import check_real, check_scale, find_likelihood, split_reduction
+from .diagnostics import Monitor
+from .divergence import Weighting
+from .likelihoods import Likelihood
 from .objective import ELBOTerms, Reduction, loss
+from .posteriors import Posterior, check_posterior
 
 
 class ELBOLoss(nn.Module):
@@ -14,7 +19,7 @@ class ELBOLoss(nn.Module):
     (`criterion.beta.fill_(0.5)`), or pass a beta to `forward`, to change it from step to step.
 
     Args:
-        likelihood, reduction, target_scale: as in `fastelbo.loss`.
+        likelihood, reduction, target_scale, posterior, weighting: as in `fastelbo.loss`.
         beta, scale: likewise, as numbers.
 
     Raises:
@@ -23,39 +28,52 @@ class ELBOLoss(nn.Module):
 
     def __init__(
         self,
-        likelihood: str = "bernoulli",
+        likelihood: str | Likelihood = "bernoulli",
         beta: float = 1.0,
         reduction: Reduction = "sum",
         scale: float | None = None,
         target_scale: float = 1.0,
+        posterior: str | Posterior = "logvar",
+        weighting: Weighting | None = None,
     ) -> None:
         super().__init__()
-        row = find_likelihood(likelihood)
+        found = find_likelihood(likelihood)
         split_reduction(reduction)
         if scale is not None:
-            check_scale(check_real("scale", scale), row)
+            check_scale(check_real("scale", scale), found)
         check_real("target_scale", target_scale)
+        check_posterior(posterior)
+        if weighting is not None and not isinstance(weighting, Weighting):
+            raise TypeError(f"weighting must be a Weighting, got {type(weighting).__name__}")
         self.likelihood, self.reduction, self.scale, self.target_scale = likelihood, reduction, scale, target_scale
+        self.posterior, self.weighting = posterior, weighting
         self.register_buffer("beta", torch.tensor(check_real("beta", beta)))
 
     def forward(
         self,
-        recon_x: Tensor,
+        recon_x: Tensor | tuple[Tensor, ...],
         x: Tensor,
-        mu: Tensor | None = None,
+        mu: Tensor | Distribution | None = None,
         logvar: Tensor | None = None,
         beta: float | Tensor | None = None,
         *,
         kl: Tensor | None = None,
+        prior: tuple[Tensor, Tensor] | Distribution | None = None,
+        weight: Tensor | None = None,
+        monitor: Monitor | None = None,
     ) -> ELBOTerms:
         """`fastelbo.loss` of the arguments; `beta=None` means the module's own."""
         return loss(
-            recon_x, x, mu, logvar, self.beta if beta is None else beta, kl=kl,
-            likelihood=self.likelihood, reduction=self.reduction, scale=self.scale, target_scale=self.target_scale,
+            recon_x, x, mu, logvar, self.beta if beta is None else beta, kl=kl, prior=prior, weight=weight, monitor=monitor,
+            likelihood=self.likelihood, posterior=self.posterior, weighting=self.weighting, reduction=self.reduction,
+            scale=self.scale, target_scale=self.target_scale,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return (
+        shown = (
             f"likelihood={self.likelihood!r}, beta={self.beta.item():g}, reduction={self.reduction!r},"
             f" scale={self.scale}, target_scale={self.target_scale:g}"
         )
+        if self.posterior != "logvar":
+            shown += f", posterior={self.posterior!r}"
+        return shown if self.weighting is None else f"{shown}, weighting={self.weighting}"

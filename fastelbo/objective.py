@@ -5,27 +5,36 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from . import traced
 from .arguments import (
     check_alike,
     check_batch,
     check_device,
+    check_fits,
     check_latents,
     check_number,
+    check_parameters,
     check_prediction,
     check_real,
     check_scale,
     check_target,
     check_unit_interval,
+    check_weight,
     find_likelihood,
     split_reduction,
-    weight,
 )
+from .arguments import weight as weight_of
 from .autograd import Elbo, Loss, Settings, decoder_leaves, loss_forward
+from .diagnostics import Monitor
+from .divergence import Weighting, check_beta, check_weighting, divergence_terms
 from .layout import dense
-from .likelihoods import LIKELIHOODS
-from .sampling import draw, result_dtype, sample
+from .likelihoods import Likelihood
+from .plain import PLAIN, Plain
+from .posteriors import Posterior, check_gaussian, check_prior
+from .reconstruction import Request, class_dim, count, reconstruct
+from .sampling import draw, result_dtype, sample, sample_of
 from .tracing import is_traced
 
 Reduction = str | tuple[str, str]
@@ -40,67 +49,99 @@ class ELBOTerms(NamedTuple):
 
 
 def loss(
-    recon_x: Tensor,
+    recon_x: Tensor | tuple[Tensor, ...],
     x: Tensor,
-    mu: Tensor | None = None,
+    mu: Tensor | Distribution | None = None,
     logvar: Tensor | None = None,
     beta: float | Tensor = 1.0,
     *,
     kl: Tensor | None = None,
-    likelihood: str = "bernoulli",
+    likelihood: str | Likelihood = "bernoulli",
+    posterior: str | Posterior = "logvar",
+    prior: tuple[Tensor, Tensor] | Distribution | None = None,
+    weighting: Weighting | None = None,
+    weight: Tensor | None = None,
     reduction: Reduction = "sum",
     scale: float | Tensor | None = None,
     target_scale: float = 1.0,
+    monitor: Monitor | None = None,
 ) -> ELBOTerms:
     """Negative ELBO of a VAE: `recon + beta * kl`, with `recon = -log p(x | z)` and `kl = KL(N(mu, exp(logvar)) || N(0, I))`.
 
     A drop-in for the usual `elbo_loss(recon_x, x, mu, logvar)`, differentiable by every tensor argument.
 
     Args:
-        recon_x: the decoder's output, `[B, ...]`, float16, bfloat16, float32 or float64.
+        recon_x: the decoder's output, `[B, ...]`, float16, bfloat16, float32 or float64; for a likelihood of several parameters
+            the tuple of them.
         x: the target, of the shape of `recon_x` and any real dtype; integers and booleans are converted on the fly.
-        mu: mean of the encoder's Gaussian, `[B, ...]`, of any such shape and floating dtype.
-        logvar: logarithm of its variance, of the shape of `mu`.
-        beta: weight of the KL (Higgins et al., beta-VAE, 2017): a number or a 0-d tensor.
+        mu: mean of the encoder's Gaussian, `[B, ...]`, of any such shape and floating dtype; or a `torch.distributions.Normal`,
+            or an `Independent` of one, which stands for `mu` and `logvar`.
+        logvar: logarithm of its variance, of the shape of `mu`, or what `posterior` says that it is.
+        beta: weight of the KL (Higgins et al., beta-VAE, 2017): a number, a 0-d tensor, or a tensor that broadcasts to a sample
+            of `mu`, with a weight for each latent dimension.
         kl: a KL from `sample_kl`, already reduced, in place of `mu` and `logvar`: `[]`, or `[B]` with `reduction="none"`.
-        likelihood: what `recon_x` parametrizes. `"bernoulli"`: probabilities, as `F.binary_cross_entropy`;
-            `"bernoulli_logits"`: logits, as `F.binary_cross_entropy_with_logits`; `"mse"`: as `F.mse_loss`;
-            `"gaussian"`: means, as `-Normal(recon_x, scale).log_prob(x)`.
+        likelihood: what `recon_x` parametrizes: a name or an object of `fastelbo.likelihoods`, which has them all. `"bernoulli"`:
+            probabilities, as `F.binary_cross_entropy`; `"bernoulli_logits"`: logits, as `F.binary_cross_entropy_with_logits`;
+            `"mse"`: as `F.mse_loss`; `"gaussian"`: means, as `-Normal(recon_x, scale).log_prob(x)`.
+        posterior: what `logvar` is: `"logvar"`, `"log_std"`, `"std"`, `"var"`, or a `Posterior`, which can clamp it.
+        prior: what the KL is from, as in `kl_divergence`. None: N(0, I).
+        weighting: what of the KL enters the loss: free bits, capacity, balance. None: all of it. `kl` is the KL itself always.
+        weight: weights of the elements of `x`, such as a mask: any real dtype, of a shape that broadcasts to that of `x`, and the
+            same along a dimension of classes or channels. What has the weight 0 does not count, even if it is NaN. A mean
+            divides by the sum of the weights, and is NaN where that is 0.
         reduction: `"sum"`, `"batchmean"` (sum / B), `"mean"` (over all elements of a term), `"none"` (one value a sample), or a
             pair for reconstruction and KL. Where processes average gradients (DDP, FSDP), those of `"batchmean"` and `"mean"`
             are the joint batch's, and those of `"sum"` are 1/world of them.
-        scale: standard deviation of `"gaussian"`, positive: a number or a 0-d tensor without grad. Default 1.
+        scale: scale of `"gaussian"` and `"laplace"`, positive: a number, or a tensor that broadcasts to `recon_x`. Default 1.
         target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
+        monitor: collects diagnostics of the call.
 
     Returns:
         `ELBOTerms(loss, recon, kl)`: float64 if an input is, otherwise float32.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes, devices or names do not fit; `scale` is not positive; on a CPU, probabilities or the targets of
-            `"bernoulli"`, or integer targets of `"bernoulli_logits"`, are outside [0, 1]. On a GPU, looking would need a sync,
-            and a tracer sees no values: such probabilities and scales give NaN there, such targets a loss that means nothing.
+        ValueError: shapes, devices, names or options do not fit; `scale` is not positive; on a CPU, probabilities or the targets
+            of a Bernoulli likelihood, or integer targets of `"bernoulli_logits"`, are outside [0, 1], or labels are no classes. On
+            a GPU, looking would need a sync, and a tracer sees no values: such probabilities, scales and labels give NaN there,
+            such targets a loss that means nothing.
     """
-    check_prediction("recon_x", recon_x)
-    check_target("x", x)
-    options = _check_options(recon_x, beta, likelihood, scale, target_scale)
-    settings, beta = _check_loss("recon_x", recon_x, x, mu, logvar, kl, options, reduction)
-    return _loss(settings, "recon_x", recon_x, x, mu, logvar, kl, beta)
+    if _is_plain(recon_x, mu, beta, likelihood, posterior, prior, weighting, weight, scale, monitor):
+        check_prediction("recon_x", recon_x)
+        check_target("x", x)
+        options = _check_options(recon_x, beta, likelihood, scale, target_scale)
+        settings, beta = _check_loss("recon_x", recon_x, x, mu, logvar, kl, options, reduction)
+        return _loss(settings, "recon_x", recon_x, x, mu, logvar, kl, beta)
+    recon_reduction, kl_reduction = _check_terms(mu, logvar, kl, posterior, prior, weighting, reduction, monitor)
+    term = _check_reconstruction("recon_x", recon_x, x, likelihood, weight, recon_reduction, scale, target_scale)
+    if kl is None:
+        divergence = _divergence(mu, logvar, beta, posterior, prior, weighting, kl_reduction, monitor)
+        check_device("mu", divergence[0], "recon_x", x)
+        check_batch("mu", mu if isinstance(mu, Tensor) else mu.mean, "x", x)
+    else:
+        _check_kl(kl, recon_reduction, x)
+        divergence = kl, kl * check_number("beta", beta, x), None
+    return _add(term, divergence, monitor)
 
 
 def elbo(
-    decoder: Callable[[Tensor], Tensor],
+    decoder: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
     x: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
+    mu: Tensor | Distribution,
+    logvar: Tensor | None = None,
     beta: float | Tensor = 1.0,
     *,
-    likelihood: str = "bernoulli",
+    likelihood: str | Likelihood = "bernoulli",
+    posterior: str | Posterior = "logvar",
+    prior: tuple[Tensor, Tensor] | Distribution | None = None,
+    weighting: Weighting | None = None,
+    weight: Tensor | None = None,
     reduction: Reduction = "sum",
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
     scale: float | Tensor | None = None,
     target_scale: float = 1.0,
+    monitor: Monitor | None = None,
 ) -> ELBOTerms:
     """Negative ELBO of a VAE around its decoder: sample z, decode it, and return `loss(decoder(z), x, mu, logvar, beta)`.
 
@@ -109,25 +150,32 @@ def elbo(
 
     The decoder's own graph is released with the backward pass. To use something else from inside it in another loss, or to
     differentiate twice, compose `sample_kl`, the decoder and `loss(..., kl=kl)`; that is also what happens here, with the
-    same results, under `torch.compile` and `torch.func`, and where the decoder uses a tensor that is neither a leaf nor
-    computed in it, a leaf with hooks or one that the encoder uses too, or an autograd Function written in Python, as reentrant
-    checkpoints and FSDP do.
+    same results, under `torch.compile` and `torch.func`, with a likelihood of several parameters, another posterior or prior, a
+    weighting, weights or a monitor, and where the decoder uses a tensor that is neither a leaf nor computed in it, a leaf with
+    hooks or one that the encoder uses too, or an autograd Function written in Python, as reentrant checkpoints and FSDP do.
 
     Args:
-        decoder: a module, bound method or function from z, of the shape of `mu`, to a prediction of the shape of `x`.
-        x, mu, logvar, beta, likelihood, reduction, scale, target_scale: as in `loss`.
+        decoder: a module, bound method or function from z, of the shape of `mu`, to `recon_x`: a prediction of the shape of `x`, or
+            the parameters of the likelihood.
+        x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, reduction, scale, target_scale, monitor: as in `loss`.
         eps, generator: as in `reparameterize`.
 
     Returns:
         `ELBOTerms(loss, recon, kl)`, as `loss`.
 
     Raises:
-        TypeError, ValueError: as `loss`; also if the decoder returns anything but a tensor of the shape of `x`.
+        TypeError, ValueError: as `loss`; also if the decoder returns anything but a tensor of the shape of `x`, or the
+            parameters of the likelihood.
         RuntimeError: in backward with `create_graph=True` or `is_grads_batched=True`, or if a leaf that the decoder uses was
             given a hook after this call.
     """
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
+    if not _is_plain(None, mu, beta, likelihood, posterior, prior, weighting, weight, scale, monitor):
+        return _composed(
+            decoder, x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, reduction, eps, generator, scale,
+            target_scale, monitor,
+        )  # fmt: skip
     # All that can be checked before the decoder runs, which may draw noise and move statistics.
     check_latents(mu, logvar)
     check_target("x", x)
@@ -136,7 +184,7 @@ def elbo(
     options = _check_options(mu, beta, likelihood, scale, target_scale)
     recon_reduction, kl_reduction = split_reduction(reduction)
     noise = draw(mu, logvar, eps, generator)
-    kl_weight = weight(kl_reduction, mu)
+    kl_weight = weight_of(kl_reduction, mu)
     z, kl = sample(mu, logvar, noise, kl_weight, kl_reduction == "none", wants_kl=True)
     # Taken before the decoder runs, which may write to z.
     edge = torch.autograd.graph.get_gradient_edge(z) if z.requires_grad and not is_traced(x, z) else None
@@ -159,6 +207,120 @@ def elbo(
     return _loss(settings, "decoder(z)", prediction, x, None, None, kl, beta)
 
 
+def _is_plain(recon_x, mu, beta, likelihood, posterior, prior, weighting, weight, scale, monitor) -> bool:
+    """Whether one kernel computes reconstruction and KL: one parameter and a fixed scale, no weights, N(0, I), nothing unusual."""
+    return (
+        isinstance(likelihood, str)
+        and likelihood in PLAIN
+        and posterior == "logvar"
+        and prior is weighting is weight is monitor is None
+        and not isinstance(recon_x, tuple | list)
+        and not isinstance(mu, Distribution)
+        and not (isinstance(beta, Tensor) and beta.dim() > 0)
+        and not (isinstance(scale, Tensor) and (scale.requires_grad or scale.dim() > 0))
+    )
+
+
+class Term(NamedTuple):
+    """A reconstruction that has been checked and waits to be computed."""
+
+    name: str
+    request: Request
+    parameters: list[Tensor]
+    x: Tensor
+    weight: Tensor | None
+    row: str | None  # of the plain likelihood that it is
+    scale: float | Tensor
+
+
+def _composed(
+    decoder, x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, reduction, eps, generator, scale,
+    target_scale, monitor,
+) -> ELBOTerms:  # fmt: skip
+    """`elbo` of anything that is not plain."""
+    recon_reduction, kl_reduction = _check_terms(mu, logvar, None, posterior, prior, weighting, reduction, monitor)
+    mu, second, posterior = check_gaussian(mu, logvar, posterior)
+    prior = check_prior(prior, mu)
+    find_likelihood(likelihood)
+    check_target("x", x)
+    check_device("x", x, "mu", mu)
+    check_batch("x", x, "mu", mu)
+    if weighting is None and monitor is None and not (isinstance(beta, Tensor) and beta.dim() > 0):
+        beta = check_number("beta", beta, mu)
+        z, kl, *_ = sample_of(mu, second, posterior, prior, kl_reduction, eps, generator)
+        divergence = kl, kl * beta, None
+    else:
+        divergence = _divergence(mu, second, beta, posterior, prior, weighting, kl_reduction, monitor)
+        z = sample_of(mu, second, posterior, None, None, eps, generator).z
+    term = _check_reconstruction("decoder(z)", decoder(z), x, likelihood, weight, recon_reduction, scale, target_scale)
+    return _add(term, divergence, monitor)
+
+
+def _check_terms(mu, logvar, kl, posterior, prior, weighting, reduction, monitor) -> tuple[str, str]:
+    """The reductions of both terms, once it is clear where the KL comes from."""
+    if not isinstance(monitor, Monitor | None):
+        raise TypeError(f"monitor must be a Monitor, got {type(monitor).__name__}")
+    if kl is None:
+        if mu is None or (logvar is None and not isinstance(mu, Distribution)):
+            raise ValueError("give mu and logvar, or kl: got " + _given(mu=mu, logvar=logvar))
+        return split_reduction(reduction)
+    if mu is not None or logvar is not None:
+        raise ValueError("give mu and logvar, or kl, not both: got " + _given(mu=mu, logvar=logvar, kl=kl))
+    if prior is not None or weighting is not None or posterior != "logvar":
+        raise ValueError("posterior, prior and weighting must not be given with kl, which is reduced already")
+    if isinstance(reduction, tuple | list):
+        raise ValueError(f"reduction must be one name where kl is given, which is reduced already; got {reduction!r}")
+    return split_reduction(reduction)
+
+
+def _check_reconstruction(name, recon_x, x, likelihood, weight, reduction, scale, target_scale) -> Term:
+    likelihood = find_likelihood(likelihood)
+    parameters = check_parameters(name, recon_x, likelihood, scale)
+    check_target("x", x)
+    check_fits(name, parameters, x, likelihood)
+    weight = check_weight(weight, x, class_dim(likelihood, parameters, x))
+    request = Request(likelihood, check_real("target_scale", target_scale), reduction, result_dtype(*parameters))
+    fixed = isinstance(recon_x, Tensor) and not (isinstance(scale, Tensor) and (scale.requires_grad or scale.dim() > 0))
+    row = likelihood.plain(1) if weight is None and fixed else None
+    return Term(name, request, parameters, x, weight, row, check_scale(scale, likelihood, x))
+
+
+def _divergence(mu, logvar, beta, posterior, prior, weighting, reduction, monitor):
+    """The KL, what of it is added to the reconstruction, and the monitor's statistics."""
+    mu, second, posterior = check_gaussian(mu, logvar, posterior)
+    prior = check_prior(prior, mu)
+    beta = check_beta(beta, mu)
+    weighting = check_weighting(weighting, mu, prior, beta, reduction)
+    return divergence_terms(
+        mu, second, posterior=posterior, prior=prior, weighting=weighting, beta=beta, reduction=reduction,
+        statistics=monitor is not None,
+    )  # fmt: skip
+
+
+def _add(term: Term, divergence, monitor: Monitor | None) -> ELBOTerms:
+    """The reconstruction, and its sum with the KL's part."""
+    name, request, parameters, x, w, row, scale = term
+    kl, weighted, statistics = divergence
+    dtype = result_dtype(*parameters, weighted)
+    if row is not None:
+        settings = Settings(
+            likelihood=row,
+            scale=scale,
+            target_scale=request.target_scale,
+            weights=(weight_of(request.reduction, x), 1.0),
+            per_sample=request.reduction == "none",
+            dtype=dtype,
+        )
+        terms = _loss(settings, name, parameters[0], x, None, None, weighted, 1.0)._replace(kl=kl.to(dtype))
+    else:
+        recon = reconstruct(request._replace(dtype=dtype), parameters, x, w)
+        _check_values(term, recon)
+        terms = ELBOTerms(recon + weighted.to(dtype), recon, kl.to(dtype))
+    if monitor is not None:
+        _record(monitor, term, terms.recon, statistics)
+    return terms
+
+
 class Options(NamedTuple):
     """What of a call can be checked without its prediction."""
 
@@ -169,10 +331,8 @@ class Options(NamedTuple):
 
 
 def _check_options(like: Tensor, beta, likelihood, scale, target_scale) -> Options:
-    row = find_likelihood(likelihood)
-    return Options(
-        row.name, check_number("beta", beta, like), check_scale(scale, row, like), check_real("target_scale", target_scale)
-    )
+    scale = check_scale(scale, find_likelihood(likelihood), like)
+    return Options(likelihood, check_number("beta", beta, like), scale, check_real("target_scale", target_scale))
 
 
 def _check_loss(name, recon_x, x, mu, logvar, kl, options: Options, reduction) -> tuple[Settings, float | Tensor]:
@@ -185,7 +345,7 @@ def _check_loss(name, recon_x, x, mu, logvar, kl, options: Options, reduction) -
         check_device("mu", mu, name, recon_x)
         check_batch("mu", mu, name, recon_x)
         recon_reduction, kl_reduction = split_reduction(reduction)
-        dtype, kl_weight = result_dtype(recon_x, mu, logvar), weight(kl_reduction, mu)
+        dtype, kl_weight = result_dtype(recon_x, mu, logvar), weight_of(kl_reduction, mu)
     else:
         if mu is not None or logvar is not None:
             raise ValueError("give mu and logvar, or kl, not both: got " + _given(mu=mu, logvar=logvar, kl=kl))
@@ -198,7 +358,7 @@ def _check_loss(name, recon_x, x, mu, logvar, kl, options: Options, reduction) -
         likelihood=options.likelihood,
         scale=options.scale,
         target_scale=options.target_scale,
-        weights=(weight(recon_reduction, recon_x), kl_weight),
+        weights=(weight_of(recon_reduction, recon_x), kl_weight),
         per_sample=recon_reduction == "none",
         dtype=dtype,
     )
@@ -233,12 +393,39 @@ def _loss(settings: Settings, name: str, recon_x, x, mu, logvar, kl, beta) -> EL
 
 
 def _finish(settings: Settings, name: str, recon_x: Tensor, x: Tensor, terms) -> ELBOTerms:
-    """Raise for what lies outside [0, 1], on a CPU, where looking costs no sync."""
-    row, recon = LIKELIHOODS[settings.likelihood], terms[1]
-    if recon.device.type == "cpu":
-        if row.probabilities and recon.isnan().any():  # a logarithm of something negative
-            check_unit_interval(name, recon_x, row, "for logits use likelihood='bernoulli_logits'")
-        # As Torch does, logits go with any floating target; bytes above 1 are images that were not scaled.
-        if row.binary and (row.probabilities or not x.is_floating_point()):
-            check_unit_interval("x", x, row, "for 8-bit images pass target_scale=1/255", settings.target_scale)
+    if terms[1].device.type == "cpu":
+        _check_unit(PLAIN[settings.likelihood], terms[1], name, recon_x, x, settings.target_scale)
     return ELBOTerms(*terms)
+
+
+def _check_unit(row: Plain, recon: Tensor, name: str, recon_x: Tensor, x: Tensor, target_scale: float) -> None:
+    """Raise for what lies outside [0, 1], on a CPU, where looking costs no sync."""
+    if row.probabilities and recon.isnan().any():  # a logarithm of something negative
+        check_unit_interval(name, recon_x, row.name, f"for logits use likelihood={row.name + '_logits'!r}")
+    # As Torch does, logits go with any floating target; bytes above 1 are images that were not scaled.
+    if row.binary and (row.probabilities or not x.is_floating_point()):
+        check_unit_interval("x", x, row.name, "for 8-bit images pass target_scale=1/255", target_scale)
+
+
+def _check_values(term: Term, recon: Tensor) -> None:
+    """Raise for what made the reconstruction NaN or infinite, on a CPU; what has a weight of 0 is nobody's business."""
+    if recon.device.type != "cpu" or is_traced(recon) or recon.isfinite().all():
+        return
+    likelihood, x = term.request.likelihood, term.x
+    if likelihood.name == "categorical" and x.dim() < term.parameters[0].dim():
+        classes = term.parameters[0].shape[likelihood.dim]
+        wrong = x[(x != likelihood.ignore_index) & ((x < 0) | (x >= classes))]
+        if wrong.numel():
+            raise ValueError(
+                f"x must have labels from 0 to {classes - 1}, or ignore_index={likelihood.ignore_index}; got {wrong[0].item()}"
+            )
+    row = PLAIN.get(likelihood.name)
+    if term.weight is None and row is not None:
+        _check_unit(row, recon, term.name, term.parameters[0], x, term.request.target_scale)
+
+
+def _record(monitor: Monitor, term: Term, recon: Tensor, statistics) -> None:
+    request, batch = term.request, term.x.shape[0]
+    elements = count(request._replace(reduction="mean"), term.parameters, term.x, term.weight)
+    factors = {"sum": 1.0, "none": 1.0, "batchmean": batch, "mean": elements}
+    monitor.record(batch, recon.detach().sum() * factors[request.reduction], elements, statistics)

@@ -1,11 +1,24 @@
 """Triton kernels of fastelbo, and the functions that launch them.
 
 This package knows tensors: no options, no autograd, no users. It offers the same primitives, with the same signatures,
-as `fastelbo.torch_backend`: `draw_noise`, `loss_forward`, `loss_backward`, `sample_forward` and `sample_backward`.
+as `fastelbo.torch_backend`: `draw_noise`, `loss_forward`, `loss_backward`, `sample_forward` and `sample_backward`. What has no
+such twin, since the Torch backend takes the formula, is in modules: `reconstruction`, `categorical` and `mixture`, each with
+`forward` and `backward`, and `divergence`.
 """
 
+from . import categorical, divergence, reconstruction
 from .latents import draw_noise, sample_backward, sample_forward
 from .launch import INTERPRETED
 from .loss import loss_backward, loss_forward
 
-__all__ = ["INTERPRETED", "draw_noise", "loss_backward", "loss_forward", "sample_backward", "sample_forward"]
+__all__ = [
+    "INTERPRETED",
+    "categorical",
+    "divergence",
+    "draw_noise",
+    "loss_backward",
+    "loss_forward",
+    "reconstruction",
+    "sample_backward",
+    "sample_forward",
+]

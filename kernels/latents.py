@@ -9,8 +9,8 @@ import triton.language as tl
 
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, arrivals, launch, pointer_and_value, tile_size
 from .noise import normals
-from .numerics import exp_and_expm1
-from .operands import kl_factor, row_bounds, scalar
+from .operands import kl_factor, row_bounds, scalar, upstream_of
+from .posteriors import logvar as logvar_posterior
 from .reduction import arrive_last, fold, ordered_sum
 
 
@@ -33,39 +33,217 @@ def noise_tile(noise, start, o, mask, SIZE: tl.constexpr, ALIGNED: tl.constexpr,
 
 
 @triton.jit
-def sample_tile(
-    mu, logvar, noise, z, start, end, SIZE: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr
+def clamped(raw, LOW: tl.constexpr, HIGH: tl.constexpr, DTYPE: tl.constexpr):
+    """As torch.clamp; LOW is None for no clamp."""
+    if LOW is None:
+        return raw
+    else:
+        low, high = tl.full([], LOW, DTYPE), tl.full([], HIGH, DTYPE)
+        return tl.where(raw < low, low, tl.where(raw > high, high, raw))
+
+
+@triton.jit
+def column_of(o, columns):
+    """The place within a sample."""
+    return o % columns.to(o.dtype)
+
+
+@triton.jit
+def divergence(
+    m, std, lv, excess, prior_mu, prior_second, o, column, mask,
+    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Store z = mu + exp(logvar / 2) * noise; return the KL of the tile, in nats."""
+    """`(kl, t, inverse, excess, d)` of a tile: the KL in nats; (mu - prior's mu) / prior's sigma; 1 / that sigma; the ratio of
+    the variances - 1; half the derivative of the prior's logvar. MU_ROW, SECOND_ROW: the prior's is one row for all samples."""
+    if PRIOR is None:
+        return 0.5 * (m * m + (excess - lv)), m, 1.0, excess, 0.0
+    else:
+        mean = tl.load(prior_mu + (column if MU_ROW else o), mask=mask, other=0.0).to(DTYPE)
+        raw = tl.load(prior_second + (column if SECOND_ROW else o), mask=mask, other=1.0).to(DTYPE)
+        inverse, d, delta, ratio = PRIOR(raw, std, lv)
+        t = (m - mean) * inverse
+        return 0.5 * (t * t + (ratio - delta)), t, inverse, ratio, d
+
+
+@triton.jit
+def sample_tile(
+    mu, logvar, prior_mu, prior_second, noise, z, kl_out, start, end, columns, floor,
+    POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr,
+    ELEMENTS: tl.constexpr, SIZE: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Store z = mu + sigma * noise unless `z` is None; return the KL of the tile, in nats, and the same with a floor."""
     o = start + tl.arange(0, SIZE)
     mask = o < end
     m = tl.load(mu + o, mask=mask, other=0.0).to(DTYPE)
-    lv = tl.load(logvar + o, mask=mask, other=0.0).to(DTYPE)
-    std, q = exp_and_expm1(0.5 * lv)
-    eps = noise_tile(noise, start, o, mask, SIZE, ALIGNED, DTYPE)
-    tl.store(z + o, (m + std * eps).to(z.dtype.element_ty), mask=mask)
-    return tl.where(mask, 0.5 * (m * m + (q * (q + 2.0) - lv)), 0.0)  # q (q + 2) = exp(logvar) - 1
+    raw = clamped(tl.load(logvar + o, mask=mask, other=0.0).to(DTYPE), LOW, HIGH, DTYPE)
+    std, _, lv, excess, _ = POSTERIOR(raw)
+    if z is not None:
+        eps = noise_tile(noise, start, o, mask, SIZE, ALIGNED, DTYPE)
+        tl.store(z + o, (m + std * eps).to(z.dtype.element_ty), mask=mask)
+    column = o
+    if MU_ROW or SECOND_ROW:
+        column = column_of(o, columns)
+    kl, _, _, _, _ = divergence(
+        m, std, lv, excess, prior_mu, prior_second, o, column, mask, PRIOR, MU_ROW, SECOND_ROW, DTYPE
+    )
+    floored = tl.where(kl <= floor, floor, kl)  # NaN is not
+    if ELEMENTS:
+        tl.store(kl_out + o, kl, mask=mask)
+    return tl.where(mask, kl, 0.0), tl.where(mask, floored, 0.0)
+
+
+@triton.jit
+def upstream_tile(pointer, scalar_upstream, weight, o, mask, columns, PER: tl.constexpr, DTYPE: tl.constexpr):
+    """What arrives at a KL of each row, the scalar that has been read, or of each column or element."""
+    if PER == "row":
+        return scalar_upstream
+    elif pointer is None:
+        return tl.zeros([], dtype=DTYPE)
+    else:
+        if PER == "column":
+            o = column_of(o, columns)
+        return tl.load(pointer + o, mask=mask, other=0.0).to(DTYPE) * weight
 
 
 @triton.jit
 def sample_backward_tile(
-    grad_z, mu, logvar, noise, grad_mu, grad_logvar, start, end, factor,
-    HAS_KL: tl.constexpr, SIZE: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
+    grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
+    grad_kl, grad_weighted, start, end, factor, weighted_factor, weight, columns, floor, posterior_share, prior_share,
+    HAS_KL: tl.constexpr, POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PRIOR: tl.constexpr,
+    MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, FLOORED: tl.constexpr, PER: tl.constexpr,
+    SIZE: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     o = start + tl.arange(0, SIZE)
     mask = o < end
-    lv = tl.load(logvar + o, mask=mask, other=0.0).to(DTYPE)
-    std, q = exp_and_expm1(0.5 * lv)
+    given = tl.load(logvar + o, mask=mask, other=0.0).to(DTYPE)
+    raw = clamped(given, LOW, HIGH, DTYPE)
+    std, d_std, lv, excess, d = POSTERIOR(raw)
     to_mu = tl.zeros([SIZE], dtype=DTYPE)
     to_logvar = tl.zeros([SIZE], dtype=DTYPE)
     if grad_z is not None:
         to_mu += tl.load(grad_z + o, mask=mask, other=0.0).to(DTYPE)
-        to_logvar += 0.5 * to_mu * std * noise_tile(noise, start, o, mask, SIZE, ALIGNED, DTYPE)
+        to_logvar += d_std * to_mu * noise_tile(noise, start, o, mask, SIZE, ALIGNED, DTYPE)
     if HAS_KL:
-        to_mu += factor * tl.load(mu + o, mask=mask, other=0.0).to(DTYPE)
-        to_logvar += 0.5 * factor * (q * (q + 2.0))
+        m = tl.load(mu + o, mask=mask, other=0.0).to(DTYPE)
+        column = o
+        if MU_ROW or SECOND_ROW:
+            column = column_of(o, columns)
+        kl, t, inverse, excess, prior_d = divergence(
+            m, std, lv, excess, prior_mu, prior_second, o, column, mask, PRIOR, MU_ROW, SECOND_ROW, DTYPE
+        )
+        to_posterior = upstream_tile(grad_kl, factor, weight, o, mask, columns, PER, DTYPE)
+        to_prior = to_posterior
+        if grad_weighted is not None:
+            share = upstream_tile(grad_weighted, weighted_factor, weight, o, mask, columns, PER, DTYPE)
+            if FLOORED:
+                share = tl.where(kl <= floor, 0.0, share)
+            to_prior = to_posterior + prior_share * share
+            to_posterior += posterior_share * share
+        to_mu += to_posterior * (t * inverse)
+        to_logvar += d * to_posterior * excess
         tl.store(grad_mu + o, to_mu.to(grad_mu.dtype.element_ty), mask=mask)
+        if grad_prior_mu is not None:
+            tl.store(grad_prior_mu + o, (-to_prior * (t * inverse)).to(grad_prior_mu.dtype.element_ty), mask=mask)
+        if grad_prior_second is not None:
+            to_second = -to_prior * (prior_d * (excess + t * t))
+            tl.store(grad_prior_second + o, to_second.to(grad_prior_second.dtype.element_ty), mask=mask)
+    if LOW is not None:
+        outside = (given < tl.full([], LOW, DTYPE)) | (given > tl.full([], HIGH, DTYPE))
+        to_logvar = tl.where(outside, 0.0, to_logvar)
     tl.store(grad_logvar + o, to_logvar.to(grad_logvar.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def forward(
+    mu, logvar, prior_mu, prior_second, noise, z, kl_out, weighted_out, partials, arrived, kl_weight, floor,
+    latents, columns, programs,
+    POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr,
+    ELEMENTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    THREADS: tl.constexpr, FINISH: tl.constexpr,
+):  # fmt: skip
+    """A kernel's whole work. `kl_out`: the KL of each row or, with ELEMENTS, of each element, without the weight.
+    `weighted_out`: that of each row, with the floor. Any of `z` and these may be None."""
+    row = tl.program_id(0) // programs
+    worker = tl.program_id(0) % programs
+    base, end = row_bounds(row, latents, ALIGNED, WIDE)
+    if z is not None:
+        noise = seed_or_noise(noise)
+    least = scalar(None, floor, DTYPE)
+    sums = tl.zeros([THREADS], dtype=DTYPE)
+    floored_sums = tl.zeros([THREADS], dtype=DTYPE)
+    for start in tl.range(worker * BLOCK, end, programs * BLOCK):
+        kl, floored = sample_tile(
+            mu, logvar, prior_mu, prior_second, noise, z, kl_out, base + start, base + end, columns, least,
+            POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, ELEMENTS, BLOCK, ALIGNED, DTYPE,
+        )  # fmt: skip
+        sums += fold(kl, BLOCK, THREADS)
+        if weighted_out is not None:
+            floored_sums += fold(floored, BLOCK, THREADS)
+    if ALIGNED:
+        if worker == 0:
+            kl, floored = sample_tile(
+                mu, logvar, prior_mu, prior_second, noise, z, kl_out, base + end, base + latents, columns, least,
+                POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, ELEMENTS, THREADS, ALIGNED, DTYPE,
+            )  # fmt: skip
+            sums += kl
+            if weighted_out is not None:
+                floored_sums += floored
+    if partials is not None:
+        floored_partials = partials + tl.num_programs(0)
+        if weighted_out is not None:
+            tl.store(floored_partials + tl.program_id(0), tl.sum(floored_sums.to(tl.float64)))
+        if arrive_last(partials, arrived, row, programs, tl.sum(sums.to(tl.float64))):
+            first = row * programs
+            tl.store(kl_out + row, (ordered_sum(partials + first, programs, FINISH) * kl_weight).to(DTYPE))
+            if weighted_out is not None:
+                total = ordered_sum(floored_partials + first, programs, FINISH)
+                tl.store(weighted_out + row, (total * kl_weight).to(DTYPE))
+
+
+@triton.jit
+def backward(
+    grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
+    grad_loss, grad_kl, grad_weighted, beta, beta_value, kl_weight, floor, posterior_share, prior_share,
+    latents, columns, programs,
+    HAS_KL: tl.constexpr, POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, FLOORED: tl.constexpr, PER: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A kernel's whole work. PER: `grad_kl` and `grad_weighted` arrived at a KL of each "row", "column" (dimension of the
+    latents) or "element". `posterior_share` and `prior_share` are what of `grad_weighted` goes to either."""
+    row = tl.program_id(0) // programs
+    worker = tl.program_id(0) % programs
+    weight = scalar(None, kl_weight, DTYPE)
+    factor = weight
+    weighted_factor = weight
+    if PER == "row":
+        factor *= kl_factor(grad_loss, grad_kl, row, beta, beta_value, DTYPE)
+        weighted_factor *= upstream_of(grad_weighted, row, DTYPE)
+    least = scalar(None, floor, DTYPE)
+    to_posterior, to_prior = scalar(None, posterior_share, DTYPE), scalar(None, prior_share, DTYPE)
+    base, end = row_bounds(row, latents, ALIGNED, WIDE)
+    if grad_z is not None:
+        noise = seed_or_noise(noise)
+    for start in tl.range(worker * BLOCK, end, programs * BLOCK):
+        sample_backward_tile(
+            grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
+            grad_kl, grad_weighted, base + start, base + end, factor, weighted_factor, weight, columns, least,
+            to_posterior, to_prior, HAS_KL, POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, FLOORED, PER,
+            BLOCK, ALIGNED, DTYPE,
+        )  # fmt: skip
+    if ALIGNED:
+        if worker == 0:
+            sample_backward_tile(
+                grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
+                grad_kl, grad_weighted, base + end, base + latents, factor, weighted_factor, weight, columns, least,
+                to_posterior, to_prior, HAS_KL, POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, FLOORED, PER,
+                16, ALIGNED, DTYPE,
+            )  # fmt: skip
+
+
+# Two entries to each: every argument of a launch costs the host time, and most calls need few.
 
 
 @triton.jit(do_not_specialize=["latents", "programs"])
@@ -74,19 +252,10 @@ def sample_fwd_kernel(
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
     FINISH: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) // programs
-    worker = tl.program_id(0) % programs
-    base, end = row_bounds(row, latents, ALIGNED, WIDE)
-    noise = seed_or_noise(noise)
-    sums = tl.zeros([THREADS], dtype=DTYPE)
-    for start in tl.range(worker * BLOCK, end, programs * BLOCK):
-        sums += fold(sample_tile(mu, logvar, noise, z, base + start, base + end, BLOCK, ALIGNED, DTYPE), BLOCK, THREADS)
-    if ALIGNED:
-        if worker == 0:
-            sums += sample_tile(mu, logvar, noise, z, base + end, base + latents, THREADS, ALIGNED, DTYPE)
-    if kl_out is not None:
-        if arrive_last(partials, arrived, row, programs, tl.sum(sums.to(tl.float64))):
-            tl.store(kl_out + row, (ordered_sum(partials + row * programs, programs, FINISH) * kl_weight).to(DTYPE))
+    forward(
+        mu, logvar, None, None, noise, z, kl_out, None, partials, arrived, kl_weight, 0.0, latents, latents, programs,
+        logvar_posterior, None, None, None, False, False, False, DTYPE, ALIGNED, WIDE, BLOCK, THREADS, FINISH,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["latents", "programs"])
@@ -95,20 +264,43 @@ def sample_bwd_kernel(
     beta_value: tl.float64, kl_weight: tl.float64, latents: tl.int64, programs: tl.int32,
     HAS_KL: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) // programs
-    worker = tl.program_id(0) % programs
-    factor = kl_factor(grad_loss, grad_kl, row, beta, beta_value, DTYPE) * scalar(None, kl_weight, DTYPE)
-    base, end = row_bounds(row, latents, ALIGNED, WIDE)
-    noise = seed_or_noise(noise)
-    for start in tl.range(worker * BLOCK, end, programs * BLOCK):
-        sample_backward_tile(
-            grad_z, mu, logvar, noise, grad_mu, grad_logvar, base + start, base + end, factor, HAS_KL, BLOCK, ALIGNED, DTYPE
-        )  # fmt: skip
-    if ALIGNED:
-        if worker == 0:
-            sample_backward_tile(
-                grad_z, mu, logvar, noise, grad_mu, grad_logvar, base + end, base + latents, factor, HAS_KL, 16, ALIGNED, DTYPE
-            )  # fmt: skip
+    backward(
+        grad_z, mu, logvar, None, None, noise, grad_mu, grad_logvar, None, None, grad_loss, grad_kl, None, beta, beta_value,
+        kl_weight, 0.0, 1.0, 1.0, latents, latents, programs,
+        HAS_KL, logvar_posterior, None, None, None, False, False, False, "row", DTYPE, ALIGNED, WIDE, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["latents", "columns", "programs"])
+def divergence_fwd_kernel(
+    mu, logvar, prior_mu, prior_second, noise, z, kl_out, weighted_out, partials, arrived,
+    kl_weight: tl.float64, floor: tl.float64, latents: tl.int64, columns: tl.int64, programs: tl.int32,
+    POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr,
+    ELEMENTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    THREADS: tl.constexpr, FINISH: tl.constexpr,
+):  # fmt: skip
+    forward(
+        mu, logvar, prior_mu, prior_second, noise, z, kl_out, weighted_out, partials, arrived, kl_weight, floor,
+        latents, columns, programs,
+        POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, ELEMENTS, DTYPE, ALIGNED, WIDE, BLOCK, THREADS, FINISH,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["latents", "columns", "programs"])
+def divergence_bwd_kernel(
+    grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
+    grad_kl, grad_weighted, kl_weight: tl.float64, floor: tl.float64, posterior_share: tl.float64, prior_share: tl.float64,
+    latents: tl.int64, columns: tl.int64, programs: tl.int32,
+    HAS_KL: tl.constexpr, POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, FLOORED: tl.constexpr, PER: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    backward(
+        grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
+        None, grad_kl, grad_weighted, None, 1.0, kl_weight, floor, posterior_share, prior_share, latents, columns, programs,
+        HAS_KL, POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, FLOORED, PER, DTYPE, ALIGNED, WIDE, BLOCK,
+    )  # fmt: skip
 
 
 def draw_noise(like: torch.Tensor, layout: torch.memory_format, generator: torch.Generator | None) -> torch.Tensor:

@@ -23,7 +23,7 @@ def recon_tile(
     """Negative log-likelihood of a tile; stores the gradient times `factor` unless `gradient` is None."""
     p = tl.load(prediction + offsets, mask=mask, other=0.0).to(DTYPE)
     t = tl.load(target + offsets, mask=mask, other=0).to(DTYPE) * target_scale
-    nll, slope = LIKELIHOOD(p, t, scale)
+    nll, slope, _, _ = LIKELIHOOD(p, tl.log(scale), 1.0 / scale, t, scale)
     if gradient is not None:
         tl.store(gradient + offsets, (slope * factor).to(gradient.dtype.element_ty), mask=mask)
     return tl.where(mask, nll, 0.0)

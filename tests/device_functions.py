@@ -56,3 +56,19 @@ def run_pair(function, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty_like(x), torch.empty_like(x)
     pair_kernel[(x.numel() // SIZE,)](x, *out, FUNCTION=function, SIZE=SIZE)
     return out
+
+
+@triton.jit
+def triple_kernel(x, y, out0, out1, out2, FUNCTION: tl.constexpr, SIZE: tl.constexpr):
+    o = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    a, b, c = FUNCTION(tl.load(x + o), tl.load(y + o))
+    tl.store(out0 + o, a)
+    tl.store(out1 + o, b)
+    tl.store(out2 + o, c)
+
+
+def run_triple(function, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three results of `function`, a device function of two arguments, of as many elements as a multiple of SIZE."""
+    out = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+    triple_kernel[(x.numel() // SIZE,)](x, y, *out, FUNCTION=function, SIZE=SIZE)
+    return out

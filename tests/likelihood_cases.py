@@ -1,6 +1,5 @@
 """Every likelihood, with inputs and with the truth about them from `torch.distributions` or a formula written down here."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -151,46 +150,77 @@ def _categorical(parameters, x):
 
 CHANNEL, FEATURE = (4, 1, 1), (6,)
 
+
+def _uniform(shape) -> list[Tensor]:
+    return [torch.rand(shape, dtype=torch.float64)]
+
+
+def _reals() -> Tensor:
+    return _double(SHAPE)
+
+
+def _units() -> Tensor:
+    return torch.rand(SHAPE, dtype=torch.float64)
+
+
+def _zero_inflated_parameters(mean, theta, logits) -> list[Tensor]:
+    return [*_positive(mean, theta), _double(logits)]
+
+
+def _logistic(log: bool):
+    def parameters(mean, scale):
+        log_scale = _double(scale) - 2.5
+        return [0.5 * _double(mean), log_scale if log else torch.exp(log_scale)]
+
+    return parameters
+
+
+def _continuous(parameters, x):
+    return -D.ContinuousBernoulli(parameters[0], validate_args=False).log_prob(x)
+
+
+def _continuous_logits(parameters, x):
+    return -D.ContinuousBernoulli(logits=parameters[0], validate_args=False).log_prob(x)
+
+
+WHOLE, EACH = (SHAPE,), (SHAPE, SHAPE)
+OF_CHANNELS, OF_FEATURES = (SHAPE, CHANNEL), (SHAPE, FEATURE)
+POSITIVE_SECOND, RATIOS = _first_real_others_positive, torch.arange(1.0, 7.0)
+
 CASES = {
     case.name: case
     for case in (
-        Case("l1", "l1", _real, lambda: _double(SHAPE), lambda p, x: (p[0] - x).abs(), (SHAPE,)),
-        Case("gaussian, scale", "gaussian", _first_real_others_positive, lambda: _double(SHAPE), _normal("scale"), (SHAPE, SHAPE)),
-        Case("gaussian, log scale 0-d", Gaussian("log_scale"), _real, lambda: _double(SHAPE), _normal("log_scale"), (SHAPE, ())),
+        Case("l1", "l1", _real, _reals, lambda p, x: (p[0] - x).abs(), WHOLE),
+        Case("gaussian, scale", "gaussian", POSITIVE_SECOND, _reals, _normal("scale"), EACH),
+        Case("gaussian, log scale 0-d", Gaussian("log_scale"), _real, _reals, _normal("log_scale"), (SHAPE, ())),
+        Case("gaussian, soft log scale", Gaussian("log_scale", -1.0), _real, _reals, _normal("log_scale", -1.0), OF_CHANNELS),
+        Case("gaussian, soft scale", Gaussian("scale", -1.0), POSITIVE_SECOND, _reals, _normal("scale", -1.0), EACH),
+        Case("gaussian, logvar", Gaussian("logvar"), _real, _reals, _normal("logvar"), OF_FEATURES),
+        Case("laplace, scale", "laplace", POSITIVE_SECOND, _reals, _laplace("scale"), OF_FEATURES),
+        Case("laplace, log scale", Laplace("log_scale"), _real, _reals, _laplace("log_scale"), EACH),
+        Case("laplace, logvar", Laplace("logvar", -2.0), _real, _reals, _laplace("logvar", -2.0), OF_CHANNELS),
+        Case("poisson", "poisson", _positive, _counts, lambda p, x: -D.Poisson(p[0]).log_prob(x), WHOLE),
+        Case("poisson_log", "poisson_log", _real, _counts, lambda p, x: -D.Poisson(p[0].exp()).log_prob(x), WHOLE),
+        Case("negative_binomial", "negative_binomial", _positive, _counts, _negative_binomial, OF_FEATURES),
+        Case("negative_binomial, each", "negative_binomial", _positive, _counts, _negative_binomial, EACH),
         Case(
-            "gaussian, soft log scale", Gaussian("log_scale", -1.0), _real, lambda: _double(SHAPE), _normal("log_scale", -1.0),
-            (SHAPE, CHANNEL),
+            "zero_inflated", "zero_inflated_negative_binomial", _zero_inflated_parameters, _counts, _zero_inflated,
+            (SHAPE, FEATURE, SHAPE),
         ),
-        Case("gaussian, soft scale", Gaussian("scale", -1.0), _first_real_others_positive, lambda: _double(SHAPE),
-             _normal("scale", -1.0), (SHAPE, SHAPE)),
-        Case("gaussian, logvar", Gaussian("logvar"), _real, lambda: _double(SHAPE), _normal("logvar"), (SHAPE, FEATURE)),
-        Case("laplace, scale", "laplace", _first_real_others_positive, lambda: _double(SHAPE), _laplace("scale"), (SHAPE, FEATURE)),
-        Case("laplace, log scale", Laplace("log_scale"), _real, lambda: _double(SHAPE), _laplace("log_scale"), (SHAPE, SHAPE)),
-        Case("laplace, logvar", Laplace("logvar", -2.0), _real, lambda: _double(SHAPE), _laplace("logvar", -2.0), (SHAPE, CHANNEL)),
-        Case("poisson", "poisson", _positive, _counts, lambda p, x: -D.Poisson(p[0]).log_prob(x), (SHAPE,)),
-        Case("poisson_log", "poisson_log", _real, _counts, lambda p, x: -D.Poisson(p[0].exp()).log_prob(x), (SHAPE,)),
-        Case("negative_binomial", "negative_binomial", _positive, _counts, _negative_binomial, (SHAPE, FEATURE)),
-        Case("negative_binomial, each", "negative_binomial", _positive, _counts, _negative_binomial, (SHAPE, SHAPE)),
-        Case("zero_inflated", "zero_inflated_negative_binomial", lambda a, b, c: [*_positive(a, b), _double(c)], _counts,
-             _zero_inflated, (SHAPE, FEATURE, SHAPE)),
-        Case("discretized_logistic", "discretized_logistic", lambda a, b: [0.5 * _double(a), _double(b) - 3], _bins,
-             _discretized("log_scale"), (SHAPE, SHAPE)),
-        Case("discretized_logistic, scale", DiscretizedLogistic("scale"), lambda a, b: [0.5 * _double(a), torch.exp(_double(b) - 2)],
-             _bins, _discretized("scale"), (SHAPE, CHANNEL)),
-        Case("continuous_bernoulli", "continuous_bernoulli", lambda a: [torch.rand(a, dtype=torch.float64)],
-             lambda: torch.rand(SHAPE, dtype=torch.float64),
-             lambda p, x: -D.ContinuousBernoulli(p[0], validate_args=False).log_prob(x), (SHAPE,)),
-        Case("continuous_bernoulli_logits", "continuous_bernoulli_logits", _real, lambda: torch.rand(SHAPE, dtype=torch.float64),
-             lambda p, x: -D.ContinuousBernoulli(logits=p[0], validate_args=False).log_prob(x), (SHAPE,)),
-        Case("pos_weight", BernoulliLogits(3.0), _real, lambda: torch.rand(SHAPE, dtype=torch.float64), _weighted_bernoulli(3.0),
-             (SHAPE,)),
-        Case("pos_weight of features", BernoulliLogits(torch.arange(1.0, 7.0)), _real, lambda: torch.rand(SHAPE, dtype=torch.float64),
-             _weighted_bernoulli(torch.arange(1.0, 7.0)), (SHAPE,)),
-        Case("categorical", "categorical", _real, _labels, _categorical, (SHAPE,)),
-        Case("categorical, ignored", Categorical(), _real, lambda: _labels(True), _categorical, (SHAPE,)),
-        Case("categorical, soft", Categorical(), _real, lambda: _double(SHAPE).softmax(1), _soft(1), (SHAPE,)),
-        Case("multinomial", "multinomial", _real, _counts, _soft(-1), (SHAPE,)),
-        Case("multinomial, dim 2", Multinomial(2), _real, _counts, _soft(2), (SHAPE,)),
+        Case("discretized_logistic", "discretized_logistic", _logistic(True), _bins, _discretized("log_scale"), EACH),
+        Case(
+            "discretized_logistic, scale", DiscretizedLogistic("scale"), _logistic(False), _bins, _discretized("scale"),
+            OF_CHANNELS,
+        ),
+        Case("continuous_bernoulli", "continuous_bernoulli", _uniform, _units, _continuous, WHOLE),
+        Case("continuous_bernoulli_logits", "continuous_bernoulli_logits", _real, _units, _continuous_logits, WHOLE),
+        Case("pos_weight", BernoulliLogits(3.0), _real, _units, _weighted_bernoulli(3.0), WHOLE),
+        Case("pos_weight of features", BernoulliLogits(RATIOS), _real, _units, _weighted_bernoulli(RATIOS), WHOLE),
+        Case("categorical", "categorical", _real, _labels, _categorical, WHOLE),
+        Case("categorical, ignored", Categorical(), _real, lambda: _labels(True), _categorical, WHOLE),
+        Case("categorical, soft", Categorical(), _real, lambda: _double(SHAPE).softmax(1), _soft(1), WHOLE),
+        Case("multinomial", "multinomial", _real, _counts, _soft(-1), WHOLE),
+        Case("multinomial, dim 2", Multinomial(2), _real, _counts, _soft(2), WHOLE),
     )
 }  # fmt: skip
 
@@ -208,6 +238,3 @@ def reduce(terms: Tensor, reduction: str, weight: Tensor | None = None, counted:
     if reduction == "none":
         return values.flatten(1).sum(1)
     return {"sum": 1.0, "batchmean": 1 / len(terms), "mean": 1 / w.sum()}[reduction] * values.sum()
-
-
-LOG_2PI = math.log(2 * math.pi)

@@ -1,0 +1,59 @@
+"""The discretized logistic mixture as a formula of Torch operations, which autograd can differentiate twice.
+
+Salimans et al., PixelCNN++, 2017 (its `discretized_mix_logistic_loss` and order of parameters); Child, Very Deep VAEs, 2021.
+Theirs takes a density for the probability of a bin that holds less than 1e-5; here it is exact, however little the bin holds.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .numerics import log1mexp
+
+LOWEST_LOG_SCALE = -7.0
+
+
+def components(parameters: int, channels: int) -> int:
+    """How many components so many parameters of a pixel make."""
+    return parameters // (10 if channels == 3 else 1 + 2 * channels)
+
+
+def nll(prediction: Tensor, x: Tensor, *, levels: int, dim: int) -> Tensor:
+    """Negative log-likelihood of each pixel in nats, `[B, *spatial]`, of the dtype of `prediction`.
+
+    - `prediction`: `[B, P, *spatial]`, or with the P parameters along another `dim`: K logits of components, then for each of
+      the C channels K means, K log scales and, if C = 3, K coefficients. If C = 3, P = 10 K and two means move: that of G by
+      R times tanh of R's coefficient, that of B by R times tanh of G's and by G times tanh of B's. Else P = K (1 + 2 C).
+    - `x`: `[B, C, *spatial]` in [-1, 1], or levels 0 to `levels` - 1 of an integer dtype. The lowest level reaches to
+      -infinity, the highest to infinity. Log scales below -7 count as -7.
+    """
+    prediction, x = prediction.movedim(dim, 1), x.movedim(dim, 1)
+    if not x.is_floating_point():
+        x = x.to(prediction.dtype) * (2 / (levels - 1)) - 1
+    channels = x.shape[1]
+    count = components(prediction.shape[1], channels)
+    logits, rest = prediction[:, :count], prediction[:, count:].unflatten(1, (channels, -1, count))
+    means, log_scales = rest[:, :, 0], rest[:, :, 1].clamp(min=LOWEST_LOG_SCALE)
+    x = x.unsqueeze(2)
+    if channels == 3:
+        (mean_r, mean_g, mean_b), (g_by_r, b_by_r, b_by_g) = means.unbind(1), torch.tanh(rest[:, :, 2]).unbind(1)
+        r, g, _ = x.unbind(1)
+        means = torch.stack((mean_r, mean_g + g_by_r * r, mean_b + b_by_r * r + b_by_g * g), dim=1)
+    half = 1 / (levels - 1)
+    inverse = torch.exp(-log_scales)
+    upper, lower = (x - means + half) * inverse, (x - means - half) * inverse
+    lowest, highest = x < half - 1, x > 1 - half
+    # sigmoid(upper) - sigmoid(lower) = sigmoid(upper) sigmoid(-lower) (1 - exp(lower - upper))
+    log_p = torch.where(highest, 0.0, F.logsigmoid(upper)) + torch.where(lowest, 0.0, F.logsigmoid(-lower))
+    log_p = log_p + torch.where(lowest | highest, 0.0, _log_mass(2 * half * inverse, math.log(2 * half) - log_scales))
+    return -torch.logsumexp(F.log_softmax(logits, 1) + log_p.sum(1), 1)
+
+
+def _log_mass(width: Tensor, log_width: Tensor) -> Tensor:
+    """log(1 - exp(-width)), in which a width that underflows keeps its logarithm."""
+    small = width < 0.1
+    w = torch.where(small, width, 0.0).square()
+    near = log_width - 0.5 * width + w * (1 / 24 - w * (1 / 2880 - w * (1 / 181440 - w * (1 / 9676800))))
+    return torch.where(small, near, log1mexp(torch.where(small, 1.0, width)))

@@ -1,0 +1,385 @@
+"""Cross entropy over classes: its sum over positions and the gradient by the logits in one launch. Backward is the same kernel.
+
+The logits are seen as `[outer, classes, inner]`; each of the `outer * inner` positions has a distribution of its own. A tile is
+`[positions, classes]`, whichever of the two lies together in memory. A program takes every so many blocks of positions. Where
+the classes fit in one tile it reads them once; else it reads them tile by tile, and once more for the gradient.
+
+The sum of the exponentials is kept without one of them: the label's, or, where all classes have targets, that of a largest
+logit. With m the largest logit, u the exponential left out and r the sum of the others, all of them of l - m,
+
+    label y:     nll = m - l_y + log(u + r)                          gradient = exp(l - m) / (u + r), at y -r / (u + r)
+    targets t:   nll = sum_k t_k (m - l_k) + sum_k t_k log(1 + r)    gradient = sum_k t_k exp(l - m) / (1 + r) - t
+
+in which nothing cancels: a confident distribution keeps the digits of its small loss, and of its small gradient.
+"""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import FINISH, INTERPRETED, PROGRAMS, TRITON_DTYPE, arrivals, as_bytes, launch
+from .numerics import log
+from .operands import scalar
+from .reduction import arrive_last, ordered_sum
+
+
+@triton.jit
+def exp_below(x):
+    """exp(x) for x below 88, to about one rounding; 0 below -87."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        # As `numerics.exp_parts`, without the ends; what comes out far below -87 is not used.
+        shifted = x * 1.4426950408889634 + 12582912.0
+        k = shifted - 12582912.0
+        f = (x - k * 0.693359375) + k * 2.12194440e-4
+        power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
+        return tl.where(x < -87.0, 0.0, power * tl.exp2(f * 1.4426950408889634))  # NaN passes through
+
+
+@triton.jit
+def is_wrong(factor, used, seen, row, worker, DTYPE: tl.constexpr):
+    """Whether a row's gradient needs computing: not if `factor` is what was `used`. A copy of it goes to `seen`."""
+    wrong = True
+    if seen is not None:
+        number = tl.load(factor + row).to(DTYPE)
+        if worker == 0:
+            tl.store(seen + row, number)
+        if used is not None:
+            wrong = number != tl.load(used + row)  # NaN is never what was guessed
+    return wrong
+
+
+@triton.jit
+def reciprocal(divisor, value):
+    """1 / divisor: of the number on the device or, where the pointer is None, as the host has computed it."""
+    one = tl.full([], 1.0, tl.float64)
+    if divisor is None:
+        return one * value
+    else:
+        return one / tl.load(divisor).to(tl.float64)
+
+
+@triton.jit
+def blocks_of(outer, inner, LAST: tl.constexpr, POSITIONS: tl.constexpr):
+    if LAST:
+        return tl.cdiv(outer, POSITIONS)
+    else:
+        return outer * tl.cdiv(inner, POSITIONS)  # a block stays within one index of `outer`
+
+
+@triton.jit
+def place(block, first, outer, inner, LAST: tl.constexpr, POSITIONS: tl.constexpr):
+    """Of the positions of a block: which ones there are; the index of `outer`, one for all unless LAST; and that of `inner`."""
+    lanes = tl.arange(0, POSITIONS)
+    if LAST:
+        index = block * POSITIONS + lanes
+        return index < outer, first + index, 0
+    else:
+        across = tl.cdiv(inner, POSITIONS)
+        i = block % across * POSITIONS + lanes
+        return i < inner, first + block // across, i
+
+
+@triton.jit
+def log_of_sum(u, r):
+    """log(u + r) for u in [0, 1] and r >= 0, as exact for u = 1 as log1p; NaN where the sum is not positive."""
+    s = u + r
+    # What the sum rounds away matters only where the logarithm is small.
+    y = log(s) + tl.where(r <= 1.0, r - (s - u), 0.0)
+    return tl.where(s > 0.0, y, float("nan"))
+
+
+@triton.jit
+def take_in(logit, m, r, k, label):
+    """The largest logit and the sum of the exponentials, less the label's, after one more tile; and those of the tile."""
+    top = tl.maximum(m, tl.max(logit, 1))
+    e = exp_below(logit - top[:, None])
+    return top, r * exp_below(m - top) + tl.sum(tl.where(k[None, :] == label[:, None], 0.0, e), 1), e
+
+
+@triton.jit
+def take_in_dense(logit, t, m, r, total, spread):
+    """Likewise, less that of one of the largest logits, so r = -1 before the first tile; and sum t, and sum t (top - logit)."""
+    top = tl.maximum(m, tl.max(logit, 1))
+    e = exp_below(logit - top[:, None])
+    largest = logit == top[:, None]
+    rest = tl.sum(tl.where(largest, 0.0, e), 1)
+    ties = tl.sum(largest.to(e.dtype), 1)
+    before = (1.0 + r) * exp_below(m - top)
+    r = tl.where(top > m, before + (rest + (ties - 1.0)), r + (rest + ties))
+    # No weight on a class that is masked by -inf: 0, not NaN.
+    spread += tl.where(total == 0.0, 0.0, total * (top - m)) + tl.sum(tl.where(t == 0.0, 0.0, t * (top[:, None] - logit)), 1)
+    return top, r, total + tl.sum(t, 1), spread, e
+
+
+@triton.jit
+def logit_tile(prediction, offsets, mask, DTYPE: tl.constexpr):
+    return tl.load(prediction + offsets, mask=mask, other=-float("inf")).to(DTYPE)
+
+
+@triton.jit
+def target_tile(x, offsets, mask, target_scale, DTYPE: tl.constexpr):
+    return tl.load(x + offsets, mask=mask, other=0).to(DTYPE) * target_scale
+
+
+@triton.jit
+def slope_tile(e, k, label, of_label, of_others):
+    return tl.where(k[None, :] == label[:, None], of_label[:, None], e * of_others[:, None])
+
+
+@triton.jit
+def dense_slope_tile(logit, e, t, m, of_label, of_others, total, factor):
+    """At a largest logit, total / (1 + r) - t is written so that it keeps its digits where r is small."""
+    of_largest = (total[:, None] - t) * factor[:, None] + of_label[:, None]
+    return tl.where(logit == m[:, None], of_largest, e * of_others[:, None] - t * factor[:, None])
+
+
+@triton.jit
+def store_tile(gradient, offsets, slope, keep, mask, READ: tl.constexpr):
+    """READ: what is not kept was read nonetheless, and may be NaN."""
+    if READ:
+        slope = tl.where(keep[:, None], slope, 0.0)
+    tl.store(gradient + offsets, slope.to(gradient.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["outer", "classes", "inner", "programs", "ignore_index"])
+def categorical_kernel(
+    prediction, x, weight, gradient, factor, used, seen, partials, arrived, recon, divisor,
+    recon_weight: tl.float64, target_scale: tl.float64, ignore_index: tl.int64,
+    outer: tl.int64, classes: tl.int32, inner: tl.int64, programs: tl.int32,
+    DENSE: tl.constexpr, DTYPE: tl.constexpr, LOWEST: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    SINGLE: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr, FINISH: tl.constexpr,
+):  # fmt: skip
+    """`outer`: of a row. Forward has the guess for a `factor`, and `partials`; backward has the true factor, and `seen`."""
+    row = tl.program_id(0) // programs
+    worker = tl.program_id(0) % programs
+    first = row * outer
+    if not WIDE:
+        first, outer, inner = first.to(tl.int32), outer.to(tl.int32), inner.to(tl.int32)
+    # What lies together in memory is a multiple of ALIGN, which the compiler has to see to make its accesses wide.
+    if LAST:
+        classes = classes // ALIGN * ALIGN
+        inner = 1
+    else:
+        inner = inner // ALIGN * ALIGN
+    wrong = is_wrong(factor, used, seen, row, worker, DTYPE)
+    if wrong:
+        ts = scalar(None, target_scale, DTYPE)
+        sums = tl.zeros([POSITIONS], dtype=tl.float64)  # a number for each position costs little, beside that for each class
+        k = tl.arange(0, CLASSES)
+        for block in tl.range(worker, blocks_of(outer, inner, LAST, POSITIONS), programs):
+            inside, index, i = place(block, first, outer, inner, LAST, POSITIONS)
+            position = index * inner + i
+            base = index * classes * inner + i
+            keep = inside
+            factors = tl.full([POSITIONS], 1.0, DTYPE)
+            if weight is not None:
+                factors = tl.load(weight + position, mask=inside, other=0).to(DTYPE)
+                keep = keep & (factors != 0.0)
+            m = tl.full([POSITIONS], LOWEST, DTYPE)
+            if DENSE:
+                total = tl.zeros([POSITIONS], dtype=DTYPE)
+                spread = total
+                r = total - 1.0
+            else:
+                # Labels are compared in 64 bits; of those that are classes, 32 are kept.
+                y = tl.load(x + position, mask=inside, other=0).to(tl.int64)
+                keep = keep & (y != ignore_index)
+                valid = (y >= 0) & (y < classes)
+                label = tl.where(valid, y, -1).to(tl.int32)
+                at = base + tl.where(valid, label, 0) * inner
+                picked = tl.load(prediction + at, mask=keep & valid, other=0.0).to(DTYPE)
+                m = tl.maximum(m, picked)
+                r = tl.zeros([POSITIONS], dtype=DTYPE)
+            if LAST:
+                wanted = keep  # whole rows are not read; elsewhere that would break accesses up
+            else:
+                wanted = inside
+            if SINGLE:
+                offsets = base[:, None] + (k * inner)[None, :]
+                mask = wanted[:, None] & (k < classes)[None, :]
+                logit = logit_tile(prediction, offsets, mask, DTYPE)
+                if DENSE:
+                    t = target_tile(x, offsets, mask, ts, DTYPE)
+                    m, r, total, spread, e = take_in_dense(logit, t, m, r, total, spread)
+                else:
+                    m, r, e = take_in(logit, m, r, k, label)
+            else:
+                for start in tl.range(0, classes, CLASSES):
+                    offsets = base[:, None] + ((start + k) * inner)[None, :]
+                    mask = wanted[:, None] & (start + k < classes)[None, :]
+                    logit = logit_tile(prediction, offsets, mask, DTYPE)
+                    if DENSE:
+                        t = target_tile(x, offsets, mask, ts, DTYPE)
+                        m, r, total, spread, _ = take_in_dense(logit, t, m, r, total, spread)
+                    else:
+                        m, r, _ = take_in(logit, m, r, start + k, label)
+            if DENSE:
+                u = tl.full([POSITIONS], 1.0, DTYPE)
+                r = tl.where(m == float("inf"), float("nan"), r)  # infinity less itself is what was left out
+            else:
+                u = exp_below(picked - m)
+                total = tl.where(valid, 1.0, float("nan")).to(DTYPE)
+                spread = m - picked
+            if partials is not None:
+                sums += tl.where(keep, factors * (spread + total * log_of_sum(u, r)), 0.0)
+            if gradient is not None:
+                # Not before the classes, over which it would take registers.
+                factors *= (tl.load(factor + row).to(tl.float64) * reciprocal(divisor, recon_weight)).to(DTYPE)
+                of_others = tl.where(keep, total / (u + r) * factors, 0.0)
+                of_label = tl.where(keep, -r * of_others, 0.0)
+                if SINGLE:
+                    if DENSE:
+                        slope = dense_slope_tile(logit, e, t, m, of_label, of_others, total, factors)
+                    else:
+                        slope = slope_tile(e, k, label, of_label, of_others)
+                    mask = inside[:, None] & (k < classes)[None, :]
+                    store_tile(gradient, offsets, slope, keep, mask, not LAST)
+                else:
+                    for start in tl.range(0, classes, CLASSES):
+                        offsets = base[:, None] + ((start + k) * inner)[None, :]
+                        mask = wanted[:, None] & (start + k < classes)[None, :]
+                        logit = logit_tile(prediction, offsets, mask, DTYPE)
+                        e = exp_below(logit - m[:, None])
+                        if DENSE:
+                            t = target_tile(x, offsets, mask, ts, DTYPE)
+                            slope = dense_slope_tile(logit, e, t, m, of_label, of_others, total, factors)
+                        else:
+                            slope = slope_tile(e, start + k, label, of_label, of_others)
+                        mask = inside[:, None] & (start + k < classes)[None, :]
+                        store_tile(gradient, offsets, slope, keep, mask, not LAST)
+        if partials is not None:
+            if arrive_last(partials, arrived, row, programs, tl.sum(sums)):
+                total_sum = ordered_sum(partials + row * programs, programs, FINISH)
+                tl.store(recon + row, (total_sum * reciprocal(divisor, recon_weight)).to(DTYPE))
+
+
+# Elements of a tile, of 4 bytes or fewer, where classes need several: 32 a thread, of logits and maybe of targets.
+TILE = 4096
+# Where only logits are held, and all classes fit in: they are read once.
+SINGLE_TILE = 8192
+# Where all classes fit in less, a tile has several positions.
+SMAlogit_TILE = 1024
+# Positions that lie together in memory, where these are not the classes: 128 bytes of float32, 64 of 16-bit numbers.
+TOGETHER = 32
+
+
+def tile_shape(classes: int, inner: int, most: int | None, dense: bool, dtype: torch.dtype) -> tuple[int, int]:
+    """Positions and classes of a tile; a block need not have more than `most` positions. `dtype`: that of the arithmetic."""
+    if INTERPRETED:
+        single = multiple = small = 65536
+    else:
+        single, multiple, small = (size * 4 // dtype.itemsize for size in (TILE if dense else SINGLE_TILE, TILE, SMAlogit_TILE))
+    width = triton.next_power_of_2(classes)
+    height = max(1, small // width)
+    if inner > 1:
+        most = inner
+        height = max(height, TOGETHER)
+    if most is not None:
+        height = min(height, triton.next_power_of_2(most))
+    if width * height > single:
+        width = max(1, multiple // height)
+    return height, width
+
+
+@functools.cache
+def _multiprocessors_and_cache(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda":
+        return 1, 2**20
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.L2_cache_size
+
+
+def programs_of(blocks: int, rows: int, device: torch.device, read_again: int) -> int:
+    """Programs of a row, with about equally many blocks each.
+
+    What a program has read of a block, `read_again` bytes, it should find in the L2 cache when it comes back for the gradient:
+    half of the cache is for that, but two programs stay on each multiprocessor.
+    """
+    multiprocessors, cache = _multiprocessors_and_cache(device)
+    most = PROGRAMS * multiprocessors
+    if read_again:
+        most = min(most, max(2 * multiprocessors, cache // 2 // read_again))
+    return max(1, triton.cdiv(blocks, triton.cdiv(blocks, max(1, most // rows))))
+
+
+def divisor_arguments(divisor: torch.Tensor | float) -> tuple[torch.Tensor | None, float]:
+    if isinstance(divisor, torch.Tensor):
+        return divisor, 1.0
+    return None, 1 / divisor if divisor else math.copysign(math.inf, divisor)
+
+
+def _launch(
+    prediction, x, weight, gradient, factor, used, seen, recon, divisor, *,
+    per_sample, dtype, classes, inner, ignore_index, target_scale, stateless=False,
+):  # fmt: skip
+    """One launch of the kernel: of forward where `recon` is to be written, else of backward."""
+    device, numel = prediction.device, prediction.numel()
+    rows = prediction.shape[0] if per_sample else 1
+    outer = numel // (classes * inner * rows)
+    dense = x.dim() == prediction.dim()
+    height, width = tile_shape(classes, inner, outer if per_sample else None, dense, dtype)
+    blocks = triton.cdiv(outer, height) if inner == 1 else outer * triton.cdiv(inner, height)
+    single = classes <= width
+    read_again = 0
+    if not single and gradient is not None:
+        read_again = height * classes * (prediction.element_size() + (x.element_size() if dense else 0))
+    programs = programs_of(blocks, rows, device, read_again)
+    partials = arrived = None
+    if recon is not None:
+        partials = prediction.new_empty(rows * programs, dtype=torch.float64)
+        arrived = arrivals(device, rows, stateless)
+    launch(
+        categorical_kernel, rows * programs, device,
+        prediction, as_bytes(x), weight if weight is None else as_bytes(weight), gradient, factor, used, seen,
+        partials, arrived, recon, *divisor_arguments(divisor), target_scale, ignore_index,
+        outer, classes, inner, programs,
+        DENSE=dense, DTYPE=TRITON_DTYPE[dtype], LOWEST=torch.finfo(dtype).min, LAST=inner == 1,
+        ALIGN=math.gcd(classes if inner == 1 else inner, 16),
+        # The last tiles reach beyond the end, and so do the blocks.
+        WIDE=numel + (width + height) * max(classes, inner) + programs * height >= 2**31,
+        SINGLE=single, POSITIONS=height, CLASSES=width, FINISH=FINISH,
+    )  # fmt: skip
+
+
+def forward(prediction, x, weight, divisor, guess, *, per_sample, dtype, **options):
+    """Negative log-likelihood of categorical distributions, its sum over positions divided by `divisor`, and the gradient.
+
+    - `prediction`: logits, contiguous, seen as `[outer, classes, inner]`; with `per_sample` its first dimension is the batch.
+    - `x`: of one dimension less, labels `[outer, inner]` of an integer dtype; of as many, targets of the shape of `prediction`
+      and of any real dtype, which are multiplied by `target_scale`. A label equal to `ignore_index` counts nothing; one that is
+      no class makes NaN.
+    - `weight`: None, or a number for each position, `[outer, inner]`; where it is 0 nothing counts, not even NaN.
+    - `divisor`: a float, or a 0-d tensor on the device.
+    - `guess`: None, or `[B]` or `[1]` of `dtype`: the upstream factor to store the gradient with.
+    - Options: `classes`, `inner`, `ignore_index`, `target_scale`; `stateless` as in `loss_forward`.
+
+    Returns `(recon, gradient)`: `[]`, or `[B]` with `per_sample`, of `dtype`; and the gradient like `prediction`, or None.
+    """
+    gradient = None if guess is None else torch.empty_like(prediction)
+    shape = prediction.shape[:1] if per_sample else ()
+    if prediction.numel() == 0:
+        return prediction.new_zeros(shape, dtype=dtype), gradient
+    recon = prediction.new_empty(shape, dtype=dtype)
+    _launch(prediction, x, weight, gradient, guess, None, None, recon, divisor, per_sample=per_sample, dtype=dtype, **options)
+    return recon, gradient
+
+
+def backward(prediction, x, weight, divisor, upstream, gradient, used, *, per_sample, dtype, **options):
+    """The gradient with the factor `upstream`, `[]` or `[B]`; a stored one is corrected where it lies.
+
+    `gradient` is what forward stored with the factor `used`, or both are None. The rest is as in `forward`.
+
+    Returns `(gradient, seen)`: `seen`, `[B]` or `[1]`, is a copy of `upstream` for the next forward to guess.
+    """
+    gradient = torch.empty_like(prediction) if gradient is None else gradient
+    if prediction.numel() == 0:
+        return gradient, upstream.reshape(-1).to(dtype, copy=True)
+    seen = prediction.new_empty(prediction.shape[0] if per_sample else 1, dtype=dtype)
+    upstream = upstream.contiguous()
+    _launch(prediction, x, weight, gradient, upstream, used, seen, None, divisor, per_sample=per_sample, dtype=dtype, **options)
+    return gradient, seen

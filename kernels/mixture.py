@@ -1,0 +1,308 @@
+"""The discretized logistic mixture: its sum over pixels and the gradient by all its parameters in one launch. Backward is the
+same kernel.
+
+The parameters are seen as `[outer, P, inner]`, in the order of PixelCNN++ (see `fastelbo.mixture`), and the target as `[outer,
+channels, inner]`. A tile is `[positions, components]`, with all components of a position, so that of three channels or one each
+parameter is read once: what its gradient needs stays in registers. Other channels are read twice, one after the other.
+
+With a and b the upper and lower end of the target's bin, in scales from the mean, a bin other than the first and last holds
+
+    P = sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a))
+
+whose logarithm is a sum of negative terms: nothing cancels, however little the bin holds.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .categorical import blocks_of, divisor_arguments, exp_below, is_wrong, place, programs_of, reciprocal
+from .launch import FINISH, INTERPRETED, TRITON_DTYPE, arrivals, as_bytes, launch
+from .numerics import exp_and_expm1, log
+from .operands import scalar
+from .reduction import arrive_last, ordered_sum
+
+
+@triton.jit
+def tanh_and_slope(x):
+    """tanh(x) and 1 - tanh(x)^2."""
+    e, expm1 = exp_and_expm1(-2.0 * tl.abs(x))
+    q = 1.0 / (1.0 + e)
+    t = -expm1 * q
+    return tl.where(x < 0.0, -t, t), 4.0 * e * (q * q)
+
+
+@triton.jit
+def log_bin(distance, log_scale, lowest, highest, half):
+    """log P of a bin, and its derivatives by the mean and the log scale. `distance`: of the bin's centre from the mean.
+
+    The three logarithms are taken as one, of u = (1 - exp(b - a)) / ((1 + exp(-|a|)) (1 + exp(-|b|))).
+    """
+    low = log_scale < -7.0  # written so that NaN passes through
+    log_scale = tl.where(low, -7.0, log_scale)
+    # So wide a scale only makes the bin's share less, by which a and b are 0 to all digits: nothing need underflow.
+    bounded = tl.where(log_scale > 60.0, 60.0, log_scale)
+    inverse = exp_below(-bounded)
+    at_end = lowest | highest
+    # An end at infinity is one at which exponentials and their products are 0.
+    a = tl.where(highest, 1e4, (distance + half) * inverse)
+    b = tl.where(lowest, -1e4, (distance - half) * inverse)
+    width = tl.where(at_end, 1e4, 2.0 * half * inverse)
+    e_a = exp_below(-tl.abs(a))
+    e_b = exp_below(-tl.abs(b))
+    e, expm1 = exp_and_expm1(-width)
+    share = 1.0 / ((1.0 + e_a) * (1.0 + e_b))
+    q_a = tl.where(a >= 0.0, e_a, 1.0) * ((1.0 + e_b) * share)  # sigmoid(-a)
+    q_b = tl.where(b >= 0.0, 1.0, e_b) * ((1.0 + e_a) * share)  # sigmoid(b)
+    rest = (e + e_a + e_b + e_a * e_b) * share  # 1 - u
+    full = rest < 0.5
+    u = tl.where(full, 1.0 - rest, -expm1 * share)
+    log_u = log(u) + tl.where(full, (1.0 - u) - rest, 0.0)  # what 1 - rest rounds away
+    a_or_0 = tl.minimum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    b_or_0 = tl.maximum(b, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    to_log_scale = (q_b * b - q_a * a) + width * e / expm1
+    return (
+        (log_u + (a_or_0 - b_or_0)) + (bounded - log_scale),
+        (q_b - q_a) * inverse,
+        tl.where(low, 0.0, to_log_scale),
+    )
+
+
+@triton.jit
+def parameter_tile(prediction, offsets, mask, DTYPE: tl.constexpr):
+    return tl.load(prediction + offsets, mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def pixel_column(x, offsets, inside, steps, half, INTEGER: tl.constexpr, DTYPE: tl.constexpr):
+    """The target as it is, a column: levels less half of their range in half steps, or a number; and that number; and whether
+    it is of the lowest and of the highest bin."""
+    value = tl.load(x + offsets, mask=inside, other=0).to(DTYPE)[:, None]
+    if INTEGER:
+        value = 2.0 * value - steps
+        return value, value * half, value < 1.0 - steps, value > steps - 1.0
+    else:
+        return value, value, value < half - 1.0, value > 1.0 - half
+
+
+@triton.jit
+def distance_of(value, mean, steps, half, INTEGER: tl.constexpr):
+    if INTEGER:
+        return (value - mean * steps) * half  # one rounding, if the product and the sum are fused
+    else:
+        return value - mean
+
+
+@triton.jit
+def store_parameter(gradient, offsets, slope, keep, mask):
+    """What is not kept may be NaN."""
+    tl.store(gradient + offsets, tl.where(keep[:, None], slope, 0.0).to(gradient.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["outer", "components", "inner", "channels", "levels", "programs"])
+def mixture_kernel(
+    prediction, x, weight, gradient, factor, used, seen, partials, arrived, recon, divisor,
+    recon_weight: tl.float64, half_step: tl.float64, levels: tl.int32,
+    outer: tl.int64, components: tl.int32, inner: tl.int64, channels: tl.int32, programs: tl.int32,
+    CHANNELS: tl.constexpr, INTEGER: tl.constexpr, DTYPE: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr,
+    WIDE: tl.constexpr, POSITIONS: tl.constexpr, COMPONENTS: tl.constexpr, FINISH: tl.constexpr,
+):  # fmt: skip
+    """CHANNELS: 3 or 1, or 0 for another number, `channels`. The rest is as in `categorical.categorical_kernel`."""
+    row = tl.program_id(0) // programs
+    worker = tl.program_id(0) % programs
+    first = row * outer
+    if not WIDE:
+        first, outer, inner = first.to(tl.int32), outer.to(tl.int32), inner.to(tl.int32)
+    if LAST:
+        components = components // ALIGN * ALIGN
+        inner = 1
+    else:
+        inner = inner // ALIGN * ALIGN
+    if CHANNELS == 3:
+        channels = 3
+        parameters = 10 * components
+    elif CHANNELS == 1:
+        channels = 1
+        parameters = 3 * components
+    else:
+        parameters = (1 + 2 * channels) * components
+    if is_wrong(factor, used, seen, row, worker, DTYPE):
+        half = scalar(None, half_step, DTYPE)
+        steps = (levels - 1).to(DTYPE)
+        sums = tl.zeros([POSITIONS], dtype=tl.float64)
+        k = tl.arange(0, COMPONENTS)
+        apart = components * inner  # from the tile of a parameter to that of the next
+        for block in tl.range(worker, blocks_of(outer, inner, LAST, POSITIONS), programs):
+            inside, index, i = place(block, first, outer, inner, LAST, POSITIONS)
+            position = index * inner + i
+            keep = inside
+            factors = tl.full([POSITIONS], 1.0, DTYPE)
+            if weight is not None:
+                factors = tl.load(weight + position, mask=inside, other=0).to(DTYPE)
+                keep = keep & (factors != 0.0)
+            mask = inside[:, None] & (k < components)[None, :]
+            o = (index * parameters * inner + i)[:, None] + (k * inner)[None, :]
+            pixel = index * channels * inner + i
+            logit = tl.load(prediction + o, mask=mask, other=-float("inf")).to(DTYPE)
+            if CHANNELS == 3:
+                v_r, r, low_r, high_r = pixel_column(x, pixel, inside, steps, half, INTEGER, DTYPE)
+                v_g, g, low_g, high_g = pixel_column(x, pixel + inner, inside, steps, half, INTEGER, DTYPE)
+                v_b, _, low_b, high_b = pixel_column(x, pixel + 2 * inner, inside, steps, half, INTEGER, DTYPE)
+                mean_r = parameter_tile(prediction, o + apart, mask, DTYPE)
+                scale_r = parameter_tile(prediction, o + 2 * apart, mask, DTYPE)
+                g_by_r, g_by_r_slope = tanh_and_slope(parameter_tile(prediction, o + 3 * apart, mask, DTYPE))
+                mean_g = parameter_tile(prediction, o + 4 * apart, mask, DTYPE) + g_by_r * r
+                scale_g = parameter_tile(prediction, o + 5 * apart, mask, DTYPE)
+                b_by_r, b_by_r_slope = tanh_and_slope(parameter_tile(prediction, o + 6 * apart, mask, DTYPE))
+                mean_b = parameter_tile(prediction, o + 7 * apart, mask, DTYPE)
+                scale_b = parameter_tile(prediction, o + 8 * apart, mask, DTYPE)
+                b_by_g, b_by_g_slope = tanh_and_slope(parameter_tile(prediction, o + 9 * apart, mask, DTYPE))
+                mean_b += b_by_r * r + b_by_g * g
+                log_r, mean_r, scale_r = log_bin(distance_of(v_r, mean_r, steps, half, INTEGER), scale_r, low_r, high_r, half)
+                log_g, mean_g, scale_g = log_bin(distance_of(v_g, mean_g, steps, half, INTEGER), scale_g, low_g, high_g, half)
+                log_b, mean_b, scale_b = log_bin(distance_of(v_b, mean_b, steps, half, INTEGER), scale_b, low_b, high_b, half)
+                log_p = log_r + log_g + log_b
+            elif CHANNELS == 1:
+                v_r, _, low_r, high_r = pixel_column(x, pixel, inside, steps, half, INTEGER, DTYPE)
+                mean_r = parameter_tile(prediction, o + apart, mask, DTYPE)
+                scale_r = parameter_tile(prediction, o + 2 * apart, mask, DTYPE)
+                log_p, mean_r, scale_r = log_bin(distance_of(v_r, mean_r, steps, half, INTEGER), scale_r, low_r, high_r, half)
+            else:
+                log_p = tl.zeros([POSITIONS, COMPONENTS], dtype=DTYPE)
+                for c in tl.range(0, channels):
+                    v, _, low, high = pixel_column(x, pixel + c * inner, inside, steps, half, INTEGER, DTYPE)
+                    mean = parameter_tile(prediction, o + (1 + 2 * c) * apart, mask, DTYPE)
+                    scale = parameter_tile(prediction, o + (2 + 2 * c) * apart, mask, DTYPE)
+                    log_c, _, _ = log_bin(distance_of(v, mean, steps, half, INTEGER), scale, low, high, half)
+                    log_p += log_c
+            # The sums are 1 or more, and the largest logit is taken off before what is as large can cancel.
+            logit -= tl.max(logit, 1)[:, None]
+            prior = exp_below(logit)
+            prior_sum = tl.sum(prior, 1)
+            joint = logit + log_p
+            top = tl.max(joint, 1)
+            posterior = exp_below(joint - top[:, None])
+            posterior_sum = tl.sum(posterior, 1)
+            if partials is not None:
+                nll = log(prior_sum) - (top + log(posterior_sum))
+                nll = tl.where((prior_sum > 0.0) & (posterior_sum > 0.0), nll, float("nan"))
+                sums += tl.where(keep, factors * nll, 0.0)
+            if gradient is not None:
+                factors *= (tl.load(factor + row).to(tl.float64) * reciprocal(divisor, recon_weight)).to(DTYPE)
+                slope = posterior * (-factors / posterior_sum)[:, None]
+                store_parameter(gradient, o, prior * (factors / prior_sum)[:, None] + slope, keep, mask)
+                if CHANNELS == 3:
+                    mean_r, mean_g, mean_b = mean_r * slope, mean_g * slope, mean_b * slope
+                    store_parameter(gradient, o + apart, mean_r, keep, mask)
+                    store_parameter(gradient, o + 2 * apart, scale_r * slope, keep, mask)
+                    store_parameter(gradient, o + 3 * apart, mean_g * r * g_by_r_slope, keep, mask)
+                    store_parameter(gradient, o + 4 * apart, mean_g, keep, mask)
+                    store_parameter(gradient, o + 5 * apart, scale_g * slope, keep, mask)
+                    store_parameter(gradient, o + 6 * apart, mean_b * r * b_by_r_slope, keep, mask)
+                    store_parameter(gradient, o + 7 * apart, mean_b, keep, mask)
+                    store_parameter(gradient, o + 8 * apart, scale_b * slope, keep, mask)
+                    store_parameter(gradient, o + 9 * apart, mean_b * g * b_by_g_slope, keep, mask)
+                elif CHANNELS == 1:
+                    store_parameter(gradient, o + apart, mean_r * slope, keep, mask)
+                    store_parameter(gradient, o + 2 * apart, scale_r * slope, keep, mask)
+                else:
+                    for c in tl.range(0, channels):
+                        v, _, low, high = pixel_column(x, pixel + c * inner, inside, steps, half, INTEGER, DTYPE)
+                        mean = parameter_tile(prediction, o + (1 + 2 * c) * apart, mask, DTYPE)
+                        scale = parameter_tile(prediction, o + (2 + 2 * c) * apart, mask, DTYPE)
+                        _, mean, scale = log_bin(distance_of(v, mean, steps, half, INTEGER), scale, low, high, half)
+                        store_parameter(gradient, o + (1 + 2 * c) * apart, mean * slope, keep, mask)
+                        store_parameter(gradient, o + (2 + 2 * c) * apart, scale * slope, keep, mask)
+        if partials is not None:
+            if arrive_last(partials, arrived, row, programs, tl.sum(sums)):
+                total = ordered_sum(partials + row * programs, programs, FINISH)
+                tl.store(recon + row, (total * reciprocal(divisor, recon_weight)).to(DTYPE))
+
+
+# Elements of a tile, of which a thread holds nine slopes each, of three channels; with one channel, or one at a time, two.
+THREE_TILE, OTHER_TILE = 512, 1024
+# Positions that lie together in memory: 128 bytes of float32; fewer for very many components.
+TOGETHER, FEWEST = 32, 8
+
+
+def tile_shape(components: int, inner: int, most: int | None, channels: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Positions and components of a tile; a block need not have more than `most` positions. `dtype`: that of the arithmetic."""
+    size = 8192 if INTERPRETED else THREE_TILE if channels == 3 else OTHER_TILE
+    if dtype == torch.float64:
+        size //= 4
+    width = triton.next_power_of_2(components)
+    height = max(1, size // width)
+    if inner > 1:
+        most = inner
+        height = max(height, FEWEST)
+    if most is not None:
+        height = min(height, triton.next_power_of_2(most))
+    return height, width
+
+
+def _launch(
+    prediction, x, weight, gradient, factor, used, seen, recon, divisor, *,
+    per_sample, dtype, levels, inner, channels, stateless=False,
+):  # fmt: skip
+    """One launch of the kernel: of forward where `recon` is to be written, else of backward."""
+    device, numel = prediction.device, prediction.numel()
+    rows = prediction.shape[0] if per_sample else 1
+    outer = x.numel() // (channels * inner * rows)
+    components = numel // (outer * rows * inner) // (10 if channels == 3 else 1 + 2 * channels)
+    height, width = tile_shape(components, inner, outer if per_sample else None, channels, dtype)
+    blocks = triton.cdiv(outer, height) if inner == 1 else outer * triton.cdiv(inner, height)
+    programs = programs_of(blocks, rows, device, 0)
+    partials = arrived = None
+    if recon is not None:
+        partials = prediction.new_empty(rows * programs, dtype=torch.float64)
+        arrived = arrivals(device, rows, stateless)
+    launch(
+        mixture_kernel, rows * programs, device,
+        prediction, as_bytes(x), weight if weight is None else as_bytes(weight), gradient, factor, used, seen,
+        partials, arrived, recon, *divisor_arguments(divisor), 1 / (levels - 1), levels,
+        outer, components, inner, channels, programs,
+        CHANNELS=channels if channels in (1, 3) else 0, INTEGER=not x.is_floating_point(), DTYPE=TRITON_DTYPE[dtype],
+        LAST=inner == 1, ALIGN=math.gcd(components if inner == 1 else inner, 16),
+        # The last tiles reach beyond the end, and so do the blocks.
+        WIDE=numel + (width + height) * max(numel // (outer * rows * inner), inner) + programs * height >= 2**31,
+        POSITIONS=height, COMPONENTS=width, FINISH=FINISH,
+    )  # fmt: skip
+
+
+def forward(prediction, x, weight, divisor, guess, *, per_sample, dtype, **options):
+    """Negative log-likelihood of pixels, its sum divided by `divisor`, and the gradient: that of `fastelbo.mixture.nll`.
+
+    - `prediction`: parameters, contiguous, seen as `[outer, P, inner]`; with `per_sample` its first dimension is the batch.
+    - `x`: `[outer, channels, inner]`, in [-1, 1], or levels of an integer dtype.
+    - `weight`: None, or a number for each pixel, `[outer, inner]`; where it is 0 nothing counts, not even NaN.
+    - `divisor`: a float, or a 0-d tensor on the device.
+    - `guess`: None, or `[B]` or `[1]` of `dtype`: the upstream factor to store the gradient with.
+    - Options: `levels`, `inner`, `channels`; `stateless` as in `loss_forward`.
+
+    Returns `(recon, gradient)`: `[]`, or `[B]` with `per_sample`, of `dtype`; and the gradient like `prediction`, or None.
+    """
+    gradient = None if guess is None else torch.empty_like(prediction)
+    shape = prediction.shape[:1] if per_sample else ()
+    if prediction.numel() == 0:
+        return prediction.new_zeros(shape, dtype=dtype), gradient
+    recon = prediction.new_empty(shape, dtype=dtype)
+    _launch(prediction, x, weight, gradient, guess, None, None, recon, divisor, per_sample=per_sample, dtype=dtype, **options)
+    return recon, gradient
+
+
+def backward(prediction, x, weight, divisor, upstream, gradient, used, *, per_sample, dtype, **options):
+    """The gradient with the factor `upstream`, `[]` or `[B]`; a stored one is corrected where it lies.
+
+    `gradient` is what forward stored with the factor `used`, or both are None. The rest is as in `forward`.
+
+    Returns `(gradient, seen)`: `seen`, `[B]` or `[1]`, is a copy of `upstream` for the next forward to guess.
+    """
+    gradient = torch.empty_like(prediction) if gradient is None else gradient
+    if prediction.numel() == 0:
+        return gradient, upstream.reshape(-1).to(dtype, copy=True)
+    seen = prediction.new_empty(prediction.shape[0] if per_sample else 1, dtype=dtype)
+    upstream = upstream.contiguous()
+    _launch(prediction, x, weight, gradient, upstream, used, seen, None, divisor, per_sample=per_sample, dtype=dtype, **options)
+    return gradient, seen

@@ -1,0 +1,75 @@
+"""Posteriors and priors on the device, found by name; their plain Torch twins are in `fastelbo/posteriors.py`.
+
+A posterior, from the encoder's second output: `(sigma, d sigma, logvar, excess, d)`. `excess` is sigma^2 - 1, without
+cancellation. `d sigma` is the derivative of sigma by that output, and `d` half that of logvar: the KL's from N(0, 1) is
+`d * excess`, and from any other prior `d * (variance ratio - 1)`.
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import exp_and_expm1, log
+
+
+@triton.jit
+def positive_log(x):
+    """log(x), -inf for 0 and NaN for what is below or is NaN."""
+    return tl.where(x > 0.0, log(tl.where(x > 0.0, x, 1.0)), tl.where(x == 0.0, float("-inf"), float("nan")))
+
+
+@triton.jit
+def positive_inverse(x):
+    """1 / x, inf for 0 and NaN for what is below or is NaN."""
+    return tl.where(x > 0.0, 1.0 / tl.where(x > 0.0, x, 1.0), tl.where(x == 0.0, float("inf"), float("nan")))
+
+
+@triton.jit
+def logvar(raw):
+    std, q = exp_and_expm1(0.5 * raw)
+    return std, 0.5 * std, raw, q * (q + 2.0), 0.5
+
+
+@triton.jit
+def log_std(raw):
+    std, q = exp_and_expm1(raw)
+    return std, std, 2.0 * raw, q * (q + 2.0), 1.0
+
+
+@triton.jit
+def std(raw):
+    raw = tl.where(raw < 0.0, float("nan"), raw)
+    return raw, 1.0, 2.0 * positive_log(raw), (raw - 1.0) * (raw + 1.0), positive_inverse(raw)
+
+
+@triton.jit
+def var(raw):
+    std = tl.sqrt(tl.where(raw < 0.0, float("nan"), raw))
+    return std, 0.5 * positive_inverse(std), positive_log(raw), raw - 1.0, 0.5 * positive_inverse(raw)
+
+
+# A prior, from its second parameter and the posterior's sigma and logvar: `(1 / sigma, d, delta, excess)`: `delta` is the
+# logarithm of the ratio of the variances, `excess` that ratio - 1, and `d` half the derivative of the prior's logvar.
+
+
+@triton.jit
+def logvar_prior(raw, std, logvar):
+    inverse, _ = exp_and_expm1(-0.5 * raw)
+    delta = logvar - raw
+    _, excess = exp_and_expm1(delta)
+    return inverse, 0.5, delta, excess
+
+
+@triton.jit
+def std_prior(raw, std, logvar):
+    inverse = positive_inverse(raw)
+    delta = logvar - 2.0 * positive_log(raw)
+    _, excess = exp_and_expm1(delta)
+    return inverse, inverse, delta, excess
+
+
+@triton.jit
+def std_of_std_prior(raw, std, logvar):
+    """Both terms from one quotient: what its rounding does to them cancels, where the two deviations are nearly alike."""
+    inverse = positive_inverse(raw)
+    ratio = std / tl.where(raw > 0.0, raw, inverse)
+    return inverse, inverse, 2.0 * positive_log(ratio), (ratio - 1.0) * (ratio + 1.0)

@@ -1,0 +1,386 @@
+"""The reconstruction of likelihoods with several parameters, and under weights: value and all gradients in one launch.
+
+The first parameter and the target are streamed, as in `loss.py`. A second and third parameter and the weights may be tensors as
+large, or smaller ones that broadcast: these are read by index, from cache, and never expanded in memory. A backward pass is the
+same kernel: it leaves at once where the factor that forward used was the right one.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import likelihoods
+from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, arrivals, as_bytes, launch, pointer_and_value, tile_size
+from .numerics import exp_and_expm1, log
+from .operands import row_bounds, scalar
+from .reduction import arrive_last, fold, ordered_sum
+
+# How an operand is indexed: there is none, with an element, one number for a whole row, or by the index of a broadcast.
+ABSENT, ELEMENT, ROW, BROADCAST = (tl.constexpr(i) for i in range(4))
+
+
+@triton.jit
+def broadcast_index(o, apart, inner, groups):
+    """Where in a smaller tensor the number for element `o` lies.
+
+    From the last dimension on, its shape against the large one's: `inner` elements to each number, `groups` numbers, and, unless
+    `apart` is 0, each group of `apart` elements has its own such numbers.
+    """
+    index = (o // inner) % groups
+    if apart is not None:
+        index += o // apart * groups
+    return index
+
+
+@triton.jit
+def load_operand(
+    pointer, o, mask, row_start, apart, inner, groups, MODE: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr
+):
+    """A tile of an operand, or a scalar where the whole row has one."""
+    if not WIDE:
+        inner, groups = inner.to(tl.int32), groups.to(tl.int32)
+        if apart is not None:
+            apart = apart.to(tl.int32)
+    if MODE == ELEMENT:
+        return tl.load(pointer + o, mask=mask, other=0.5).to(DTYPE)
+    elif MODE == ROW:
+        return tl.load(pointer + broadcast_index(row_start, apart, inner, groups)).to(DTYPE)
+    else:
+        return tl.load(pointer + broadcast_index(o, apart, inner, groups), mask=mask, other=0.5).to(DTYPE)
+
+
+@triton.jit
+def from_scale(scale, soft_min):
+    """Logarithm and reciprocal of a scale, and the derivative of the logarithm by what is given."""
+    log_scale = tl.where(scale > 0.0, log(scale), float("nan"))
+    if soft_min is None:
+        return log_scale, 1.0 / scale, 1.0 / scale
+    else:
+        log_scale, inverse, slope = from_log_scale(log_scale, soft_min)
+        return log_scale, inverse, slope / scale
+
+
+@triton.jit
+def from_log_scale(log_scale, soft_min):
+    if soft_min is None:
+        inverse, _ = exp_and_expm1(-log_scale)
+        return log_scale, inverse, tl.full([], 1.0, log_scale.dtype)
+    else:
+        softplus, sigmoid = likelihoods.softplus_and_sigmoid(log_scale - soft_min)
+        bounded = softplus + soft_min
+        inverse, _ = exp_and_expm1(-bounded)
+        return bounded, inverse, sigmoid
+
+
+@triton.jit
+def from_logvar(logvar, soft_min):
+    log_scale, inverse, slope = from_log_scale(0.5 * logvar, soft_min)
+    return log_scale, inverse, 0.5 * slope
+
+
+@triton.jit
+def reconstruction_tile(
+    first, second, third, target, weight, grad_first, grad_second, grad_third, o, mask, row_start, factor,
+    second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
+    soft_min, target_scale, target_shift, constant,
+    LIKELIHOOD: tl.constexpr, SCALE: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr, WEIGHT: tl.constexpr,
+    SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, SUMS_SECOND: tl.constexpr, SUMS_THIRD: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Weighted negative log-likelihood of a tile and its derivatives by a second and third parameter that the row has one of.
+
+    Gradients are stored unless their pointers are None: times `factor` by parameters as large as the target, and as they are by
+    smaller ones, to be added up.
+    """
+    a = tl.load(first + o, mask=mask, other=0.5).to(DTYPE)
+    t = tl.load(target + o, mask=mask, other=0).to(DTYPE) * target_scale + target_shift
+    b, c, chain = a, a, a
+    if SECOND != ABSENT:
+        b = load_operand(second, o, mask, row_start, None, second_inner, second_groups, SECOND, WIDE, DTYPE)
+        if SCALE is not None:
+            b, c, chain = SCALE(b, soft_min)
+    if THIRD != ABSENT:
+        c = load_operand(third, o, mask, row_start, None, third_inner, third_groups, THIRD, WIDE, DTYPE)
+    nll, to_first, to_second, to_third = LIKELIHOOD(a, b, c, t, constant)
+    if SCALE is not None:
+        to_second *= chain
+    keep = mask
+    if WEIGHT != ABSENT:
+        w = load_operand(weight, o, mask, row_start, weight_apart, weight_inner, weight_groups, WEIGHT, WIDE, DTYPE)
+        w += tl.zeros(o.shape, dtype=DTYPE)  # a tile, where the row has one
+        # A weight of 0 leaves out what may be NaN.
+        keep = mask & (w != 0.0)
+        nll *= w
+        to_first, to_second, to_third = to_first * w, to_second * w, to_third * w
+    if grad_first is not None:
+        tl.store(grad_first + o, tl.where(keep, to_first * factor, 0.0).to(grad_first.dtype.element_ty), mask=mask)
+    if grad_second is not None:
+        if SECOND_WHOLE:
+            to_second *= factor
+        tl.store(grad_second + o, tl.where(keep, to_second, 0.0).to(grad_second.dtype.element_ty), mask=mask)
+    if grad_third is not None:
+        if THIRD_WHOLE:
+            to_third *= factor
+        tl.store(grad_third + o, tl.where(keep, to_third, 0.0).to(grad_third.dtype.element_ty), mask=mask)
+    nll = tl.where(keep, nll, 0.0)
+    return nll, tl.where(keep, to_second, 0.0) if SUMS_SECOND else nll, tl.where(keep, to_third, 0.0) if SUMS_THIRD else nll
+
+
+@triton.jit(do_not_specialize=["columns", "programs", "share", "second_inner", "second_groups", "third_inner", "third_groups",
+    "weight_apart", "weight_inner", "weight_groups"])  # fmt: skip
+def reconstruction_kernel(
+    first, second, third, target, weight, grad_first, grad_second, grad_third, factor, used, seen, partials, arrived,
+    recon_out, second_out, third_out, divisor, divisor_value: tl.float64, soft_min: tl.float64, target_scale: tl.float64,
+    target_shift: tl.float64, constant: tl.float64,
+    columns: tl.int64, programs: tl.int32, share: tl.int32,
+    second_inner: tl.int64, second_groups: tl.int64, third_inner: tl.int64, third_groups: tl.int64,
+    weight_apart: tl.int64, weight_inner: tl.int64, weight_groups: tl.int64,
+    LIKELIHOOD: tl.constexpr, SCALE: tl.constexpr, SOFT: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr,
+    SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, WEIGHT: tl.constexpr, APART: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, THREADS: tl.constexpr, FINISH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) // programs
+    worker = tl.program_id(0) % programs
+    floor = None
+    if SOFT:
+        floor = scalar(None, soft_min, DTYPE)
+    if not APART:
+        weight_apart = None
+    by = tl.full([], 1.0, DTYPE)
+    wrong = True
+    if factor is not None:
+        by = tl.load(factor + row // share).to(DTYPE)
+        if seen is not None:
+            if (worker == 0) & (row % share == 0):
+                tl.store(seen + row // share, by)
+        if used is not None:
+            wrong = by != tl.load(used + row // share)  # NaN is never what was guessed
+    if wrong:
+        by /= scalar(divisor, divisor_value, DTYPE)
+        ts, shift, extra = scalar(None, target_scale, DTYPE), scalar(None, target_shift, DTYPE), scalar(None, constant, DTYPE)
+        base, end = row_bounds(row, columns, ALIGNED, WIDE)
+        sums = tl.zeros([THREADS], dtype=DTYPE)
+        seconds = tl.zeros([THREADS], dtype=DTYPE)
+        thirds = tl.zeros([THREADS], dtype=DTYPE)
+        for start in tl.range(worker * BLOCK, end, programs * BLOCK):
+            o = start + tl.arange(0, BLOCK)
+            tiles = reconstruction_tile(
+                first, second, third, target, weight, grad_first, grad_second, grad_third, base + o, o < end, base, by,
+                second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
+                floor, ts, shift, extra,
+                LIKELIHOOD, SCALE, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE,
+                second_out is not None, third_out is not None, WIDE, DTYPE,
+            )  # fmt: skip
+            if recon_out is not None:
+                sums += fold(tiles[0], BLOCK, THREADS)
+            if second_out is not None:
+                seconds += fold(tiles[1], BLOCK, THREADS)
+            if third_out is not None:
+                thirds += fold(tiles[2], BLOCK, THREADS)
+        if ALIGNED:
+            if worker == 0:
+                o = end + tl.arange(0, THREADS)  # more than are left, to fit the sums
+                tiles = reconstruction_tile(
+                    first, second, third, target, weight, grad_first, grad_second, grad_third, base + o, o < columns, base, by,
+                    second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
+                    floor, ts, shift, extra,
+                    LIKELIHOOD, SCALE, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE,
+                second_out is not None, third_out is not None, WIDE, DTYPE,
+                )  # fmt: skip
+                sums += tiles[0]
+                if second_out is not None:
+                    seconds += tiles[1]
+                if third_out is not None:
+                    thirds += tiles[2]
+        if recon_out is not None:
+            # A row's partial sums of each kind lie together, behind those of the kind before.
+            if second_out is not None:
+                tl.store(partials + tl.num_programs(0) + tl.program_id(0), tl.sum(seconds.to(tl.float64)))
+            if third_out is not None:
+                tl.store(partials + 2 * tl.num_programs(0) + tl.program_id(0), tl.sum(thirds.to(tl.float64)))
+            if arrive_last(partials, arrived, row, programs, tl.sum(sums.to(tl.float64))):
+                mine = partials + row * programs
+                total = ordered_sum(mine, programs, FINISH) / scalar(divisor, divisor_value, tl.float64)
+                tl.store(recon_out + row, total.to(DTYPE))
+                if second_out is not None:
+                    total = ordered_sum(mine + tl.num_programs(0), programs, FINISH)
+                    tl.store(second_out + row, total.to(DTYPE))
+                if third_out is not None:
+                    total = ordered_sum(mine + 2 * tl.num_programs(0), programs, FINISH)
+                    tl.store(third_out + row, total.to(DTYPE))
+
+
+class Operand(NamedTuple):
+    """A tensor that broadcasts to a large one, and how the kernel reads it."""
+
+    tensor: torch.Tensor | None
+    mode: tl.constexpr
+    whole: bool = False  # the tensor given was as large
+    apart: int = 0
+    inner: int = 1
+    groups: int = 1
+
+    @classmethod
+    def of(cls, small: torch.Tensor | None, large: torch.Tensor, order: list[int], most: int) -> "Operand":
+        """`order`: the dimensions of `large` as they lie in memory, outermost first. A tensor with more than `most` runs of
+        them in common with it is expanded, and one with two behind a dimension that it has not; both are seldom."""
+        if small is None:
+            return cls(None, ABSENT)
+        if small.shape == large.shape:
+            return cls(as_bytes(small), ELEMENT, True)
+        small = small.reshape((1,) * (large.dim() - small.dim()) + small.shape)
+        blocks = []  # [elements, whether the small tensor has them], with neighbours of one kind joined
+        for d in order:
+            kept = small.shape[d] != 1
+            if large.shape[d] == 1:
+                continue
+            if blocks and blocks[-1][1] == kept:
+                blocks[-1][0] *= large.shape[d]
+            else:
+                blocks.append([large.shape[d], kept])
+        runs = sum(kept for _, kept in blocks)
+        if runs > most or (runs == 2 and not blocks[0][1]):
+            return cls(as_bytes(torch.empty_like(large, dtype=small.dtype).copy_(small)), ELEMENT)
+        inner = blocks.pop()[0] if blocks and not blocks[-1][1] else 1
+        groups = blocks.pop()[0] if blocks else 1
+        between = blocks.pop()[0] if blocks else 1
+        small = as_bytes(small.permute(order).contiguous())
+        return cls(small, BROADCAST, False, between * groups * inner if blocks else 0, inner, groups)
+
+    def read_by(self, columns: int) -> "Operand":
+        """As a scalar, where rows of so many elements have one number each."""
+        return self._replace(mode=ROW) if self.mode == BROADCAST and self.inner % max(columns, 1) == 0 else self
+
+
+# A row of fewer elements is not worth programs of its own.
+LEAST_COLUMNS = 512
+
+
+class Plan(NamedTuple):
+    """The operands of a call, and the rows that its kernel sees."""
+
+    rows: int
+    second: Operand
+    third: Operand
+    weight: Operand
+    order: list[int]
+
+    @classmethod
+    def of(cls, parameters, weight, wants, per_sample: bool) -> "Plan":
+        first = parameters[0]
+        order = sorted(range(first.dim()), key=lambda d: (-first.stride(d), d))
+        second, third = (Operand.of(parameters[i] if i < len(parameters) else None, first, order, 1) for i in (1, 2))
+        weight = Operand.of(weight, first, order, 2)
+        rows = first.shape[0] if per_sample else 1
+        # Where a parameter to differentiate by has long stretches in common, these are rows, and the kernel adds them up.
+        for wanted, operand in zip(wants[1:], (second, third), strict=False):
+            if wanted and operand.mode == BROADCAST and LEAST_COLUMNS <= operand.inner < first.numel() // max(rows, 1):
+                rows = first.numel() // operand.inner
+        columns = first.numel() // max(rows, 1)
+        return cls(rows, second.read_by(columns), third.read_by(columns), weight.read_by(columns), order)
+
+    def spread(self, sums: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """`[rows]` as a tensor of the dimensions of `like`, which broadcasts to it."""
+        shape, left = [1] * like.dim(), self.rows
+        for i, d in enumerate(self.order):
+            if left == 1:
+                break
+            shape[i] = like.shape[d]
+            left //= like.shape[d]
+        inverse = sorted(range(like.dim()), key=self.order.__getitem__)
+        return sums.view(shape).permute(inverse)
+
+
+def forward(
+    parameters, x, weight, divisor, guess, wants, *,
+    likelihood, scale, soft_min, target_scale, target_shift, constant, per_sample, dtype,
+):  # fmt: skip
+    """The weighted negative log-likelihood, added up and over `divisor`, and its derivatives by the `parameters` that are wanted.
+
+    `parameters[0]` and `x` have one shape and dense layout; the others and `weight` broadcast to it. `guess`, `[B]` or `[1]`, is the
+    upstream factor to store gradients with, None where no gradient of a large parameter is wanted.
+
+    Returns `(recon, gradients)`: `[]` or `[B]`; for each parameter None, or its gradient times `guess` if it is as large as `x`;
+    of smaller ones the derivative of the sum, neither times a factor nor over the divisor, each sample's own if `per_sample`.
+    """
+    first = parameters[0]
+    plan = Plan.of(parameters, weight, wants, per_sample)
+    gradients, sums = [], []
+    for parameter, wanted, operand in zip(parameters, wants, (None, plan.second, plan.third), strict=False):
+        large = operand is None or parameter.shape == first.shape
+        by_row = not large and operand.mode == ROW
+        temporary = dtype if not large else parameter.dtype
+        gradients.append(torch.empty_like(first, dtype=temporary) if wanted and not by_row else None)
+        sums.append(first.new_empty(plan.rows, dtype=dtype) if wanted and by_row else None)
+    recon = first.new_empty(plan.rows, dtype=dtype)
+    _run(
+        plan, parameters, x, divisor, guess, None, None, gradients, (recon, *_padded(sums)[1:]),
+        likelihood, scale, soft_min, target_scale, target_shift, constant, dtype,
+    )  # fmt: skip
+    for i, parameter in enumerate(parameters[1:], 1):
+        if wants[i] and parameter.shape != first.shape:
+            found = gradients[i] if sums[i] is None else plan.spread(sums[i], first)
+            gradients[i] = _summed(found, parameter, first, per_sample)
+    batch = first.shape[0] if per_sample else 1
+    if plan.rows != batch:
+        recon = recon.view(batch, -1).sum(1, dtype=torch.float64).to(dtype)
+    return recon if per_sample else recon.view(()), gradients
+
+
+def backward(
+    parameters, x, weight, divisor, upstream, gradients, used, wants, *,
+    likelihood, scale, soft_min, target_scale, target_shift, constant, per_sample, dtype,
+):  # fmt: skip
+    """Gradients by the large parameters that are wanted: `gradients` as forward stored them with the factor `used`, corrected where
+    they lie if `upstream` is another, or None. Returns `(gradients, seen)`, `seen` a copy of the factor `[B]` or `[1]`."""
+    first = parameters[0]
+    wants = [wanted and parameter.shape == first.shape for parameter, wanted in zip(parameters, wants, strict=True)]
+    plan = Plan.of(parameters, weight, [False] * len(wants), per_sample)
+    if used is None:
+        gradients = [torch.empty_like(p) if wanted else None for p, wanted in zip(parameters, wants, strict=True)]
+    seen = first.new_empty(first.shape[0] if per_sample else 1, dtype=dtype)
+    _run(
+        plan, parameters, x, divisor, upstream.contiguous(), used, seen, gradients, (None, None, None),
+        likelihood, scale, soft_min, target_scale, target_shift, constant, dtype,
+    )  # fmt: skip
+    return gradients, seen
+
+
+def _run(
+    plan, parameters, x, divisor, factor, used, seen, gradients, sums,
+    likelihood, scale, soft_min, target_scale, target_shift, constant, dtype,
+):  # fmt: skip
+    first, (second, third, weight) = parameters[0], (plan.second, plan.third, plan.weight)
+    streamed = [t.tensor for t in (second, third, weight) if t.mode == ELEMENT]
+    tile = min(tile_size(first, t) for t in (x, *streamed))
+    segment = Segment.of(first, plan.rows, tile)
+    programs = plan.rows * segment.programs
+    finishes = sums[0] is not None
+    launch(
+        reconstruction_kernel, programs, first.device,
+        first, second.tensor, third.tensor, as_bytes(x), weight.tensor, *_padded(gradients), factor, used, seen,
+        first.new_empty(3 * programs, dtype=torch.float64) if finishes else None,
+        arrivals(first.device, plan.rows, False) if finishes else None,
+        *sums, *pointer_and_value(divisor), 0.0 if soft_min is None else soft_min, target_scale, target_shift, constant,
+        segment.columns, segment.programs, plan.rows // max(factor.numel(), 1) if factor is not None else 1,
+        second.inner, second.groups, third.inner, third.groups, weight.apart, weight.inner, weight.groups,
+        LIKELIHOOD=getattr(likelihoods, likelihood), SCALE=_SCALES[scale], SOFT=soft_min is not None,
+        SECOND=second.mode, THIRD=third.mode, SECOND_WHOLE=second.whole, THIRD_WHOLE=third.whole, WEIGHT=weight.mode, APART=weight.apart != 0,
+        DTYPE=TRITON_DTYPE[dtype], ALIGNED=segment.aligned, WIDE=segment.wide, BLOCK=tile, THREADS=THREADS, FINISH=FINISH,
+    )  # fmt: skip
+
+
+_SCALES = {None: None, "scale": from_scale, "log_scale": from_log_scale, "logvar": from_logvar}
+
+
+def _padded(values: list) -> list:
+    return [*values, *[None] * (3 - len(values))]
+
+
+def _summed(full: torch.Tensor, parameter: torch.Tensor, first: torch.Tensor, per_sample: bool) -> torch.Tensor:
+    """What broadcasts to `first`, added up to the shape of `parameter`, or to that for each sample."""
+    shape = [1] * (first.dim() - parameter.dim()) + list(parameter.shape)
+    if per_sample:
+        shape[0] = first.shape[0]
+    return full.sum_to_size(shape)
