@@ -1,0 +1,198 @@
+"""The example of each family of likelihoods, run as a user runs it: every loss that it computes is held against the same
+model's loss in float64, written with torch.distributions and torch.nn.functional, and so are the gradients of every step."""
+
+import copy
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import NegativeBinomial, Normal, kl_divergence
+
+import fastelbo
+from conftest import BACKEND, DEVICE
+
+pytestmark = pytest.mark.skipif(BACKEND == "triton" and DEVICE.type == "cpu", reason="interpreted kernels take too long")
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors so small gain nothing from a second, which costs much where other processes want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Checked:
+    """Stands for an example's `negative_elbo`, and holds each call of it against `plain`, which has the same arguments."""
+
+    def __init__(self, fused, plain) -> None:
+        self.fused, self.plain, self.calls = fused, plain, 0
+        self.losses: dict[torch.nn.Module, list[float]] = {}  # of the steps of each model
+
+    def __call__(self, model, x, *arguments, **options):
+        twin = copy.deepcopy(model).double()
+        arguments64 = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
+        truth = self._seeded(self.plain, twin, x, *arguments64)
+        terms = self._seeded(self.fused, model, x, *arguments, **options)
+        for value, expected in zip(terms, truth, strict=True):
+            torch.testing.assert_close(value.double(), expected, rtol=5e-6, atol=1e-6)
+        if torch.is_grad_enabled():
+            self.losses.setdefault(model, []).append(terms[0].item())
+            expected = torch.autograd.grad(truth[0], list(twin.parameters()))
+            found = torch.autograd.grad(terms[0], list(model.parameters()))
+            for (name, _), value, gradient in zip(model.named_parameters(), found, expected, strict=True):
+                error, size = (value - gradient).abs().max(), gradient.abs().max()
+                assert error < 5e-5 * size + 1e-6, f"{name}: error {error:.1e} of {size:.1e}"
+            terms = self._seeded(self.fused, model, x, *arguments, **options)  # whose graph is still there
+        self.calls += 1
+        return terms
+
+    def _seeded(self, function, *arguments, **options):
+        torch.manual_seed(self.calls)
+        return function(*arguments, **options)
+
+
+def noise_like(mu):
+    """What `fastelbo.elbo` draws for float32 latents with the same seed."""
+    zeros = torch.zeros_like(mu, dtype=torch.float32)
+    return fastelbo.reparameterize(zeros, zeros).double()
+
+
+def run(monkeypatch, name: str, plain, *options) -> Checked:
+    """A script from its start to its end."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module(name)
+    checked = Checked(example.negative_elbo, plain)
+    monkeypatch.setattr(example, "negative_elbo", checked)
+    monkeypatch.setattr(sys, "argv", [name, "--device", str(DEVICE), *map(str, options)])
+    example.main()
+    return checked
+
+
+def assert_fall(checked: Checked, models: int, share: float) -> None:
+    """The losses of each model, from its first three steps to its last three, whether or not they are negative."""
+    assert len(checked.losses) == models
+    for losses in checked.losses.values():
+        first, last = sum(losses[:3]) / 3, sum(losses[-3:]) / 3
+        assert first - last > share * abs(first), f"{first} to {last}"
+
+
+def standard_kl(q: Normal):
+    return kl_divergence(q, Normal(0.0, 1.0))
+
+
+def normal(mu, logvar) -> Normal:
+    return Normal(mu, torch.exp(0.5 * logvar))
+
+
+def plain_sigma(model, x):
+    x, batch = x.double(), len(x)
+    q = normal(*model.encode(x))
+    mean = model.decoder(q.mean + q.stddev * noise_like(q.mean))
+    if hasattr(model, "log_sigma"):
+        sigma = torch.exp(-6 + F.softplus(model.log_sigma + 6))
+    else:
+        sigma = F.mse_loss(mean, x).sqrt() if model.likelihood.scale == "optimal" else 1.0
+    recon, kl = -Normal(mean, sigma).log_prob(x).sum() / batch, standard_kl(q).sum() / batch
+    return recon + kl, recon, kl
+
+
+def test_sigma(monkeypatch):
+    pytest.importorskip("sklearn")
+    checked = run(monkeypatch, "train_sigma", plain_sigma, "--steps", 20, "--learning-rate", 3e-3)
+    # That of the fixed sigma can lose no more than the squared errors, next to a constant of 58.8.
+    assert_fall(checked, 3, 0.01)
+    fixed, learned, optimal = (losses[-1] for losses in checked.losses.values())
+    assert optimal < learned - 1 < fixed - 2
+
+
+def plain_counts(model, x, beta=1.0):
+    x, batch = x.double(), len(x)
+    q = normal(*model.encode(x))
+    mean, theta, *zeros = model.decode(q.mean + q.stddev * noise_like(q.mean), x.sum(1, keepdim=True))
+    log_p = NegativeBinomial(theta, logits=mean.log() - theta.log()).log_prob(x)
+    if zeros:
+        extra = torch.sigmoid(zeros[0])
+        log_p = torch.where(x == 0, torch.log(extra + (1 - extra) * log_p.exp()), torch.log(1 - extra) + log_p)
+    recon, kl = -log_p.sum() / batch, standard_kl(q).sum() / batch
+    return recon + beta * kl, recon, kl
+
+
+def test_counts(monkeypatch):
+    pytest.importorskip("sklearn")
+    options = "--steps", 20, "--warm-up", 15, "--cells", 200, "--genes", 40, "--batch-size", 32
+    assert_fall(run(monkeypatch, "train_counts", plain_counts, *options), 2, 0.02)
+
+
+def test_counts_are_drawn_as_described(monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    cells = importlib.import_module("train_counts").draw(20_000, 50, 0)
+    mean, theta, x = cells.mean.double(), cells.inverse_dispersion.double(), cells.counts.double()
+    assert 4.5 < mean.mean() < 6 and theta.min() > 0.5 and theta.max() < 20
+    assert cells.types.bincount().min() > 0.19 * len(x)
+    # Moments of a gene, each over its expectation; zeros take a tenth of both.
+    first = (x / mean).mean(0)
+    second = (x.square() / (mean + mean.square() * (1 + 1 / theta))).mean(0)
+    torch.testing.assert_close(first.mean(), torch.tensor(0.9).double(), rtol=0.01, atol=0)
+    torch.testing.assert_close(second.mean(), torch.tensor(0.9).double(), rtol=0.03, atol=0)
+
+
+def plain_sequences(model, x, beta=1.0, free_bits=None):
+    batch, length = x.shape
+    q = normal(*model.encode(x))
+    logits = model.decode(q.mean + q.stddev * noise_like(q.mean), x)
+    nll = F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view(batch, length)
+    recon = sum(row[: symbols.tolist().index(0) + 1].sum() for row, symbols in zip(nll, x, strict=True)) / batch
+    each = standard_kl(q).mean(0)
+    counted = each if free_bits is None else each.clamp(min=free_bits)
+    return recon + beta * counted.sum(), recon, each.sum()
+
+
+def test_sequences(monkeypatch, capsys):
+    # Free bits that some dimensions have more than, and some less.
+    options = "--steps", 16, "--batch-size", 16, "--learning-rate", 1e-2, "--free-bits", 0.02
+    checked = run(monkeypatch, "train_sequences", plain_sequences, *options)
+    assert_fall(checked, 2, 0.2)
+    example = sys.modules["train_sequences"]
+    lines = example.sentences()
+    assert len(lines) > 1000 and len(set(lines)) == len(lines) and max(map(len, lines)) == example.LENGTH
+    # The report of the last model, by its means, so with another reconstruction but the same KL.
+    text = example.encoded(lines)
+    text = text[torch.randperm(len(text), generator=torch.Generator().manual_seed(0))][: len(text) // 5].to(DEVICE)
+    model = list(checked.losses)[-1]
+    with torch.no_grad():
+        kl = standard_kl(normal(*model.double().encode(text))).sum() / sum(row.tolist().index(0) + 1 for row in text)
+    reported = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("free_bits"))
+    assert f"+ KL {kl:.3f}" in reported
+
+
+def plain_hierarchical(model, levels, eps1, eps2, beta=1.0):
+    x, batch = levels.double() / 8 - 1, len(levels)
+    q2 = normal(*model.posterior2(x))
+    z2 = q2.mean + q2.stddev * eps2
+    q1, p1 = normal(*model.posterior1(x, z2)), normal(*model.prior1(z2))
+    mean, log_scale = model.decoder(q1.mean + q1.stddev * eps1)
+    # Between the levels, i/8 - 1, and far below and above them: infinity has no derivative by the scale.
+    ends = torch.tensor([-1e3, *((2 * i - 15) / 16 for i in range(16)), 1e3], dtype=torch.float64, device=x.device)
+    below, above = (torch.sigmoid((ends[levels.long() + i] - mean) / log_scale.exp()) for i in (0, 1))
+    recon = -torch.log(above - below).sum() / batch
+    kl1, kl2 = kl_divergence(q1, p1).sum() / batch, standard_kl(q2).sum() / batch
+    return recon + beta * (kl1 + kl2), recon, kl1, kl2
+
+
+def test_hierarchical(monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    checked = run(monkeypatch, "train_hierarchical", plain_hierarchical, "--steps", 20, "--warm-up", 15)
+    assert_fall(checked, 1, 0.05)
+    fused, naive = (
+        [float(term.split()[-1]) for term in line.split(": ")[1].split(", ")]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("first batch")
+    )
+    assert fused == pytest.approx(naive, rel=1e-5)
