@@ -44,10 +44,10 @@ def main() -> int:
     for name, text in environment(device, no_gpu):
         print(f"{name:<18}{text}", flush=True)  # before what may bring the process down
     print("\nSelf-test in float32: largest error over largest magnitude, against fastelbo.reference in float64")
-    print(f"{'':<21}" + "".join(f"{name:>10}" for name in COLUMNS))
+    print(f"{'':<33}" + "".join(f"{name:>10}" for name in COLUMNS))
     good = True
     for subject, passed, text in self_test(device):
-        print(f"{subject:<21}{text}", flush=True)
+        print(f"{subject:<33}{text}", flush=True)
         good = good and passed
     print(f"self-test {'ok' if good else 'FAILED'}: each error must be at most {TOLERANCE:g}")
     if good:
@@ -195,7 +195,8 @@ def inputs(likelihood: str, shape: tuple[int, ...], latent: tuple[int, ...]) -> 
     generator = torch.Generator().manual_seed(0)
     recon_x, x = torch.rand((2, *shape), dtype=torch.float32, generator=generator)
     mu, logvar = torch.randn((2, *latent), dtype=torch.float32, generator=generator)
-    return [0.05 + 0.9 * recon_x if PLAIN[likelihood].probabilities else 4 * recon_x - 2, x, mu, logvar]
+    positive = PLAIN[likelihood].probabilities or likelihood == "poisson"
+    return [0.05 + 0.9 * recon_x if positive else 4 * recon_x - 2, x, mu, logvar]
 
 
 def relative(value: Tensor, truth: Tensor) -> float:
@@ -227,13 +228,13 @@ def launch_cost(device: torch.device) -> Iterator[str]:
         return lambda: torch.autograd.grad(loss(), (recon_x, mu, logvar))
 
     yield f"Host time of a call, {SMALL} with latents {SMALL_LATENT}, median in us"
-    yield f"{'':<21}{'fastelbo':>10}{'naive':>10}"
+    yield f"{'':<33}{'fastelbo':>10}{'naive':>10}"
     for name, calls in (
         ("loss", (fused, naive)),
         ("loss and backward", (backward(fused), backward(naive))),
         ("sample_kl", (lambda: fastelbo.sample_kl(mu, logvar), sample_naively)),
     ):
-        yield f"{name:<21}" + "".join(f"{1e6 * seconds:>10.1f}" for seconds in host_times(device, *calls))
+        yield f"{name:<33}" + "".join(f"{1e6 * seconds:>10.1f}" for seconds in host_times(device, *calls))
 
 
 def host_times(device: torch.device, *calls: Callable, seconds: float = 0.3) -> list[float]:

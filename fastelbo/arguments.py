@@ -11,6 +11,7 @@ from .tracing import is_traced
 
 REDUCTIONS = ("sum", "batchmean", "mean", "none")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COUNTS = ("poisson", "poisson_log", "negative_binomial", "zero_inflated_negative_binomial")
 _INTEGERS = (
     torch.bool,
     torch.uint8,
@@ -130,9 +131,7 @@ def _check_smaller(name: str, value, other_name: str, other: Tensor) -> None:
 
 
 def _check_broadcasts(name: str, value: Tensor, other_name: str, shape: torch.Size) -> None:
-    fits = value.dim() <= len(shape) and all(
-        n in (1, m) for n, m in zip(reversed(value.shape), reversed(shape), strict=False)
-    )
+    fits = value.dim() <= len(shape) and all(n in (1, m) for n, m in zip(reversed(value.shape), reversed(shape), strict=False))
     if not fits:
         raise ValueError(f"{name} must broadcast to {other_name}: got {name} {tuple(value.shape)} and {tuple(shape)}")
 
@@ -151,6 +150,7 @@ def check_fits(name: str, parameters: list[Tensor], x: Tensor, likelihood: Likel
             raise ValueError(
                 f"x must have the shape of {name} without its dimension {dim} of classes, {tuple(expected)}, or that of {name},"
                 f" {tuple(first.shape)}; got {tuple(x.shape)}"
+                + ("; for classes that come last, use likelihoods.Categorical(dim=-1)" if x.shape == first.shape[:-1] else "")
             )
     else:
         if hasattr(likelihood, "dim"):
@@ -196,7 +196,9 @@ def check_weight(weight, x: Tensor, dim: int | None) -> Tensor | None:
     if at < 0:
         return weight
     if weight.shape[at] != 1:
-        raise ValueError(f"weight must have 1 element along dimension {dim} of x, which has one term; got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must have 1 element along dimension {dim} of x, which has one term; got {tuple(weight.shape)}"
+        )
     return weight.squeeze(at)
 
 
@@ -267,6 +269,31 @@ def check_scale(scale, likelihood: Likelihood, like: Tensor | None = None) -> fl
     if not isinstance(scale, Tensor) and kind == "scale" and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     return scale
+
+
+def check_labels(labels: Tensor, classes: int, ignore_index: int, weight: Tensor | None) -> None:
+    """Labels of classes, wherever they are not ignored and have a weight."""
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+    if weight is not None:
+        wrong = wrong & (weight != 0)
+    if wrong.any():
+        found = labels[wrong][0].item()
+        raise ValueError(f"x must have labels from 0 to {classes - 1}, or ignore_index={ignore_index}; got {found}")
+
+
+def check_levels(x: Tensor, levels: int) -> None:
+    """Numbers in [-1, 1], or integers below `levels`."""
+    low, high = (-1 - 1 / (levels - 1), 1 + 1 / (levels - 1)) if x.is_floating_point() else (0, levels - 1)
+    wide = x.detach().double()
+    if (wide < low).any() or (wide > high).any():
+        expected = "lie in [-1, 1]" if x.is_floating_point() else f"have levels from 0 to {levels - 1}"
+        raise ValueError(f"x must {expected}, got values from {wide.min().item():g} to {wide.max().item():g}")
+
+
+def check_nonnegative(name: str, value: Tensor, kind: str) -> None:
+    lowest = value.detach().double().min().item() if value.numel() else 0.0
+    if lowest < 0:
+        raise ValueError(f"{name} must not be negative, being {kind}: got {lowest:g}")
 
 
 def check_unit_interval(name: str, value: Tensor, likelihood: str, advice: str, factor: float = 1.0) -> None:

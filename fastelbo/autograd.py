@@ -30,8 +30,9 @@ class Settings(NamedTuple):
 
 
 def _by_formula(*upstreams: Tensor | None) -> bool:
-    """Whether a backward pass must be made of Torch operations."""
-    return is_differentiated(upstreams) or is_traced(*upstreams)
+    """Whether a backward pass must be made of Torch operations. Zeros that are a symbol have no memory for a kernel to read."""
+    symbolic = any(g is not None and g._is_zerotensor() for g in upstreams)
+    return symbolic or is_differentiated(upstreams) or is_traced(*upstreams)
 
 
 @never_compiled

@@ -8,11 +8,12 @@ from torch.distributions import Distribution
 
 from . import formula, posteriors, torch_backend
 from .arguments import REDUCTIONS, check_device, check_number, check_real, check_reduction, weight
+from .autograd import _by_formula
 from .backend import backend_for
 from .layout import dense, in_layout, layout_of
 from .operators import ops
 from .posteriors import LOGVAR, Posterior, Prior, check_gaussian, check_posterior, check_prior, kl_elements, result_dtype
-from .tracing import is_differentiated, is_traced, never_compiled
+from .tracing import is_traced, never_compiled
 
 __all__ = ["Posterior", "Weighting", "check_posterior", "check_prior", "check_weighting", "divergence_terms", "kl_divergence"]
 
@@ -122,7 +123,7 @@ def reduced(
     options = posterior, kind, scale, free_bits, balance, statistics
     tensors = mu, second, *(prior or ())[:2]
     if is_traced(*tensors, noise) or backend_for(mu.device) is torch_backend or (noise is not None and noise.requires_grad):
-        return _by_formula(mu, second, prior, noise, *options)
+        return _formula(mu, second, prior, noise, *options)
     prior_parameter = None
     if prior is None:
         tensors = *tensors, None, None
@@ -178,7 +179,7 @@ class Divergence(torch.autograd.Function):
     def backward(ctx, grad_z, grad_kl, grad_weighted, *_):
         settings, needs, upstreams = ctx.settings, ctx.needs_input_grad[3:], (grad_z, grad_kl, grad_weighted)
         noise, *tensors = ctx.saved_tensors
-        if is_differentiated(upstreams) or is_traced(*upstreams):
+        if _by_formula(*upstreams):
             return None, None, None, *_differentiated(settings, noise, tensors, needs, upstreams)
         if all(g is None for g in upstreams):
             return (None,) * 7
@@ -239,12 +240,12 @@ def _differentiated(settings: Settings, noise, tensors, needs, upstreams) -> lis
 
     def outputs(mu, second, prior_mu, prior_second):
         prior = None if settings.prior is None else Prior(prior_mu, prior_second, settings.prior)
-        return _by_formula(mu, second, prior, noise, *settings[:5], False)[:3]
+        return _formula(mu, second, prior, noise, *settings[:5], False)[:3]
 
     return formula.differentiate(outputs, tensors, needs, upstreams)
 
 
-def _by_formula(mu, second, prior, noise, posterior, kind, scale, free_bits, balance, statistics) -> Reduced:
+def _formula(mu, second, prior, noise, posterior, kind, scale, free_bits, balance, statistics) -> Reduced:
     dtype = _dtype(mu, second, prior)
     z = None if noise is None else posteriors.sample(mu, second, noise, posterior, dtype)
     if kind is None:

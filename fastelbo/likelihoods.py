@@ -109,6 +109,10 @@ class _Scaled(Likelihood):
     def scales(cls):
         return SCALES
 
+    def scale_of(self, parameter: Tensor) -> Tensor:
+        """The scale that a second parameter means, of its shape."""
+        return torch.exp(self.log_and_inverse(parameter)[0])
+
     def log_and_inverse(self, given: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithm and reciprocal of the scale."""
         if self.soft_min is None and self.scale == "scale":
@@ -193,13 +197,14 @@ class DiscretizedLogistic(_Scaled):
 
     def nll(self, parameters, x):
         mean, scale = parameters
-        log_scale, inverse = self.log_and_inverse(scale)
+        _, inverse = self.log_and_inverse(scale)
         half = 1 / (self.levels - 1)
         lowest, highest = x < half - 1, x > 1 - half
         # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a))
         upper = torch.where(highest, 0.0, softplus((mean - x - half) * inverse))
         lower = torch.where(lowest, 0.0, softplus((x - half - mean) * inverse))
-        return upper + lower - torch.where(lowest | highest, 0.0, log1mexp(2 * half * inverse))
+        nll = upper + lower - torch.where(lowest | highest, 0.0, log1mexp(2 * half * inverse))
+        return torch.where(x.abs() > 1 + half, torch.nan, nll)
 
 
 @dataclass(frozen=True)

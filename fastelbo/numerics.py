@@ -26,7 +26,7 @@ def log_gamma_ratio(a: Tensor, n: Tensor) -> Tensor:
 
 
 def log_factorial(n: Tensor) -> Tensor:
-    return torch.lgamma(n + 1)
+    return torch.lgamma(torch.where(n < 0, torch.nan, n) + 1)
 
 
 def log_ratio_to_tanh(x: Tensor) -> Tensor:

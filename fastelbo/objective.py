@@ -9,11 +9,15 @@ from torch.distributions import Distribution
 
 from . import traced
 from .arguments import (
+    COUNTS,
     check_alike,
     check_batch,
     check_device,
     check_fits,
+    check_labels,
     check_latents,
+    check_levels,
+    check_nonnegative,
     check_number,
     check_parameters,
     check_prediction,
@@ -393,8 +397,13 @@ def _loss(settings: Settings, name: str, recon_x, x, mu, logvar, kl, beta) -> EL
 
 
 def _finish(settings: Settings, name: str, recon_x: Tensor, x: Tensor, terms) -> ELBOTerms:
-    if terms[1].device.type == "cpu":
-        _check_unit(PLAIN[settings.likelihood], terms[1], name, recon_x, x, settings.target_scale)
+    recon = terms[1]
+    if recon.device.type == "cpu":
+        _check_unit(PLAIN[settings.likelihood], recon, name, recon_x, x, settings.target_scale)
+        if settings.likelihood in COUNTS and not recon.isfinite().all():
+            check_nonnegative("x", x, "counts")
+            if settings.likelihood == "poisson":
+                check_nonnegative(name, recon_x, "rates")
     return ELBOTerms(*terms)
 
 
@@ -413,12 +422,15 @@ def _check_values(term: Term, recon: Tensor) -> None:
         return
     likelihood, x = term.request.likelihood, term.x
     if likelihood.name == "categorical" and x.dim() < term.parameters[0].dim():
-        classes = term.parameters[0].shape[likelihood.dim]
-        wrong = x[(x != likelihood.ignore_index) & ((x < 0) | (x >= classes))]
-        if wrong.numel():
-            raise ValueError(
-                f"x must have labels from 0 to {classes - 1}, or ignore_index={likelihood.ignore_index}; got {wrong[0].item()}"
-            )
+        check_labels(x, term.parameters[0].shape[likelihood.dim], likelihood.ignore_index, term.weight)
+    elif term.weight is None:
+        if hasattr(likelihood, "levels"):
+            check_levels(x, likelihood.levels)
+        if likelihood.name in COUNTS:
+            check_nonnegative("x", x, "counts")
+            for i, parameter in enumerate(term.parameters[:2]):  # mean and inverse dispersion, or a rate
+                if likelihood.name != "poisson_log":
+                    check_nonnegative(f"{term.name}[{i}]", parameter, "means and inverse dispersions")
     row = PLAIN.get(likelihood.name)
     if term.weight is None and row is not None:
         _check_unit(row, recon, term.name, term.parameters[0], x, term.request.target_scale)

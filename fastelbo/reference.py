@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import Normal
+from torch.distributions import ContinuousBernoulli, Laplace, Normal, Poisson
 
 
 def elbo_loss(
@@ -27,8 +27,20 @@ def elbo_loss(
         recon = F.binary_cross_entropy_with_logits(recon_x, x, reduction="sum")
     elif likelihood == "mse":
         recon = F.mse_loss(recon_x, x, reduction="sum")
+    elif likelihood == "l1":
+        recon = F.l1_loss(recon_x, x, reduction="sum")
     elif likelihood == "gaussian":
         recon = -Normal(recon_x, scale, validate_args=False).log_prob(x).sum()
+    elif likelihood == "laplace":
+        recon = -Laplace(recon_x, scale, validate_args=False).log_prob(x).sum()
+    elif likelihood == "poisson":
+        recon = -Poisson(recon_x, validate_args=False).log_prob(x).sum()
+    elif likelihood == "poisson_log":
+        recon = -Poisson(recon_x.exp(), validate_args=False).log_prob(x).sum()
+    elif likelihood == "continuous_bernoulli":
+        recon = -ContinuousBernoulli(recon_x, validate_args=False).log_prob(x).sum()
+    elif likelihood == "continuous_bernoulli_logits":
+        recon = -ContinuousBernoulli(logits=recon_x, validate_args=False).log_prob(x).sum()
     else:
         raise ValueError(f"unknown likelihood {likelihood!r}")
     kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())

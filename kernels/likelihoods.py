@@ -129,6 +129,7 @@ def discretized_logistic(mean, log_scale, inverse, target, half):
     e, expm1 = exp_and_expm1(-width)
     at_end = highest | lowest
     nll = above + below - tl.where(at_end, 0.0, log(-expm1))
+    nll = tl.where(tl.abs(target) > 1.0 + half, float("nan"), nll)
     to_scale = q_a * a - q_b * b - tl.where(at_end, 0.0, width * e / expm1)
     return nll, (q_a - q_b) * inverse, to_scale, inverse
 
@@ -144,7 +145,7 @@ def zero_inflated_negative_binomial(mean, theta, logit, target, constant):
     nll, to_mean, to_theta, zeros, zeros_to_mean, zeros_to_theta = counts(mean, theta, target)
     extra, share = softplus_and_sigmoid(logit)
     # log p(0) = log(1 - q), q = sigmoid(-logit) (1 - exp(-zeros)); where q is near 1, as a difference.
-    p0, expm1 = exp_and_expm1(-zeros)
+    _, expm1 = exp_and_expm1(-zeros)
     q = -(1.0 - share) * expm1
     softplus, rest = softplus_and_sigmoid(-logit)
     softplus_zeros, rest_zeros = softplus_and_sigmoid(-logit - zeros)

@@ -64,7 +64,7 @@ def log_bin(distance, log_scale, lowest, highest, half):
     b_or_0 = tl.maximum(b, 0.0, propagate_nan=tl.PropagateNan.ALL)
     to_log_scale = (q_b * b - q_a * a) + width * e / expm1
     return (
-        (log_u + (a_or_0 - b_or_0)) + (bounded - log_scale),
+        (log_u + (a_or_0 - b_or_0)) + tl.where(at_end, 0.0, bounded - log_scale),
         (q_b - q_a) * inverse,
         tl.where(low, 0.0, to_log_scale),
     )
@@ -88,11 +88,12 @@ def pixel_column(x, offsets, inside, steps, half, INTEGER: tl.constexpr, DTYPE: 
 
 
 @triton.jit
-def distance_of(value, mean, steps, half, INTEGER: tl.constexpr):
+def distance_of(value, mean, shift, steps, half, INTEGER: tl.constexpr):
+    """Of a target from mean + shift, where the target and the mean are often close, and cancel exactly."""
     if INTEGER:
-        return (value - mean * steps) * half  # one rounding, if the product and the sum are fused
+        return (value - mean * steps) * half - shift  # one rounding, if the product and the sum are fused
     else:
-        return value - mean
+        return (value - mean) - shift
 
 
 @triton.jit
@@ -153,29 +154,37 @@ def mixture_kernel(
                 mean_r = parameter_tile(prediction, o + apart, mask, DTYPE)
                 scale_r = parameter_tile(prediction, o + 2 * apart, mask, DTYPE)
                 g_by_r, g_by_r_slope = tanh_and_slope(parameter_tile(prediction, o + 3 * apart, mask, DTYPE))
-                mean_g = parameter_tile(prediction, o + 4 * apart, mask, DTYPE) + g_by_r * r
+                mean_g = parameter_tile(prediction, o + 4 * apart, mask, DTYPE)
                 scale_g = parameter_tile(prediction, o + 5 * apart, mask, DTYPE)
                 b_by_r, b_by_r_slope = tanh_and_slope(parameter_tile(prediction, o + 6 * apart, mask, DTYPE))
                 mean_b = parameter_tile(prediction, o + 7 * apart, mask, DTYPE)
                 scale_b = parameter_tile(prediction, o + 8 * apart, mask, DTYPE)
                 b_by_g, b_by_g_slope = tanh_and_slope(parameter_tile(prediction, o + 9 * apart, mask, DTYPE))
-                mean_b += b_by_r * r + b_by_g * g
-                log_r, mean_r, scale_r = log_bin(distance_of(v_r, mean_r, steps, half, INTEGER), scale_r, low_r, high_r, half)
-                log_g, mean_g, scale_g = log_bin(distance_of(v_g, mean_g, steps, half, INTEGER), scale_g, low_g, high_g, half)
-                log_b, mean_b, scale_b = log_bin(distance_of(v_b, mean_b, steps, half, INTEGER), scale_b, low_b, high_b, half)
+                g_shift, b_shift = g_by_r * r, b_by_r * r + b_by_g * g
+                log_r, mean_r, scale_r = log_bin(
+                    distance_of(v_r, mean_r, 0.0, steps, half, INTEGER), scale_r, low_r, high_r, half
+                )
+                log_g, mean_g, scale_g = log_bin(
+                    distance_of(v_g, mean_g, g_shift, steps, half, INTEGER), scale_g, low_g, high_g, half
+                )
+                log_b, mean_b, scale_b = log_bin(
+                    distance_of(v_b, mean_b, b_shift, steps, half, INTEGER), scale_b, low_b, high_b, half
+                )
                 log_p = log_r + log_g + log_b
             elif CHANNELS == 1:
                 v_r, _, low_r, high_r = pixel_column(x, pixel, inside, steps, half, INTEGER, DTYPE)
                 mean_r = parameter_tile(prediction, o + apart, mask, DTYPE)
                 scale_r = parameter_tile(prediction, o + 2 * apart, mask, DTYPE)
-                log_p, mean_r, scale_r = log_bin(distance_of(v_r, mean_r, steps, half, INTEGER), scale_r, low_r, high_r, half)
+                log_p, mean_r, scale_r = log_bin(
+                    distance_of(v_r, mean_r, 0.0, steps, half, INTEGER), scale_r, low_r, high_r, half
+                )
             else:
                 log_p = tl.zeros([POSITIONS, COMPONENTS], dtype=DTYPE)
                 for c in tl.range(0, channels):
                     v, _, low, high = pixel_column(x, pixel + c * inner, inside, steps, half, INTEGER, DTYPE)
                     mean = parameter_tile(prediction, o + (1 + 2 * c) * apart, mask, DTYPE)
                     scale = parameter_tile(prediction, o + (2 + 2 * c) * apart, mask, DTYPE)
-                    log_c, _, _ = log_bin(distance_of(v, mean, steps, half, INTEGER), scale, low, high, half)
+                    log_c, _, _ = log_bin(distance_of(v, mean, 0.0, steps, half, INTEGER), scale, low, high, half)
                     log_p += log_c
             # The sums are 1 or more, and the largest logit is taken off before what is as large can cancel.
             logit -= tl.max(logit, 1)[:, None]
@@ -212,7 +221,7 @@ def mixture_kernel(
                         v, _, low, high = pixel_column(x, pixel + c * inner, inside, steps, half, INTEGER, DTYPE)
                         mean = parameter_tile(prediction, o + (1 + 2 * c) * apart, mask, DTYPE)
                         scale = parameter_tile(prediction, o + (2 + 2 * c) * apart, mask, DTYPE)
-                        _, mean, scale = log_bin(distance_of(v, mean, steps, half, INTEGER), scale, low, high, half)
+                        _, mean, scale = log_bin(distance_of(v, mean, 0.0, steps, half, INTEGER), scale, low, high, half)
                         store_parameter(gradient, o + (1 + 2 * c) * apart, mean * slope, keep, mask)
                         store_parameter(gradient, o + (2 + 2 * c) * apart, scale * slope, keep, mask)
         if partials is not None:

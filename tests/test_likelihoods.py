@@ -400,6 +400,21 @@ def bad_calls(device):
         "shape of labels": ((p, labels[:2], "categorical"), {}, "x must have the shape of recon_x without its dimension 1"),
         "dimension": ((p, x, Multinomial(3)), {}, "Multinomial.dim must be a dimension of recon_x"),
         "labels beyond": ((p, labels + 4, "categorical"), {}, "x must have labels from 0 to 3"),
+        "classes last": (
+            (torch.rand(3, 4, 5, device=device), torch.zeros(3, 4, dtype=torch.long, device=device), "categorical"),
+            {},
+            r"use likelihoods.Categorical\(dim=-1\)",
+        ),
+        "levels beyond": (
+            ((p, p), torch.full((3, 4), 16, device=device), DiscretizedLogistic(levels=16)),
+            {},
+            "levels from 0 to 15",
+        ),
+        "values beyond": (((p, p), x + 2, "discretized_logistic"), {}, r"x must lie in \[-1, 1\]"),
+        "negative counts": ((p, x - 3, "poisson"), {}, "x must not be negative, being counts"),
+        "negative counts of two": (((p, p), x - 3, "negative_binomial"), {}, "x must not be negative, being counts"),
+        "negative rates": ((-p, x, "poisson"), {}, "recon_x must not be negative, being rates"),
+        "negative dispersion": (((p, -p), x, "negative_binomial"), {}, r"recon_x\[1\] must not be negative"),
         "optimal and a scale": ((p, x, Gaussian("optimal")), {"scale": 1.0}, "scale must not be given"),
     }
 
@@ -407,7 +422,7 @@ def bad_calls(device):
 @pytest.mark.parametrize("name", bad_calls("cpu"))
 def test_errors(name, device):
     (p, x, likelihood), options, message = bad_calls(device)[name]
-    if name == "labels beyond" and device.type != "cpu":
+    if ("beyond" in name or "negative" in name) and device.type != "cpu":
         pytest.skip("nobody looks on a GPU")
     parameters = list(p) if isinstance(p, tuple) else [p]
     with pytest.raises((TypeError, ValueError), match=message):
