@@ -16,12 +16,27 @@ from fastelbo.plain import PLAIN
 from . import compiled
 from .assembly import Loop, machine
 from .compiled import Launch, compile_for
-from .traffic import BUDGET, LATENTS, LIKE, Stream
+from .traffic import BUDGET, LATENTS, LIKE, PARAMETERS, Stream
 
 KEPT = Path(__file__).parent / "results" / "budget.md"
 
 F32, F16, BF16, F64, U8 = torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8
 PAIRS = ((F32, F32), (F16, F16), (BF16, F32), (BF16, U8), (F64, F64))  # prediction, target
+MAIN = ("bernoulli", "bernoulli_logits", "mse", "gaussian")
+
+# Of several parameters as large as the target: the likelihood, what its scale is given as, dtypes of the parameters, the
+# target's and the weights'.
+SEVERAL = (
+    ("gaussian", "logvar", (F32, F32), F32, None),
+    ("gaussian", "log_scale", (BF16, BF16), F32, None),
+    ("laplace", "scale", (F32, F32), F32, None),
+    ("discretized_logistic", "log_scale", (F32, F32), F32, None),
+    ("negative_binomial", None, (F32, F32), F32, None),
+    ("negative_binomial", None, (BF16, BF16), F32, None),
+    ("zero_inflated_negative_binomial", None, (F32, F32, F32), F32, None),
+    ("bernoulli", None, (F32,), F32, U8),
+    ("bernoulli_logits_weighted", None, (F32, F32), F32, None),
+)
 
 
 class Device(NamedTuple):
@@ -131,25 +146,36 @@ class Kernel(NamedTuple):
 def kernels() -> Iterator[Kernel]:
     """Every primitive of the budget, for each likelihood and dtype."""
     for likelihood in PLAIN:
-        for prediction, target in PAIRS:
+        # The others differ by their device functions alone.
+        for prediction, target in PAIRS if likelihood in MAIN else PAIRS[:1]:
             latent = F64 if prediction == F64 else F32
             given = likelihood, prediction, target, latent
-            for primitive, launch in (
-                ("loss forward", compiled.loss_forward(*given)),
-                ("loss forward, kl given, no gradient", compiled.loss_forward(*given, gradient=False, kl=True)),
-                ("loss backward, another factor", compiled.loss_backward(*given)),
-            ):
+            launches = [("loss forward", compiled.loss_forward(*given))]
+            if likelihood in MAIN:
+                launches += [
+                    ("loss forward, kl given, no gradient", compiled.loss_forward(*given, gradient=False, kl=True)),
+                    ("loss backward, another factor", compiled.loss_backward(*given)),
+                ]
+            for primitive, launch in launches:
                 dtypes = {"prediction": prediction, "target": target, "mu": latent, "logvar": latent}
                 yield _kernel(primitive, f"{likelihood} {_name(prediction)} {_name(target)}", launch, dtypes)
+    for likelihood, scale, parameters, target, weight in SEVERAL:
+        for primitive, guess in (("reconstruction forward", None), ("reconstruction backward, another factor", torch.ones(1))):
+            launch = compiled.reconstruction(likelihood, *parameters, target=target, scale=scale, weight=weight, guess=guess)
+            dtypes = dict(zip(PARAMETERS, parameters, strict=False)) | {"target": target}
+            dtypes |= {"weight": weight} if weight else {}
+            stream = Stream(tuple(dtypes), tuple(f"grad_{name}" for name in PARAMETERS[: len(parameters)]))
+            kind = f"{likelihood} {' '.join(map(_name, (*parameters, target)))}" + (" weighted" if weight else "")
+            yield _kernel(primitive, kind, launch, dtypes, (stream,))
     for dtype in (F32, BF16, F64):
         dtypes = {"mu": dtype, "logvar": dtype}
         yield _kernel("sample forward", _name(dtype), compiled.sample_forward(dtype), dtypes)
         yield _kernel("sample backward", _name(dtype), compiled.sample_backward(dtype), dtypes)
 
 
-def _kernel(primitive: str, kind: str, launch: Launch, dtypes: dict[str, torch.dtype]) -> Kernel:
+def _kernel(primitive: str, kind: str, launch: Launch, dtypes: dict[str, torch.dtype], streams=None) -> Kernel:
     dtypes = dtypes | {name: dtypes[like] for name, like in LIKE.items() if like in dtypes}
-    return Kernel(f"{primitive}: {kind}", launch, BUDGET[primitive], dtypes)
+    return Kernel(f"{primitive}: {kind}", launch, streams or BUDGET[primitive], dtypes)
 
 
 def _name(dtype: torch.dtype) -> str:

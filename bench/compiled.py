@@ -92,7 +92,15 @@ def loss_backward(likelihood, prediction, target, latent=torch.float32, *, retai
 
 
 def reconstruction(
-    likelihood, *parameters, target=torch.float32, scale=None, weight=None, shapes=(), per_sample=False, features=784, guess=None
+    likelihood,
+    *parameters,
+    target=torch.float32,
+    scale=None,
+    weight=None,
+    shapes=(),
+    per_sample=False,
+    features=784,
+    guess=None,
 ):
     """The kernel of several parameters, of these dtypes: forward, or backward if forward's factor was `guess`.
 
@@ -105,10 +113,8 @@ def reconstruction(
         weight = torch.zeros_like(x, dtype=weight)
     dtype = torch.float64 if torch.float64 in parameters else torch.float32
     rows, wants = 128 if per_sample else 1, [True] * len(tensors)
-    options = {
-        "likelihood": likelihood, "scale": scale, "soft_min": None, "target_scale": 1.0, "target_shift": 0.0, "constant": 0.0,
-        "per_sample": per_sample, "dtype": dtype,
-    }  # fmt: skip
+    family = kernels.reconstruction.Family(likelihood, scale)
+    options = {"family": family, "per_sample": per_sample, "dtype": dtype}
     factor = torch.ones(rows, dtype=dtype)
     if guess is None:
         return record(lambda: kernels.reconstruction.forward(tensors, x, weight, 1.0, factor, wants, **options))

@@ -15,6 +15,7 @@ class Stream(NamedTuple):
 
 RECONSTRUCTION = "prediction", "target"
 LATENTS = "mu", "logvar"
+PARAMETERS = "first", "second", "third"  # of a likelihood that has several
 
 BUDGET = {
     "loss forward": (Stream(RECONSTRUCTION, ("gradient",)), Stream(LATENTS)),
@@ -26,7 +27,9 @@ BUDGET = {
     "sample forward": (Stream(LATENTS, ("z",)),),
     "sample backward": (Stream(("grad_z", *LATENTS), ("grad_mu", "grad_logvar")),),
 }
-LIKE = {"gradient": "prediction", "z": "mu", "grad_z": "mu", "grad_mu": "mu", "grad_logvar": "logvar"}
+LIKE = {"gradient": "prediction", "z": "mu", "grad_z": "mu", "grad_mu": "mu", "grad_logvar": "logvar"} | {
+    f"grad_{name}": name for name in PARAMETERS
+}
 
 # The least that forward alone, and forward with backward, can do with: what the benchmarks call the floor. A factor that is new
 # at each step is no reason to read anything twice, even if fastelbo does.

@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .likelihoods import BY_NAME, BernoulliLogits, Categorical, DiscretizedLogisticMixture, Gaussian, Likelihood
+from .likelihoods import BY_NAME, BernoulliLogits, Categorical, DiscretizedLogisticMixture, Likelihood
 from .tracing import is_traced
 
 REDUCTIONS = ("sum", "batchmean", "mean", "none")

@@ -1,8 +1,9 @@
 """The likelihoods p(x | z): what a decoder's output parametrizes.
 
-Wherever a likelihood is asked for, a name stands for one with its defaults, and an object of this module for one with options of
-its own. A likelihood of several parameters takes them as a tuple in place of `recon_x`, in the order given here; all but the first
-may be smaller, as long as they broadcast to its shape: a 0-d tensor, one number a channel `[C, 1, 1]`, one a feature `[G]`.
+Wherever a likelihood is asked for, a name stands for one with its defaults, and an object of this module for one with options
+of its own. A likelihood of several parameters takes them as a tuple in place of `recon_x`, in the order given here; all but the
+first may be smaller, as long as they broadcast to its shape: a 0-d tensor, a number a channel `[C, 1, 1]`, a number a feature
+`[G]`.
 
 | name | object | `recon_x` |
 |---|---|---|
@@ -128,11 +129,11 @@ class Gaussian(_Scaled):
     """`-Normal(mean, scale).log_prob(x)`, with a scale that may be learned.
 
     Args:
-        scale: what the second parameter is: `"scale"` (standard deviation), `"log_scale"` or `"logvar"`. Or `"optimal"`: there is
-            none, and the scale is the one that minimizes the loss, the root of the mean squared error over all that `recon_x`
-            holds (sigma-VAE's closed form).
-        soft_min: a lower bound on the logarithm of the scale, softly: `soft_min + softplus(log_scale - soft_min)`; sigma-VAE has
-            -6 (Rybkin et al., Simple and Effective VAE Training with Calibrated Decoders, 2021).
+        scale: what the second parameter is: `"scale"` (standard deviation), `"log_scale"` or `"logvar"`. Or `"optimal"`: there
+            is none, and the scale is the one that minimizes the loss, the root of the mean squared error over all that
+            `recon_x` holds (sigma-VAE's closed form).
+        soft_min: a lower bound on the logarithm of the scale, softly: `soft_min + softplus(log_scale - soft_min)`; sigma-VAE
+            has -6 (Rybkin et al., Simple and Effective VAE Training with Calibrated Decoders, 2021).
     """
 
     name = "gaussian"
@@ -211,8 +212,8 @@ class DiscretizedLogistic(_Scaled):
 class Categorical(Likelihood):
     """As `F.cross_entropy`: logits `[B, K, ...]` and labels `[B, ...]`, or a target of the shape of the logits.
 
-    Targets of an integer dtype with one dimension less are labels; those of the shape of `logits` are probabilities of the classes,
-    one-hot or soft.
+    Targets of an integer dtype with one dimension less are labels; those of the shape of the logits are probabilities of the
+    classes, one-hot or soft.
 
     Args:
         dim: the dimension of the classes in the logits; -1 for `[B, ..., K]`.
@@ -242,8 +243,8 @@ class Categorical(Likelihood):
 
 @dataclass(frozen=True)
 class Multinomial(Likelihood):
-    """`-(log_softmax(logits) * counts).sum(dim)`, without the multinomial coefficient (Liang et al., Variational Autoencoders for
-    Collaborative Filtering, 2018). The counts have the shape of the logits.
+    """`-(log_softmax(logits) * counts).sum(dim)`, without the multinomial coefficient (Liang et al., Variational Autoencoders
+    for Collaborative Filtering, 2018). The counts have the shape of the logits.
 
     Args:
         dim: the dimension of the items.
@@ -271,8 +272,8 @@ EPS = 1e-8  # by which scvi-tools keeps its logarithms from 0, and so a mean of 
 
 @dataclass(frozen=True)
 class NegativeBinomial(Likelihood):
-    """Counts with mean mu and variance mu + mu^2 / theta, theta the inverse dispersion: scvi-tools' `NegativeBinomial(mu, theta)`
-    (Lopez et al., Deep generative modeling for single-cell transcriptomics, 2018)."""
+    """Counts with mean mu and variance mu + mu^2 / theta, theta the inverse dispersion: scvi-tools'
+    `NegativeBinomial(mu, theta)` (Lopez et al., Deep generative modeling for single-cell transcriptomics, 2018)."""
 
     name = "negative_binomial"
     parameters = ("mean", "inverse_dispersion")
@@ -317,7 +318,8 @@ class DiscretizedLogisticMixture(Likelihood):
 
     For targets of three channels, K components take 10 K parameters a pixel, G depends linearly on R and B on both; for C other
     channels, they take K (1 + 2 C). They lie as in PixelCNN++: K logits of the components, then for each channel K means, K log
-    scales (not below -7) and, of three channels, K coefficients (through tanh). Targets and bins are those of `DiscretizedLogistic`.
+    scales (not below -7) and, of three channels, K coefficients (through tanh). Targets and bins are those of
+    `DiscretizedLogistic`.
 
     Args:
         levels: number of steps.

@@ -84,15 +84,16 @@ def loss(
         beta: weight of the KL (Higgins et al., beta-VAE, 2017): a number, a 0-d tensor, or a tensor that broadcasts to a sample
             of `mu`, with a weight for each latent dimension.
         kl: a KL from `sample_kl`, already reduced, in place of `mu` and `logvar`: `[]`, or `[B]` with `reduction="none"`.
-        likelihood: what `recon_x` parametrizes: a name or an object of `fastelbo.likelihoods`, which has them all. `"bernoulli"`:
-            probabilities, as `F.binary_cross_entropy`; `"bernoulli_logits"`: logits, as `F.binary_cross_entropy_with_logits`;
-            `"mse"`: as `F.mse_loss`; `"gaussian"`: means, as `-Normal(recon_x, scale).log_prob(x)`.
+        likelihood: what `recon_x` parametrizes: a name or an object of `fastelbo.likelihoods`, which lists them all.
+            `"bernoulli"`: probabilities, as `F.binary_cross_entropy`; `"bernoulli_logits"`: logits, as
+            `F.binary_cross_entropy_with_logits`; `"mse"`: as `F.mse_loss`; `"gaussian"`: means, as
+            `-Normal(recon_x, scale).log_prob(x)`.
         posterior: what `logvar` is: `"logvar"`, `"log_std"`, `"std"`, `"var"`, or a `Posterior`, which can clamp it.
         prior: what the KL is from, as in `kl_divergence`. None: N(0, I).
         weighting: what of the KL enters the loss: free bits, capacity, balance. None: all of it. `kl` is the KL itself always.
-        weight: weights of the elements of `x`, such as a mask: any real dtype, of a shape that broadcasts to that of `x`, and the
-            same along a dimension of classes or channels. What has the weight 0 does not count, even if it is NaN. A mean
-            divides by the sum of the weights, and is NaN where that is 0.
+        weight: weights of the elements of `x`, such as a mask: of any real dtype and a shape that broadcasts to that of `x`,
+            with one element along a dimension of classes, or of a mixture's channels. What has the weight 0 does not count,
+            even if it is NaN. A mean divides by the sum of the weights, and is NaN where that is 0.
         reduction: `"sum"`, `"batchmean"` (sum / B), `"mean"` (over all elements of a term), `"none"` (one value a sample), or a
             pair for reconstruction and KL. Where processes average gradients (DDP, FSDP), those of `"batchmean"` and `"mean"`
             are the joint batch's, and those of `"sum"` are 1/world of them.
@@ -105,10 +106,10 @@ def loss(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes, devices, names or options do not fit; `scale` is not positive; on a CPU, probabilities or the targets
-            of a Bernoulli likelihood, or integer targets of `"bernoulli_logits"`, are outside [0, 1], or labels are no classes. On
-            a GPU, looking would need a sync, and a tracer sees no values: such probabilities, scales and labels give NaN there,
-            such targets a loss that means nothing.
+        ValueError: shapes, devices, names or options do not fit; `scale` is not positive; on a CPU, probabilities or the
+            targets of `"bernoulli"`, or integer targets of `"bernoulli_logits"`, are outside [0, 1], counts, rates or dispersions
+            are negative, or labels or levels are none. On a GPU, looking would need a sync, and a tracer sees no values: a target
+            of a Bernoulli likelihood outside [0, 1] gives a loss that means nothing there, all the others NaN.
     """
     if _is_plain(recon_x, mu, beta, likelihood, posterior, prior, weighting, weight, scale, monitor):
         check_prediction("recon_x", recon_x)
@@ -159,9 +160,10 @@ def elbo(
     hooks or one that the encoder uses too, or an autograd Function written in Python, as reentrant checkpoints and FSDP do.
 
     Args:
-        decoder: a module, bound method or function from z, of the shape of `mu`, to `recon_x`: a prediction of the shape of `x`, or
-            the parameters of the likelihood.
-        x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, reduction, scale, target_scale, monitor: as in `loss`.
+        decoder: a module, bound method or function from z, of the shape of `mu`, to `recon_x`: a prediction of the shape of
+            `x`, or the parameters of the likelihood.
+        x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, reduction, scale, target_scale, monitor: as in
+            `loss`.
         eps, generator: as in `reparameterize`.
 
     Returns:
@@ -212,7 +214,7 @@ def elbo(
 
 
 def _is_plain(recon_x, mu, beta, likelihood, posterior, prior, weighting, weight, scale, monitor) -> bool:
-    """Whether one kernel computes reconstruction and KL: one parameter and a fixed scale, no weights, N(0, I), nothing unusual."""
+    """Whether one kernel computes it all: one parameter and a fixed scale, no weights, N(0, I), nothing unusual."""
     return (
         isinstance(likelihood, str)
         and likelihood in PLAIN

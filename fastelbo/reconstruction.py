@@ -23,7 +23,6 @@ from .likelihoods import (
     DiscretizedLogisticMixture,
     Gaussian,
     Likelihood,
-    Multinomial,
 )
 from .tracing import is_differentiated, is_traced, never_compiled
 
@@ -108,15 +107,18 @@ def _target(request: Request, parameters, x: Tensor) -> Tensor:
     likelihood = request.likelihood
     if isinstance(likelihood, Categorical) and x.dim() < parameters[0].dim():
         return x
-    scale, shift = _scale_and_shift(request, x)
     target = x.to(request.dtype)
-    return target if (scale, shift) == (1, 0) else target * scale + shift
+    scale, centered = _scaling(request, x)
+    if scale != 1:
+        target = target * scale
+    return target - 1 if centered else target
 
 
-def _scale_and_shift(request: Request, x: Tensor) -> tuple[float, float]:
+def _scaling(request: Request, x: Tensor) -> tuple[float, bool]:
+    """What the target is multiplied by, and whether 1 is taken away then, as from levels to bring them to [-1, 1]."""
     if isinstance(request.likelihood, DiscretizedLogistic | DiscretizedLogisticMixture) and not x.is_floating_point():
-        return 2 / (request.likelihood.levels - 1), -1.0
-    return request.target_scale, 0.0
+        return 2 / (request.likelihood.levels - 1), True
+    return request.target_scale, False
 
 
 def _optimal(request: Request, parameters, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -152,8 +154,7 @@ def _prepared(request: Request, parameters, x: Tensor, weight: Tensor | None):
 
 
 class Reconstruction(torch.autograd.Function):
-    """The reconstruction by its kernel. The tensors come as the kernel takes them; `x` and the smaller parameters may require grad
-    like all others."""
+    """The reconstruction by its kernel. The tensors come as the kernel takes them."""
 
     @staticmethod
     @never_compiled
@@ -194,7 +195,7 @@ class Reconstruction(torch.autograd.Function):
             return None, found[0], None, None, *found[1:]
         gradients = [None] * ctx.count
         if ctx.used is not None:
-            # Handed out once: a second backward through a retained graph finds None, and leaves alone what is somebody's by now.
+            # Handed out once: a second backward through a retained graph finds None, and leaves alone what is somebody's now.
             stored, ctx.stored = ctx.stored, None
             if ctx.layout != torch.contiguous_format:  # a hook on saved tensors may bring them back with other strides
                 x, *parameters = (t.contiguous(memory_format=ctx.layout) if t.shape == x.shape else t for t in (x, *parameters))
@@ -209,7 +210,7 @@ class Reconstruction(torch.autograd.Function):
 
 
 def _times_upstream(total: Tensor, upstream: Tensor, divisor: float | Tensor, parameter: Tensor) -> Tensor:
-    """The gradient by a smaller parameter, from the derivative of the sum by it: each sample's own where there is an upstream each."""
+    """The gradient by a smaller parameter, from the sum's derivative by it: each sample's where each has an upstream."""
     factor = upstream / divisor
     if factor.dim():
         factor = factor.view(-1, *[1] * (total.dim() - 1))
@@ -255,15 +256,14 @@ def _kernels(request: Request, parameters, x: Tensor):
         ignore = getattr(likelihood, "ignore_index", 0)
         options = {"classes": first.shape[dim], "inner": inner, "ignore_index": ignore, "target_scale": request.target_scale}
         return kernels.categorical, common | options
-    scale, shift = _scale_and_shift(request, x)
     name = likelihood.name
     if isinstance(likelihood, BernoulliLogits) and len(parameters) > 1:
         name = "bernoulli_logits_weighted"
-    return kernels.reconstruction, common | {
-        "likelihood": name,
-        "scale": getattr(likelihood, "scale", None),
-        "soft_min": getattr(likelihood, "soft_min", None),
-        "target_scale": scale,
-        "target_shift": shift,
-        "constant": 1 / (likelihood.levels - 1) if isinstance(likelihood, DiscretizedLogistic) else 0.0,
-    }
+    family = kernels.reconstruction.Family(
+        name,
+        getattr(likelihood, "scale", None),
+        getattr(likelihood, "soft_min", None),
+        1 / (likelihood.levels - 1) if isinstance(likelihood, DiscretizedLogistic) else 0.0,
+        *_scaling(request, x),
+    )
+    return kernels.reconstruction, common | {"family": family}

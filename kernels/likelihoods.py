@@ -1,9 +1,9 @@
 """One device function per likelihood, found by name.
 
-`(first, second, third, target, constant) -> (negative log-likelihood, its derivatives by first, second and third)`: tiles of the
-accumulation dtype, or scalars, and nothing of memory. What a likelihood does not have, it neither reads nor returns anything
-that means something for. Those with a scale get its logarithm as `second` and its reciprocal as `third`, and return the derivative
-by the logarithm. Their formulas in Torch are in `fastelbo/plain.py` and `fastelbo/likelihoods.py`.
+`(first, second, third, target, constant) -> (negative log-likelihood, its derivatives by first, second and third)`: tiles of
+the accumulation dtype, or scalars, and nothing of memory. A parameter that a likelihood does not have it does not read, and
+what it returns in its place means nothing. Those with a scale get its logarithm as `second` and its reciprocal as `third`, and
+return the derivative by the logarithm. The formulas in Torch are in `fastelbo/plain.py` and `fastelbo/likelihoods.py`.
 """
 
 import triton

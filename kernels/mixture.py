@@ -88,12 +88,13 @@ def pixel_column(x, offsets, inside, steps, half, INTEGER: tl.constexpr, DTYPE: 
 
 
 @triton.jit
-def distance_of(value, mean, shift, steps, half, INTEGER: tl.constexpr):
-    """Of a target from mean + shift, where the target and the mean are often close, and cancel exactly."""
+def channel(v, mean, shift, log_scale, lowest, highest, steps, half, INTEGER: tl.constexpr):
+    """`log_bin` of a target `v`, as `pixel_column` has it, at mean + shift. A target near the mean cancels exactly."""
     if INTEGER:
-        return (value - mean * steps) * half - shift  # one rounding, if the product and the sum are fused
+        distance = (v - mean * steps) * half - shift  # one rounding, if the product and the sum are fused
     else:
-        return (value - mean) - shift
+        distance = (v - mean) - shift
+    return log_bin(distance, log_scale, lowest, highest, half)
 
 
 @triton.jit
@@ -161,30 +162,22 @@ def mixture_kernel(
                 scale_b = parameter_tile(prediction, o + 8 * apart, mask, DTYPE)
                 b_by_g, b_by_g_slope = tanh_and_slope(parameter_tile(prediction, o + 9 * apart, mask, DTYPE))
                 g_shift, b_shift = g_by_r * r, b_by_r * r + b_by_g * g
-                log_r, mean_r, scale_r = log_bin(
-                    distance_of(v_r, mean_r, 0.0, steps, half, INTEGER), scale_r, low_r, high_r, half
-                )
-                log_g, mean_g, scale_g = log_bin(
-                    distance_of(v_g, mean_g, g_shift, steps, half, INTEGER), scale_g, low_g, high_g, half
-                )
-                log_b, mean_b, scale_b = log_bin(
-                    distance_of(v_b, mean_b, b_shift, steps, half, INTEGER), scale_b, low_b, high_b, half
-                )
+                log_r, mean_r, scale_r = channel(v_r, mean_r, 0.0, scale_r, low_r, high_r, steps, half, INTEGER)
+                log_g, mean_g, scale_g = channel(v_g, mean_g, g_shift, scale_g, low_g, high_g, steps, half, INTEGER)
+                log_b, mean_b, scale_b = channel(v_b, mean_b, b_shift, scale_b, low_b, high_b, steps, half, INTEGER)
                 log_p = log_r + log_g + log_b
             elif CHANNELS == 1:
                 v_r, _, low_r, high_r = pixel_column(x, pixel, inside, steps, half, INTEGER, DTYPE)
                 mean_r = parameter_tile(prediction, o + apart, mask, DTYPE)
                 scale_r = parameter_tile(prediction, o + 2 * apart, mask, DTYPE)
-                log_p, mean_r, scale_r = log_bin(
-                    distance_of(v_r, mean_r, 0.0, steps, half, INTEGER), scale_r, low_r, high_r, half
-                )
+                log_p, mean_r, scale_r = channel(v_r, mean_r, 0.0, scale_r, low_r, high_r, steps, half, INTEGER)
             else:
                 log_p = tl.zeros([POSITIONS, COMPONENTS], dtype=DTYPE)
                 for c in tl.range(0, channels):
                     v, _, low, high = pixel_column(x, pixel + c * inner, inside, steps, half, INTEGER, DTYPE)
                     mean = parameter_tile(prediction, o + (1 + 2 * c) * apart, mask, DTYPE)
                     scale = parameter_tile(prediction, o + (2 + 2 * c) * apart, mask, DTYPE)
-                    log_c, _, _ = log_bin(distance_of(v, mean, 0.0, steps, half, INTEGER), scale, low, high, half)
+                    log_c, _, _ = channel(v, mean, 0.0, scale, low, high, steps, half, INTEGER)
                     log_p += log_c
             # The sums are 1 or more, and the largest logit is taken off before what is as large can cancel.
             logit -= tl.max(logit, 1)[:, None]
@@ -221,7 +214,7 @@ def mixture_kernel(
                         v, _, low, high = pixel_column(x, pixel + c * inner, inside, steps, half, INTEGER, DTYPE)
                         mean = parameter_tile(prediction, o + (1 + 2 * c) * apart, mask, DTYPE)
                         scale = parameter_tile(prediction, o + (2 + 2 * c) * apart, mask, DTYPE)
-                        _, mean, scale = log_bin(distance_of(v, mean, 0.0, steps, half, INTEGER), scale, low, high, half)
+                        _, mean, scale = channel(v, mean, 0.0, scale, low, high, steps, half, INTEGER)
                         store_parameter(gradient, o + (1 + 2 * c) * apart, mean * slope, keep, mask)
                         store_parameter(gradient, o + (2 + 2 * c) * apart, scale * slope, keep, mask)
         if partials is not None:

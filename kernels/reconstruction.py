@@ -25,8 +25,8 @@ ABSENT, ELEMENT, ROW, BROADCAST = (tl.constexpr(i) for i in range(4))
 def broadcast_index(o, apart, inner, groups):
     """Where in a smaller tensor the number for element `o` lies.
 
-    From the last dimension on, its shape against the large one's: `inner` elements to each number, `groups` numbers, and, unless
-    `apart` is 0, each group of `apart` elements has its own such numbers.
+    From the last dimension on, its shape against the large one's: `inner` elements to each number, `groups` numbers, and,
+    unless `apart` is None, others for each `apart` elements.
     """
     index = (o // inner) % groups
     if apart is not None:
@@ -84,9 +84,10 @@ def from_logvar(logvar, soft_min):
 def reconstruction_tile(
     first, second, third, target, weight, grad_first, grad_second, grad_third, o, mask, row_start, factor,
     second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
-    soft_min, target_scale, target_shift, constant,
+    soft_min, target_scale, constant,
     LIKELIHOOD: tl.constexpr, SCALE: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr, WEIGHT: tl.constexpr,
-    SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, SUMS_SECOND: tl.constexpr, SUMS_THIRD: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr,
+    SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, CENTERED: tl.constexpr, SUMS_SECOND: tl.constexpr,
+    SUMS_THIRD: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Weighted negative log-likelihood of a tile and its derivatives by a second and third parameter that the row has one of.
 
@@ -94,7 +95,9 @@ def reconstruction_tile(
     smaller ones, to be added up.
     """
     a = tl.load(first + o, mask=mask, other=0.5).to(DTYPE)
-    t = tl.load(target + o, mask=mask, other=0).to(DTYPE) * target_scale + target_shift
+    t = tl.load(target + o, mask=mask, other=0).to(DTYPE) * target_scale
+    if CENTERED:
+        t -= 1.0
     b, c, chain = a, a, a
     if SECOND != ABSENT:
         b = load_operand(second, o, mask, row_start, None, second_inner, second_groups, SECOND, WIDE, DTYPE)
@@ -132,13 +135,14 @@ def reconstruction_tile(
 def reconstruction_kernel(
     first, second, third, target, weight, grad_first, grad_second, grad_third, factor, used, seen, partials, arrived,
     recon_out, second_out, third_out, divisor, divisor_value: tl.float64, soft_min: tl.float64, target_scale: tl.float64,
-    target_shift: tl.float64, constant: tl.float64,
+    constant: tl.float64,
     columns: tl.int64, programs: tl.int32, share: tl.int32,
     second_inner: tl.int64, second_groups: tl.int64, third_inner: tl.int64, third_groups: tl.int64,
     weight_apart: tl.int64, weight_inner: tl.int64, weight_groups: tl.int64,
     LIKELIHOOD: tl.constexpr, SCALE: tl.constexpr, SOFT: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr,
-    SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, WEIGHT: tl.constexpr, APART: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr, THREADS: tl.constexpr, FINISH: tl.constexpr,
+    WEIGHT: tl.constexpr, SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, CENTERED: tl.constexpr, APART: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
+    FINISH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
@@ -158,7 +162,7 @@ def reconstruction_kernel(
             wrong = by != tl.load(used + row // share)  # NaN is never what was guessed
     if wrong:
         by /= scalar(divisor, divisor_value, DTYPE)
-        ts, shift, extra = scalar(None, target_scale, DTYPE), scalar(None, target_shift, DTYPE), scalar(None, constant, DTYPE)
+        ts, extra = scalar(None, target_scale, DTYPE), scalar(None, constant, DTYPE)
         base, end = row_bounds(row, columns, ALIGNED, WIDE)
         sums = tl.zeros([THREADS], dtype=DTYPE)
         seconds = tl.zeros([THREADS], dtype=DTYPE)
@@ -168,8 +172,8 @@ def reconstruction_kernel(
             tiles = reconstruction_tile(
                 first, second, third, target, weight, grad_first, grad_second, grad_third, base + o, o < end, base, by,
                 second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
-                floor, ts, shift, extra,
-                LIKELIHOOD, SCALE, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE,
+                floor, ts, extra,
+                LIKELIHOOD, SCALE, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, CENTERED,
                 second_out is not None, third_out is not None, WIDE, DTYPE,
             )  # fmt: skip
             if recon_out is not None:
@@ -184,8 +188,8 @@ def reconstruction_kernel(
                 tiles = reconstruction_tile(
                     first, second, third, target, weight, grad_first, grad_second, grad_third, base + o, o < columns, base, by,
                     second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
-                    floor, ts, shift, extra,
-                    LIKELIHOOD, SCALE, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE,
+                    floor, ts, extra,
+                    LIKELIHOOD, SCALE, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, CENTERED,
                 second_out is not None, third_out is not None, WIDE, DTYPE,
                 )  # fmt: skip
                 sums += tiles[0]
@@ -209,6 +213,17 @@ def reconstruction_kernel(
                 if third_out is not None:
                     total = ordered_sum(mine + 2 * tl.num_programs(0), programs, FINISH)
                     tl.store(third_out + row, total.to(DTYPE))
+
+
+class Family(NamedTuple):
+    """What a likelihood is to the kernel, beside its tensors."""
+
+    likelihood: str  # the name of its device function
+    scale: str | None = None  # what the second parameter is: "scale", "log_scale" or "logvar" of one that has a scale
+    soft_min: float | None = None  # the soft lower bound of the scale's logarithm
+    constant: float = 0.0
+    target_scale: float = 1.0  # the target is multiplied by it
+    centered: bool = False  # and has 1 taken away then
 
 
 class Operand(NamedTuple):
@@ -293,16 +308,16 @@ class Plan(NamedTuple):
 
 
 def forward(
-    parameters, x, weight, divisor, guess, wants, *,
-    likelihood, scale, soft_min, target_scale, target_shift, constant, per_sample, dtype,
+    parameters, x, weight, divisor, guess, wants, *, family: Family, per_sample, dtype
 ):  # fmt: skip
-    """The weighted negative log-likelihood, added up and over `divisor`, and its derivatives by the `parameters` that are wanted.
+    """The weighted negative log-likelihood, added up and over `divisor`, and its derivatives by the `parameters` in `wants`.
 
-    `parameters[0]` and `x` have one shape and dense layout; the others and `weight` broadcast to it. `guess`, `[B]` or `[1]`, is the
-    upstream factor to store gradients with, None where no gradient of a large parameter is wanted.
+    `parameters[0]` and `x` have one shape and dense layout; the others and `weight` broadcast to it. `guess`, `[B]` or `[1]`,
+    is the upstream factor to store gradients with, None where no gradient of a large parameter is wanted.
 
-    Returns `(recon, gradients)`: `[]` or `[B]`; for each parameter None, or its gradient times `guess` if it is as large as `x`;
-    of smaller ones the derivative of the sum, neither times a factor nor over the divisor, each sample's own if `per_sample`.
+    Returns `(recon, gradients)`: `[]` or `[B]`; for each parameter None, or its gradient times `guess` if it is as large as
+    `x`; of smaller ones the derivative of the sum, neither times a factor nor over the divisor, each sample's own if
+    `per_sample`.
     """
     first = parameters[0]
     plan = Plan.of(parameters, weight, wants, per_sample)
@@ -316,7 +331,7 @@ def forward(
     recon = first.new_empty(plan.rows, dtype=dtype)
     _run(
         plan, parameters, x, divisor, guess, None, None, gradients, (recon, *_padded(sums)[1:]),
-        likelihood, scale, soft_min, target_scale, target_shift, constant, dtype,
+        family, dtype,
     )  # fmt: skip
     for i, parameter in enumerate(parameters[1:], 1):
         if wants[i] and parameter.shape != first.shape:
@@ -329,11 +344,13 @@ def forward(
 
 
 def backward(
-    parameters, x, weight, divisor, upstream, gradients, used, wants, *,
-    likelihood, scale, soft_min, target_scale, target_shift, constant, per_sample, dtype,
+    parameters, x, weight, divisor, upstream, gradients, used, wants, *, family: Family, per_sample, dtype
 ):  # fmt: skip
-    """Gradients by the large parameters that are wanted: `gradients` as forward stored them with the factor `used`, corrected where
-    they lie if `upstream` is another, or None. Returns `(gradients, seen)`, `seen` a copy of the factor `[B]` or `[1]`."""
+    """Gradients by the large parameters that are wanted: `gradients` as forward stored them with the factor `used`, corrected
+    where they lie if `upstream` is another; new ones if there is none that was `used`.
+
+    Returns `(gradients, seen)`, `seen` a copy of the factor, `[B]` or `[1]`.
+    """
     first = parameters[0]
     wants = [wanted and parameter.shape == first.shape for parameter, wanted in zip(parameters, wants, strict=True)]
     plan = Plan.of(parameters, weight, [False] * len(wants), per_sample)
@@ -342,18 +359,20 @@ def backward(
     seen = first.new_empty(first.shape[0] if per_sample else 1, dtype=dtype)
     _run(
         plan, parameters, x, divisor, upstream.contiguous(), used, seen, gradients, (None, None, None),
-        likelihood, scale, soft_min, target_scale, target_shift, constant, dtype,
+        family, dtype,
     )  # fmt: skip
     return gradients, seen
 
 
 def _run(
     plan, parameters, x, divisor, factor, used, seen, gradients, sums,
-    likelihood, scale, soft_min, target_scale, target_shift, constant, dtype,
+    family: Family, dtype,
 ):  # fmt: skip
     first, (second, third, weight) = parameters[0], (plan.second, plan.third, plan.weight)
     streamed = [t.tensor for t in (second, third, weight) if t.mode == ELEMENT]
     tile = min(tile_size(first, t) for t in (x, *streamed))
+    if dtype == torch.float64 and third.tensor is not None:
+        tile //= 2  # registers would be spilled otherwise
     segment = Segment.of(first, plan.rows, tile)
     programs = plan.rows * segment.programs
     finishes = sums[0] is not None
@@ -362,11 +381,12 @@ def _run(
         first, second.tensor, third.tensor, as_bytes(x), weight.tensor, *_padded(gradients), factor, used, seen,
         first.new_empty(3 * programs, dtype=torch.float64) if finishes else None,
         arrivals(first.device, plan.rows, False) if finishes else None,
-        *sums, *pointer_and_value(divisor), 0.0 if soft_min is None else soft_min, target_scale, target_shift, constant,
+        *sums, *pointer_and_value(divisor), family.soft_min or 0.0, family.target_scale, family.constant,
         segment.columns, segment.programs, plan.rows // max(factor.numel(), 1) if factor is not None else 1,
         second.inner, second.groups, third.inner, third.groups, weight.apart, weight.inner, weight.groups,
-        LIKELIHOOD=getattr(likelihoods, likelihood), SCALE=_SCALES[scale], SOFT=soft_min is not None,
-        SECOND=second.mode, THIRD=third.mode, SECOND_WHOLE=second.whole, THIRD_WHOLE=third.whole, WEIGHT=weight.mode, APART=weight.apart != 0,
+        LIKELIHOOD=getattr(likelihoods, family.likelihood), SCALE=_SCALES[family.scale], SOFT=family.soft_min is not None,
+        SECOND=second.mode, THIRD=third.mode, SECOND_WHOLE=second.whole, THIRD_WHOLE=third.whole, WEIGHT=weight.mode,
+        CENTERED=family.centered, APART=weight.apart != 0,
         DTYPE=TRITON_DTYPE[dtype], ALIGNED=segment.aligned, WIDE=segment.wide, BLOCK=tile, THREADS=THREADS, FINISH=FINISH,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from bench.compiled import TARGETS, compile_for, specialization
 from fastelbo import kernels
 from fastelbo.kernels.launch import FINISH, THREADS
 
-F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
+F32, BF16, F64, U8 = torch.float32, torch.bfloat16, torch.float64, torch.uint8
 
 KERNELS = {kernel.name: kernel for kernel in budget.kernels()}
 VARIANTS = {
@@ -36,6 +36,17 @@ VARIANTS = {
     "no kl": lambda: compiled.sample_forward(F32, wants_kl=False),
     "sample rows, ragged": lambda: compiled.sample_forward(F32, per_sample=True),
     "backward of given eps": lambda: compiled.sample_backward(F32, seeded=False),
+    "a log scale for all": lambda: compiled.reconstruction("gaussian", F32, F32, scale="log_scale", shapes=((),)),
+    "a log scale a feature": lambda: compiled.reconstruction("gaussian", F32, F32, scale="log_scale", shapes=((784,),)),
+    "dispersions of genes": lambda: compiled.reconstruction("negative_binomial", F32, F32, shapes=((784,),)),
+    "cells with weights": lambda: compiled.reconstruction(
+        "zero_inflated_negative_binomial", F32, F32, F32, shapes=((784,),), weight=torch.zeros(128, 1)
+    ),
+    "rows of several parameters": lambda: compiled.reconstruction(
+        "laplace", F32, F32, scale="scale", per_sample=True, features=785
+    ),
+    "counts in float64": lambda: compiled.reconstruction("negative_binomial", F64, F64, target=F64),
+    "zeros in float64": lambda: compiled.reconstruction("zero_inflated_negative_binomial", F64, F64, F64, target=F64),
 }
 
 
@@ -96,6 +107,8 @@ def test_a_right_guess_leaves_prediction_target_and_gradient_alone(target):
 
 # Three bytes an element are loaded and two stored, for 46 instructions or more: these are the bound, or nearly so.
 LESS_IN_FLIGHT = {f"loss forward: {name} bfloat16 uint8": 27 for name in ("bernoulli", "bernoulli_logits")}
+# As for counts of genes, by far.
+LESS_IN_FLIGHT["reconstruction forward: negative_binomial bfloat16 bfloat16 float32"] = 28
 
 
 @pytest.mark.parametrize("name", KERNELS)

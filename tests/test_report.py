@@ -171,7 +171,7 @@ def test_an_exception_in_a_kernel_fails(monkeypatch, main):
     text, code = main()
     assert code == 1
     assert "loss bernoulli                     FAILED: RuntimeError: no binary\n" in text
-    assert "loss gaussian          FAILED: the same\n" in text
+    assert "loss gaussian                      FAILED: the same\n" in text
     assert verdicts(text)["sample_kl"] == "ok"
 
 
