@@ -107,9 +107,9 @@ def loss(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, devices, names or options do not fit; `scale` is not positive; on a CPU, probabilities or the
-            targets of `"bernoulli"`, or integer targets of `"bernoulli_logits"`, are outside [0, 1], counts, rates or dispersions
-            are negative, or labels or levels are none. On a GPU, looking would need a sync, and a tracer sees no values: a target
-            of a Bernoulli likelihood outside [0, 1] gives a loss that means nothing there, all the others NaN.
+            targets of `"bernoulli"`, or integer targets of `"bernoulli_logits"`, are outside [0, 1], counts, rates or
+            dispersions are negative, or labels or levels are none. On a GPU, looking would need a sync, and a tracer sees no
+            values: a target of a Bernoulli likelihood outside [0, 1] gives a loss that means nothing there, the others NaN.
     """
     if _is_plain(recon_x, mu, beta, likelihood, posterior, prior, weighting, weight, scale, monitor):
         check_prediction("recon_x", recon_x)

@@ -151,15 +151,20 @@ def categorical_kernel(
     prediction, x, weight, gradient, factor, used, seen, partials, arrived, recon, divisor,
     recon_weight: tl.float64, target_scale: tl.float64, ignore_index: tl.int64,
     outer: tl.int64, classes: tl.int32, inner: tl.int64, programs: tl.int32,
-    DENSE: tl.constexpr, DTYPE: tl.constexpr, LOWEST: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    SINGLE: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr, FINISH: tl.constexpr,
+    DENSE: tl.constexpr, PER_SAMPLE: tl.constexpr, DTYPE: tl.constexpr, LOWEST: tl.constexpr, LAST: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, SINGLE: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """`outer`: of a row. Forward has the guess for a `factor`, and `partials`; backward has the true factor, and `seen`."""
-    row = tl.program_id(0) // programs
-    worker = tl.program_id(0) % programs
-    first = row * outer
     if not WIDE:
-        first, outer, inner = first.to(tl.int32), outer.to(tl.int32), inner.to(tl.int32)
+        outer, inner = outer.to(tl.int32), inner.to(tl.int32)
+    if PER_SAMPLE:
+        row = tl.program_id(0) // programs
+        worker = tl.program_id(0) % programs
+        first = row * outer
+    else:  # which keeps a register free
+        row = 0
+        worker = tl.program_id(0)
+        first = 0
     # What lies together in memory is a multiple of ALIGN, which the compiler has to see to make its accesses wide.
     if LAST:
         classes = classes // ALIGN * ALIGN
@@ -338,7 +343,7 @@ def _launch(
         prediction, as_bytes(x), weight if weight is None else as_bytes(weight), gradient, factor, used, seen,
         partials, arrived, recon, *divisor_arguments(divisor), target_scale, ignore_index,
         outer, classes, inner, programs,
-        DENSE=dense, DTYPE=TRITON_DTYPE[dtype], LOWEST=torch.finfo(dtype).min, LAST=inner == 1,
+        DENSE=dense, PER_SAMPLE=per_sample, DTYPE=TRITON_DTYPE[dtype], LOWEST=torch.finfo(dtype).min, LAST=inner == 1,
         ALIGN=math.gcd(classes if inner == 1 else inner, 16),
         # The last tiles reach beyond the end, and so do the blocks.
         WIDE=numel + (width + height) * max(classes, inner) + programs * height >= 2**31,

@@ -1,0 +1,241 @@
+"""Likelihoods of several parameters, weights, posteriors, priors and weightings keep what the four-argument call promises."""
+
+import pytest
+import torch
+from torch.distributions import Independent, Normal
+
+import fastelbo
+from fastelbo.likelihoods import Gaussian, Multinomial
+from likelihood_cases import CASES, recon_x, reduce
+from support import gradients, relative
+from test_compile import Counted, assert_same
+
+NAMES = ("gaussian, soft log scale", "gaussian, logvar", "zero_inflated", "pos_weight", "categorical, ignored", "multinomial")
+
+
+def make(name, device, dtype=torch.float32):
+    case = CASES[name]
+    parameters, x = case.make(dtype, device)
+    mu, logvar = (torch.randn(3, 2, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+    return case.likelihood, parameters, x, mu, logvar
+
+
+@pytest.mark.parametrize("reduction", ("sum", "none"))
+@pytest.mark.parametrize("name", NAMES)
+def test_any_sequence_of_factors(name, reduction, device):
+    """Stored gradients are right for the factor that was guessed, corrected for another, made anew for a retained graph."""
+    likelihood, parameters, x, mu, logvar = make(name, device, torch.float64)
+    wide = [p.detach().clone().requires_grad_() for p in parameters]
+    expected = reduce(CASES[name].truth(wide, x), reduction, counted=(x != -100) if "ignored" in name else None)
+    for factor in (1.0, 1.0, 3.0, 3.0, 0.5, 2.0**40):
+        recon = fastelbo.loss(recon_x(parameters), x, mu, logvar, likelihood=likelihood, reduction=reduction).recon
+        upstream = factor * torch.arange(1.0, 1 + recon.numel(), device=device, dtype=torch.float64).view_as(recon)
+        truth = gradients(expected, *wide, grad_outputs=upstream, retain_graph=True)
+        first = gradients(recon, *parameters, grad_outputs=upstream, retain_graph=True)
+        kept = [g.clone() for g in first]
+        again = gradients(recon, *parameters, grad_outputs=7 * upstream)
+        for a, b, c, d in zip(first, kept, again, truth, strict=True):
+            assert torch.equal(a, b)  # the second pass left the first one's gradients alone
+            assert relative(a, d) < 1e-7
+            assert relative(c, 7 * d) < 1e-7
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_subset_of_inputs(name, device):
+    likelihood, parameters, x, mu, logvar = make(name, device)
+    options = {"likelihood": likelihood, "reduction": "batchmean"}
+    full = gradients(fastelbo.loss(recon_x(parameters), x, mu, logvar, 0.3, **options).loss, *parameters, mu, logvar)
+    for i, tensor in enumerate((*parameters, mu, logvar)):
+        fixed = [t.detach() if t is not tensor else t for t in (*parameters, mu, logvar)]
+        terms = fastelbo.loss(recon_x(fixed[:-2]), x, *fixed[-2:], 0.3, **options)
+        torch.testing.assert_close(gradients(terms.loss, tensor)[0], full[i])
+    with torch.no_grad():
+        terms = fastelbo.loss(recon_x(parameters), x, mu, logvar, 0.3, **options)
+    assert not terms.loss.requires_grad
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_input_is_written(name, device):
+    likelihood, parameters, x, mu, logvar = make(name, device)
+    tensors = (*parameters, x, mu, logvar)
+    before = [t.detach().clone() for t in tensors]
+    fastelbo.loss(recon_x(parameters), x, mu, logvar, likelihood=likelihood, reduction="mean").loss.backward()
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_a_loss_scaler(dtype, device):
+    """Gradients in float16 times 2^16, stored as such once the factor is known."""
+    likelihood, parameters, x, mu, logvar = make("gaussian, soft log scale", device, dtype)
+    wide = [p.detach().double().requires_grad_() for p in parameters]
+    expected = gradients(fastelbo.loss(recon_x(wide), x, mu, logvar, likelihood=likelihood, reduction="mean").loss, *wide)
+    for _ in range(3):
+        loss = fastelbo.loss(recon_x(parameters), x, mu, logvar, likelihood=likelihood, reduction="mean").loss
+        for a, b in zip(gradients(loss * 65536, *parameters), expected, strict=True):
+            assert a.dtype == dtype
+            assert relative(a.double() / 65536, b) < 2 * torch.finfo(dtype).eps
+
+
+def general(parameters, x, mu, second, beta, likelihood, weight=None):
+    prior = (0.1 * mu.detach(), 0.2 * second.detach())
+    posterior = fastelbo.Posterior("log_std", (-1.0, 1.0))
+    weighting = fastelbo.Weighting(free_bits=0.4, free_bits_per="sample")
+    return fastelbo.loss(
+        recon_x(parameters), x, mu, second, beta, likelihood=likelihood, posterior=posterior, prior=prior, weighting=weighting,
+        weight=weight, reduction="mean",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled(name, device):
+    """In one graph, without a break, with the results of eager mode."""
+    torch.compiler.reset()
+    likelihood, parameters, x, mu, second = make(name, device)
+    if name == "pos_weight of features":
+        likelihood = fastelbo.likelihoods.BernoulliLogits(likelihood.pos_weight.to(device))
+    weight = torch.rand(3, *[1] * (x.dim() - 1), device=device)
+
+    def call(x, mu, second, weight, *parameters):
+        return general(parameters, x, mu, second, 0.3, likelihood, weight)
+
+    compiled = Counted(call)
+    assert_same(call, compiled, (*parameters, mu, second), x, mu, second, weight, *parameters, rtol=1e-5, atol=1e-6)
+    assert compiled.compilations == 1
+
+
+def test_changing_numbers_do_not_compile_anew(device):
+    torch.compiler.reset()
+    likelihood, parameters, x, mu, second = make("gaussian, logvar", device)
+
+    def call(beta, *parameters):
+        return general(parameters, x, mu, second, beta, likelihood)
+
+    compiled = Counted(call)
+    for step in range(5):
+        beta = fastelbo.schedules.linear(4)(torch.tensor(step, device=device))
+        torch.testing.assert_close(compiled(beta, *parameters), call(beta, *parameters), rtol=1e-5, atol=1e-6)
+    assert compiled.compilations == 1
+
+
+def test_per_sample_gradients(device):
+    """torch.func over single samples."""
+    likelihood, (mean, log_scale), x, mu, second = make("gaussian, soft log scale", device, torch.float64)
+
+    def loss(mean, x, mu, second):
+        one = [t.unsqueeze(0) for t in (mean, x, mu, second)]
+        return general((one[0], log_scale), *one[1:], 0.3, likelihood).loss
+
+    got = torch.func.vmap(torch.func.grad(loss, (0, 2, 3)))(mean, x, mu, second)
+    for i in range(3):
+        sample = [t[i].detach().requires_grad_() for t in (mean, x, mu, second)]
+        expected = gradients(loss(*sample), sample[0], *sample[2:])
+        torch.testing.assert_close([g[i] for g in got], list(expected))
+
+
+@pytest.mark.parametrize("independent", (False, True))
+def test_distributions_in_place_of_parameters(independent, device):
+    """As encoders that return a Normal have them."""
+    x = torch.rand(4, 6, device=device)
+    mu, prior_mu = (torch.randn(4, 3, device=device, requires_grad=True) for _ in range(2))
+    std, prior_std = (torch.rand(4, 3, device=device).add(0.5).requires_grad_() for _ in range(2))
+    posterior, prior = Normal(mu, std), Normal(prior_mu, prior_std)
+    expected = torch.distributions.kl_divergence(posterior, prior).sum()
+    if independent:
+        posterior, prior = Independent(posterior, 1), Independent(prior, 1)
+    decoder = torch.nn.Linear(3, 6).to(device)
+    eps = torch.randn_like(mu)
+    results = []
+    for terms in (
+        fastelbo.loss(decoder(mu + std * eps), x, posterior, beta=0.3, prior=prior, likelihood="mse"),
+        fastelbo.elbo(decoder, x, posterior, beta=0.3, prior=prior, likelihood="mse", eps=eps),
+    ):
+        torch.testing.assert_close(terms.kl, expected)
+        results.append((*terms, *gradients(terms.loss, mu, std, prior_mu, prior_std, *decoder.parameters(), retain_graph=True)))
+    naive = torch.nn.functional.mse_loss(decoder(mu + std * eps), x, reduction="sum") + 0.3 * expected
+    results.append((naive, *results[0][1:3], *gradients(naive, mu, std, prior_mu, prior_std, *decoder.parameters())))
+    for got in results[:2]:
+        torch.testing.assert_close(got, results[2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ("sum", "mean", "none"))
+def test_elbo_is_loss_around_the_decoder(reduction, device):
+    """Of a decoder that returns several parameters, with every other option."""
+    _, x = CASES["zero_inflated"].make(torch.float64, device)
+    x = x.flatten(1)[:, :7]
+    mu, second = (torch.randn(3, 2, device=device, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.rand(7, device=device)
+    net = torch.nn.Linear(2, 14, dtype=torch.float64, device=device)
+    theta = torch.rand(7, dtype=torch.float64, device=device, requires_grad=True)
+    eps = torch.randn_like(mu)
+
+    def decoder(z):
+        mean, logits = net(z).chunk(2, 1)
+        return mean.exp(), theta, logits
+
+    options = {
+        "likelihood": "zero_inflated_negative_binomial", "posterior": "log_std", "prior": (mu.detach() / 2, second.detach()),
+        "reduction": reduction, "weight": weight,
+    }  # fmt: skip
+    z = fastelbo.reparameterize(mu, second, posterior="log_std", eps=eps)
+    weighting = fastelbo.Weighting(free_bits=0.5, free_bits_per="element")
+    for extra in ({}, {"weighting": weighting}, {"beta": torch.tensor([0.1, 0.7], device=device)}):
+        got = fastelbo.elbo(decoder, x, mu, second, eps=eps, **{"beta": 0.3} | options | extra)
+        expected = fastelbo.loss(decoder(z), x, mu, second, **{"beta": 0.3} | options | extra)
+        torch.testing.assert_close(got, expected)
+        wrt = (mu, second, theta, *net.parameters())
+        ours, theirs = (gradients(t.loss.sum(), *wrt, retain_graph=True) for t in (got, expected))
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_module_with_options(device):
+    likelihood, parameters, x, mu, second = make("gaussian, logvar", device)
+    weighting = fastelbo.Weighting(capacity=3.0)
+    criterion = fastelbo.nn.ELBOLoss(likelihood, 2.0, "batchmean", posterior="std", weighting=weighting).to(device)
+    weight = torch.rand_like(x)
+    monitor = fastelbo.diagnostics.Monitor()
+    std = second.exp()
+    prior = (torch.ones(2, device=device), torch.zeros(2, device=device))
+    got = criterion(recon_x(parameters), x, mu, std, prior=prior, weight=weight, monitor=monitor)
+    expected = fastelbo.loss(
+        recon_x(parameters), x, mu, std, 2.0, likelihood=likelihood, reduction="batchmean", posterior="std", prior=prior,
+        weighting=weighting, weight=weight,
+    )  # fmt: skip
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(monitor.kl.float(), expected.kl)
+    assert "posterior='std'" in repr(criterion) and "capacity=3.0" in repr(criterion)
+
+
+@pytest.mark.parametrize("reduction", ("sum", "batchmean", "none"))
+@pytest.mark.parametrize("shape", ((0, 3), (4, 0)), ids=str)
+def test_empty(shape, reduction, device):
+    mean, scale = (torch.rand(shape, device=device, requires_grad=True) for _ in range(2))
+    x = torch.rand(shape, device=device)
+    kl = torch.zeros(shape[:1] if reduction == "none" else (), device=device)
+    recon = fastelbo.loss((mean, scale), x, kl=kl, likelihood="gaussian", reduction=reduction).recon
+    expected = torch.zeros_like(kl) / (0 if reduction == "batchmean" and shape[0] == 0 else 1)
+    torch.testing.assert_close(recon.detach(), expected, equal_nan=True)
+    recon.sum().backward()
+    assert mean.grad.shape == scale.grad.shape == shape
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "offset": lambda t: torch.cat([t.flatten()[:3], t.flatten()])[3:].view_as(t),
+}
+
+
+@pytest.mark.parametrize("second", LAYOUTS)
+@pytest.mark.parametrize("first", LAYOUTS)
+def test_layouts(first, second, device):
+    mean, logvar, x, weight = (torch.randn(2, 4, 5, 6, device=device) for _ in range(4))
+    mean, x = LAYOUTS[first](mean).requires_grad_(), LAYOUTS[second](x)
+    logvar, weight = LAYOUTS[second](logvar).requires_grad_(), LAYOUTS[first](weight > 0)
+    for likelihood, parameters in ((Gaussian("logvar"), (mean, logvar)), (Multinomial(2), (mean,))):
+        mask = weight if len(parameters) == 2 else weight[:, :, :1]
+        got = fastelbo.loss(recon_x(parameters), x, kl=torch.zeros((), device=device), likelihood=likelihood, weight=mask).recon
+        terms = -Normal(mean, torch.exp(logvar / 2)).log_prob(x) if len(parameters) == 2 else -(mean.log_softmax(2) * x).sum(2)
+        expected = reduce(terms, "sum", mask if len(parameters) == 2 else mask.squeeze(2))
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(gradients(got, *parameters), gradients(expected, *parameters))
