@@ -85,6 +85,90 @@ def test_no_sync(syncs_raise, device):
     step()
 
 
+def calls_with_options(device):
+    """A function that makes calls with every kind of option and differentiates them, and the tensors it differentiates by."""
+    mean, counts, mu, logvar = make_inputs("mse", (64, 300), (64, 8), device=device)
+    counts = counts.abs().round()
+    theta, logits, log_scale = (torch.randn(s, device=device, requires_grad=True) for s in ((300,), (64, 300), ()))
+    mask, labels = torch.rand(64, 1, device=device) > 0.2, torch.randint(0, 300, (64,), device=device)
+    prior, capacity = (mu.detach() / 2, logvar.detach() / 2), torch.tensor(3.0, device=device)
+    monitor = fastelbo.diagnostics.Monitor()
+    soft = fastelbo.likelihoods.Gaussian("log_scale", -6.0)
+
+    def call():
+        zeros = (mean.exp(), theta.exp(), logits)
+        free = fastelbo.Weighting(free_bits=0.1)
+        drawn = fastelbo.Weighting(capacity=capacity, balance=(0.2, 0.8))
+        losses = (
+            fastelbo.loss(
+                zeros, counts, mu, logvar, likelihood="zero_inflated_negative_binomial", weight=mask, reduction="mean",
+                posterior=fastelbo.Posterior("log_std", (-3.0, 3.0)), prior=prior, weighting=drawn, monitor=monitor,
+            ),
+            fastelbo.loss((mean, log_scale), counts, mu, logvar, likelihood=soft, weighting=free, reduction="batchmean"),
+            fastelbo.loss(logits, labels, mu, logvar, likelihood="categorical", reduction="mean", prior=prior),
+            fastelbo.loss(logits, counts, mu, logvar, likelihood="multinomial", reduction="batchmean"),
+            fastelbo.loss(mean, counts, mu, logvar, likelihood=fastelbo.likelihoods.Gaussian("optimal")),
+        )  # fmt: skip
+        total = sum(terms.loss for terms in losses)
+        return total, gradients(total, *wrt)
+
+    wrt = mean, mu, logvar, theta, logits, log_scale
+    return call, wrt
+
+
+def test_no_sync_of_any_option(syncs_raise, device):
+    call, _ = calls_with_options(device)
+    call()
+    syncs_raise()
+    call()
+
+
+def test_options_are_bitwise_repeatable(device):
+    call, _ = calls_with_options(device)
+    call()
+    first, second = call(), call()
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+def test_graph_replay_of_options(device):
+    call, wrt = calls_with_options(device)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total, grads = call()
+    for _ in range(3):
+        with torch.no_grad():
+            for tensor in wrt:
+                tensor.copy_(torch.randn_like(tensor))
+        graph.replay()
+        expected = call()
+        torch.testing.assert_close(total, expected[0])
+        torch.testing.assert_close(grads, expected[1])
+
+
+@pytest.mark.counts_launches
+def test_launches_of_several_parameters(device):
+    """One for the reconstruction and its gradients, one for its backward, which finds its factor guessed."""
+    mean, x, _, _ = make_inputs("mse", (128, 784), (128, 20), device=device)
+    logvar = torch.randn(128, 784, device=device, requires_grad=True)
+    kl, one = torch.zeros((), device=device), torch.ones((), device=device)
+    likelihood = fastelbo.likelihoods.Gaussian("logvar")
+
+    def recon():
+        return fastelbo.loss((mean, logvar), x, kl=kl, beta=0.0, likelihood=likelihood).recon
+
+    with torch.no_grad():
+        forward = count_kernels(recon)
+    # Beside it, beta * kl and the sum with it.
+    assert forward <= 3
+    assert count_kernels(lambda: gradients(recon(), mean, logvar, grad_outputs=one)) <= forward + 1
+
+
 def test_graph_replay(device):
     """Right gradients for what the inputs hold at replay, with fresh noise each time."""
     recon_x, x, mu, logvar = make_inputs("mse", (64, 100), (64, 8), device=device)
