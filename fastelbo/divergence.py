@@ -28,15 +28,15 @@ class Weighting(NamedTuple):
         free_bits: lambda: a KL below it counts as lambda and has no gradient. None: no free bits.
         free_bits_per: `"element"`: the sum over b and d of max(lambda, KL_bd). `"dimension"`: the sum over d of max(lambda,
             mean over b of KL_bd), the objective of Kingma et al. (Improved Variational Inference with Inverse Autoregressive
-            Flow, 2016) where each dimension is a group. `"sample"`: max(lambda, KL_b), the free nats of DreamerV3
-            (Hafner et al., 2023).
+            Flow, 2016) where each dimension is a group; their code has a group for each channel. `"sample"`: max(lambda,
+            KL_b), the free nats of DreamerV3 (Hafner et al., 2023).
         capacity: C: the KL is drawn to it by |KL - C| (Burgess et al., Understanding disentangling in beta-VAE, 2018), whose
             gamma is beta here. A number or a 0-d tensor, which may change from step to step. None: no capacity.
         capacity_per: `"batch"`: |mean over b of KL_b - C|. `"sample"`: the mean over b of |KL_b - C|, as pythae's
             DisentangledBetaVAE.
         balance: (a, b): a KL(q || sg(p)) + b KL(sg(q) || p), sg being what has no gradient: the value is a + b times the KL (or
             what free bits or capacity make of it), and the gradients by posterior q and prior p are a and b times theirs.
-            DreamerV2 (Hafner et al., 2021): (0.2, 0.8); DreamerV3: (0.1, 0.5), its beta_rep and beta_dyn. Needs a prior.
+            DreamerV2 (Hafner et al., 2021): (0.2, 0.8); DreamerV3's code: (0.1, 1.0), its `rep` and `dyn`. Needs a prior.
     """
 
     free_bits: float | None = None
@@ -113,9 +113,9 @@ def reduced(
 ) -> Reduced:
     """The KL summed over everything (`kind` "sum"), each sample ("row"), the batch ("column") or nothing ("element").
 
-    `kind` None: no KL. The sums are times `scale`. `noise` makes a sample too, but not with "column". `free_bits` is a floor
-    under each element. `balance` are the shares, 1 in all, of the gradient of `weighted` that goes to the posterior and to the
-    prior. `statistics` go with "column".
+    `kind` None: no KL. The sums are times `scale`, which is 1 for elements. `noise` makes a sample too, but not with "column".
+    `free_bits` is a floor under each element. `balance` are the shares, 1 in all, of the gradient of `weighted` that goes to
+    the posterior and to the prior. `statistics` go with "column".
     """
     if kind == "element" and free_bits is not None:  # once more from what is written anyway
         z, kl, weighted, _ = reduced(mu, second, posterior, prior, kind, noise=noise, scale=scale, balance=balance)

@@ -152,7 +152,8 @@ def categorical_kernel(
     recon_weight: tl.float64, target_scale: tl.float64, ignore_index: tl.int64,
     outer: tl.int64, classes: tl.int32, inner: tl.int64, programs: tl.int32,
     DENSE: tl.constexpr, PER_SAMPLE: tl.constexpr, DTYPE: tl.constexpr, LOWEST: tl.constexpr, LAST: tl.constexpr,
-    ALIGN: tl.constexpr, WIDE: tl.constexpr, SINGLE: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr, FINISH: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, SINGLE: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr,
+    FINISH: tl.constexpr,
 ):  # fmt: skip
     """`outer`: of a row. Forward has the guess for a `factor`, and `partials`; backward has the true factor, and `seen`."""
     if not WIDE:

@@ -73,7 +73,7 @@ def divergence_forward(
       all, or None. `noise`: likewise, a seed from `draw_noise`, or None.
     - `posterior`, `prior`: what `second` and `prior_second` are, by name. `clamp`: None, or bounds of `second`.
     - `kind`: of the KL: "sum" over everything, of each "row" or "element". `floor`: None, or a least KL of an element.
-    - `scale`: what the sums are times, and the elements are not.
+    - `scale`: what the sums are times; 1 for elements.
 
     Returns `(z, kl, the KL with the floor)`: what was not asked for is None.
     """

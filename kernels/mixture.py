@@ -108,8 +108,8 @@ def mixture_kernel(
     prediction, x, weight, gradient, factor, used, seen, partials, arrived, recon, divisor,
     recon_weight: tl.float64, half_step: tl.float64, levels: tl.int32,
     outer: tl.int64, components: tl.int32, inner: tl.int64, channels: tl.int32, programs: tl.int32,
-    CHANNELS: tl.constexpr, INTEGER: tl.constexpr, PER_SAMPLE: tl.constexpr, DTYPE: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr,
-    WIDE: tl.constexpr, POSITIONS: tl.constexpr, COMPONENTS: tl.constexpr, FINISH: tl.constexpr,
+    CHANNELS: tl.constexpr, INTEGER: tl.constexpr, PER_SAMPLE: tl.constexpr, DTYPE: tl.constexpr, LAST: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, POSITIONS: tl.constexpr, COMPONENTS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """CHANNELS: 3 or 1, or 0 for another number, `channels`. The rest is as in `categorical.categorical_kernel`."""
     if not WIDE:
@@ -270,8 +270,8 @@ def _launch(
         prediction, as_bytes(x), weight if weight is None else as_bytes(weight), gradient, factor, used, seen,
         partials, arrived, recon, *divisor_arguments(divisor), 1 / (levels - 1), levels,
         outer, components, inner, channels, programs,
-        CHANNELS=channels if channels in (1, 3) else 0, INTEGER=not x.is_floating_point(), PER_SAMPLE=per_sample, DTYPE=TRITON_DTYPE[dtype],
-        LAST=inner == 1, ALIGN=math.gcd(components if inner == 1 else inner, 16),
+        CHANNELS=channels if channels in (1, 3) else 0, INTEGER=not x.is_floating_point(), PER_SAMPLE=per_sample,
+        DTYPE=TRITON_DTYPE[dtype], LAST=inner == 1, ALIGN=math.gcd(components if inner == 1 else inner, 16),
         # The last tiles reach beyond the end, and so do the blocks.
         WIDE=numel + (width + height) * max(numel // (outer * rows * inner), inner) + programs * height >= 2**31,
         POSITIONS=height, COMPONENTS=width, FINISH=FINISH,
