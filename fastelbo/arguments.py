@@ -221,7 +221,7 @@ def split_reduction(reduction) -> tuple[str, str]:
     return recon, kl
 
 
-def weight(reduction: str, value: Tensor) -> float:
+def factor_of(reduction: str, value: Tensor) -> float:
     """The factor that makes the sum over `value` the reduction; NaN for a mean over nothing, as in Torch."""
     if reduction == "batchmean":
         count = value.shape[0]

@@ -15,7 +15,7 @@ from .backend import backend_for
 from .guess import guess, remember
 from .layout import dense, in_layout, layout_of
 from .operators import differentiate_sample
-from .tracing import is_differentiated, is_traced, never_compiled
+from .tracing import is_differentiated, needs_formula, never_compiled
 
 
 class Settings(NamedTuple):
@@ -27,12 +27,6 @@ class Settings(NamedTuple):
     weights: tuple[float, float]
     per_sample: bool
     dtype: torch.dtype
-
-
-def _by_formula(*upstreams: Tensor | None) -> bool:
-    """Whether a backward pass must be made of Torch operations. Zeros that are a symbol have no memory for a kernel to read."""
-    symbolic = any(g is not None and g._is_zerotensor() for g in upstreams)
-    return symbolic or is_differentiated(upstreams) or is_traced(*upstreams)
 
 
 @never_compiled
@@ -69,7 +63,7 @@ class Loss(torch.autograd.Function):
     def backward(ctx, *upstreams):
         saved = Saved(*ctx.saved_tensors)
         _, *needs = ctx.needs_input_grad
-        if _by_formula(*upstreams):
+        if needs_formula(upstreams):
             return None, *_loss_differentiated(ctx, saved, needs, upstreams)
         wants_recon, wants_x, wants_mu, wants_logvar, wants_kl, wants_beta = needs
         grad_recon_x, grad_mu, grad_logvar, grad_kl = _loss_backward(
@@ -97,7 +91,7 @@ class Sample(torch.autograd.Function):
         mu, logvar, noise = ctx.saved_tensors
         kl_weight, per_sample, dtype = ctx.settings
         needs = ctx.needs_input_grad[:3]
-        if needs[2] or _by_formula(grad_z, grad_kl):
+        if needs[2] or needs_formula((grad_z, grad_kl)):
             grads = differentiate_sample(
                 mu, logvar, noise, ctx.latent_layout, kl_weight, per_sample, dtype, needs, (grad_z, grad_kl)
             )

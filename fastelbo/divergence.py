@@ -7,17 +7,16 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from . import formula, posteriors, torch_backend
-from .arguments import REDUCTIONS, check_device, check_number, check_real, check_reduction, weight
-from .autograd import _by_formula
+from .arguments import REDUCTIONS, check_device, check_number, check_real, check_reduction, factor_of
 from .backend import backend_for
 from .layout import dense, in_layout, layout_of
 from .operators import ops
 from .posteriors import LOGVAR, Posterior, Prior, check_gaussian, check_posterior, check_prior, kl_elements, result_dtype
-from .tracing import is_traced, never_compiled
+from .tracing import is_traced, needs_formula, never_compiled
 
 __all__ = ["Posterior", "Weighting", "check_posterior", "check_prior", "check_weighting", "divergence_terms", "kl_divergence"]
 
-FREE_BITS_PER = ("element", "dimension", "sample")
+FREE_BITS_PER = ("element", "dimension", "channel", "sample", "batch")
 CAPACITY_PER = ("batch", "sample")
 
 
@@ -28,8 +27,9 @@ class Weighting(NamedTuple):
         free_bits: lambda: a KL below it counts as lambda and has no gradient. None: no free bits.
         free_bits_per: `"element"`: the sum over b and d of max(lambda, KL_bd). `"dimension"`: the sum over d of max(lambda,
             mean over b of KL_bd), the objective of Kingma et al. (Improved Variational Inference with Inverse Autoregressive
-            Flow, 2016) where each dimension is a group; their code has a group for each channel. `"sample"`: max(lambda,
-            KL_b), the free nats of DreamerV3 (Hafner et al., 2023).
+            Flow, 2016) where each dimension is a group. `"channel"`: likewise, where each channel of `[B, C, ...]` is one, as
+            in their code. `"sample"`: the sum over b of max(lambda, KL_b), the free nats of DreamerV3 (Hafner et al., 2023).
+            `"batch"`: max(lambda, mean over b of KL_b), those of DreamerV1 and V2 (Hafner et al., 2020, 2021).
         capacity: C: the KL is drawn to it by |KL - C| (Burgess et al., Understanding disentangling in beta-VAE, 2018), whose
             gamma is beta here. A number or a 0-d tensor, which may change from step to step. None: no capacity.
         capacity_per: `"batch"`: |mean over b of KL_b - C|. `"sample"`: the mean over b of |KL_b - C|, as pythae's
@@ -82,7 +82,7 @@ def kl_divergence(
             names = (*REDUCTIONS, "dimension", "element")
             raise ValueError(f"reduction must be one of {', '.join(map(repr, names))}; got {reduction!r}")
     batch, kind = mu.shape[0], KINDS.get(reduction, "sum")
-    scale = (1 / batch if batch else torch.nan) if reduction == "dimension" else weight(reduction, mu)
+    scale = (1 / batch if batch else torch.nan) if reduction == "dimension" else factor_of(reduction, mu)
     return reduced(mu, second, posterior, prior, kind, scale=scale).kl
 
 
@@ -179,7 +179,7 @@ class Divergence(torch.autograd.Function):
     def backward(ctx, grad_z, grad_kl, grad_weighted, *_):
         settings, needs, upstreams = ctx.settings, ctx.needs_input_grad[3:], (grad_z, grad_kl, grad_weighted)
         noise, *tensors = ctx.saved_tensors
-        if _by_formula(*upstreams):
+        if needs_formula(upstreams):
             return None, None, None, *_differentiated(settings, noise, tensors, needs, upstreams)
         if all(g is None for g in upstreams):
             return (None,) * 7
@@ -308,14 +308,14 @@ def divergence_terms(
     with the reduction "sum", over D with "mean"; with "none" it is one value a sample.
     """
     batch = mu.shape[0]
-    scale = weight(reduction, mu)
+    scale = factor_of(reduction, mu)
     each = isinstance(beta, Tensor) and beta.dim() > 0  # a beta for each dimension
     free_bits, capacity, balance = weighting.free_bits, weighting.capacity, weighting.balance
     floor = free_bits if weighting.free_bits_per == "element" else None
 
     per_sample = reduction == "none" or (free_bits is not None and weighting.free_bits_per == "sample")
     per_sample = per_sample or (capacity is not None and weighting.capacity_per == "sample")
-    per_dimension = each or (free_bits is not None and weighting.free_bits_per == "dimension")
+    per_dimension = each or (free_bits is not None and weighting.free_bits_per in ("dimension", "channel"))
     if per_dimension and (per_sample or floor is not None):
         kind = "element"
     elif per_sample or floor is not None:
@@ -342,8 +342,11 @@ def divergence_terms(
     if isinstance(beta, Tensor):
         beta = beta.to(kl.dtype)
     if free_bits is not None and floor is None:
-        # Of sums over the batch, "dimension" has B lambda for its floor.
-        bound = free_bits * batch if weighting.free_bits_per == "dimension" else free_bits
+        if weighting.free_bits_per == "channel" and weighted.dim() > 1:
+            weighted = weighted.flatten(1).sum(1)
+        elif weighting.free_bits_per == "batch":
+            weighted = weighted.sum()
+        bound = free_bits if weighting.free_bits_per == "sample" else free_bits * batch  # of sums over the batch
         weighted = torch.where(weighted <= bound, bound, weighted)
     if each:
         weighted = weighted * beta
@@ -399,10 +402,14 @@ def check_weighting(weighting, mu: Tensor, prior=None, beta: float | Tensor = 1.
         free_bits = check_real("weighting.free_bits", free_bits, "a number or None")
         if not free_bits >= 0:
             raise ValueError(f"weighting.free_bits must not be negative, got {free_bits}")
-        if each and free_bits_per == "sample":
-            raise ValueError("weighting.free_bits_per='sample' needs a beta that is one number, not one for each dimension")
-        if reduction == "none" and free_bits_per == "dimension":
-            raise ValueError("weighting.free_bits_per='dimension' is about the batch: reduction 'none' has no place for it")
+        if each and free_bits_per not in ("element", "dimension"):
+            raise ValueError(
+                f"weighting.free_bits_per={free_bits_per!r} needs a beta that is one number, not one for each dimension"
+            )
+        if reduction == "none" and free_bits_per not in ("element", "sample"):
+            raise ValueError(
+                f"weighting.free_bits_per={free_bits_per!r} is about the batch: reduction 'none' has no place for it"
+            )
     if capacity is not None:
         capacity = check_number("weighting.capacity", capacity, mu)
         if not isinstance(capacity, Tensor) and not capacity >= 0:

@@ -26,10 +26,10 @@ from .arguments import (
     check_target,
     check_unit_interval,
     check_weight,
+    factor_of,
     find_likelihood,
     split_reduction,
 )
-from .arguments import weight as weight_of
 from .autograd import Elbo, Loss, Settings, decoder_leaves, loss_forward
 from .diagnostics import Monitor
 from .divergence import Weighting, check_beta, check_weighting, divergence_terms
@@ -190,7 +190,7 @@ def elbo(
     options = _check_options(mu, beta, likelihood, scale, target_scale)
     recon_reduction, kl_reduction = split_reduction(reduction)
     noise = draw(mu, logvar, eps, generator)
-    kl_weight = weight_of(kl_reduction, mu)
+    kl_weight = factor_of(kl_reduction, mu)
     z, kl = sample(mu, logvar, noise, kl_weight, kl_reduction == "none", wants_kl=True)
     # Taken before the decoder runs, which may write to z.
     edge = torch.autograd.graph.get_gradient_edge(z) if z.requires_grad and not is_traced(x, z) else None
@@ -313,7 +313,7 @@ def _add(term: Term, divergence, monitor: Monitor | None) -> ELBOTerms:
             likelihood=row,
             scale=scale,
             target_scale=request.target_scale,
-            weights=(weight_of(request.reduction, x), 1.0),
+            weights=(factor_of(request.reduction, x), 1.0),
             per_sample=request.reduction == "none",
             dtype=dtype,
         )
@@ -351,7 +351,7 @@ def _check_loss(name, recon_x, x, mu, logvar, kl, options: Options, reduction) -
         check_device("mu", mu, name, recon_x)
         check_batch("mu", mu, name, recon_x)
         recon_reduction, kl_reduction = split_reduction(reduction)
-        dtype, kl_weight = result_dtype(recon_x, mu, logvar), weight_of(kl_reduction, mu)
+        dtype, kl_weight = result_dtype(recon_x, mu, logvar), factor_of(kl_reduction, mu)
     else:
         if mu is not None or logvar is not None:
             raise ValueError("give mu and logvar, or kl, not both: got " + _given(mu=mu, logvar=logvar, kl=kl))
@@ -364,7 +364,7 @@ def _check_loss(name, recon_x, x, mu, logvar, kl, options: Options, reduction) -
         likelihood=options.likelihood,
         scale=options.scale,
         target_scale=options.target_scale,
-        weights=(weight_of(recon_reduction, recon_x), kl_weight),
+        weights=(factor_of(recon_reduction, recon_x), kl_weight),
         per_sample=recon_reduction == "none",
         dtype=dtype,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import formula
 from .backend import backend_for
 from .layout import dense, dense_latents, in_layout, layout_of
-from .tracing import is_differentiated, never_compiled
+from .tracing import has_symbolic_zeros, is_differentiated, never_compiled
 
 _library = torch.library.Library("fastelbo", "DEF")
 ops = torch.ops.fastelbo
@@ -141,7 +141,7 @@ def _differentiate_loss(ctx, grad_recon, grad_kl):
     recon_x, x, mu, logvar, kl = values
     likelihood, target_scale, per_sample, dtype = ctx.options
     wants_recon, wants_x, wants_mu, wants_logvar, wants_kl, *_ = needs = ctx.needs_input_grad
-    if wants_x or is_differentiated((grad_recon, grad_kl)):
+    if wants_x or is_differentiated((grad_recon, grad_kl)) or has_symbolic_zeros((grad_recon, grad_kl)):
 
         def terms(recon_x, x, mu, logvar, kl):
             return formula.objective(
@@ -172,7 +172,7 @@ def _save_sample(ctx, inputs, output):
 def _differentiate_sample(ctx, grad_z, grad_kl=None):
     (mu, logvar, noise), needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
     upstreams = grad_z, grad_kl
-    if needs[2] or is_differentiated(upstreams):
+    if needs[2] or is_differentiated(upstreams) or has_symbolic_zeros(upstreams):
         grads = differentiate_sample(mu, logvar, noise, ctx.layout, 1.0, ctx.per_sample, ctx.dtype, needs, upstreams)
     elif grad_z is None and grad_kl is None:
         grads = None, None, None

@@ -24,7 +24,7 @@ from .likelihoods import (
     Gaussian,
     Likelihood,
 )
-from .tracing import is_differentiated, is_traced, never_compiled
+from .tracing import is_traced, needs_formula, never_compiled
 
 
 class Request(NamedTuple):
@@ -186,7 +186,7 @@ class Reconstruction(torch.autograd.Function):
         parameters, sums = rest[: ctx.count], rest[ctx.count :]
         divisor = ctx.divisor if divisor is None else divisor
         request, needs = ctx.request, ctx.needs_input_grad
-        if needs[1] or is_differentiated((upstream,)) or is_traced(upstream):
+        if needs[1] or needs_formula((upstream,)):
 
             def function(x, *parameters):
                 return (_formula(request, parameters, x, weight, divisor),)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from . import traced
-from .arguments import check_alike, check_latents, check_prediction, check_reduction, weight
+from .arguments import check_alike, check_latents, check_prediction, check_reduction, factor_of
 from .autograd import Sample, sample_forward
 from .backend import backend_for
 from .divergence import KINDS, Reduced, reduced
@@ -91,7 +91,7 @@ def sample_kl(
     check_latents(mu, logvar)
     reduction = check_reduction(reduction)
     noise = draw(mu, logvar, eps, generator)
-    return SampleKL(*sample(mu, logvar, noise, weight(reduction, mu), reduction == "none", wants_kl=True))
+    return SampleKL(*sample(mu, logvar, noise, factor_of(reduction, mu), reduction == "none", wants_kl=True))
 
 
 def draw(mu: Tensor, logvar: Tensor, eps: Tensor | None, generator: torch.Generator | None, *, formula: bool = False) -> Tensor:
@@ -130,5 +130,5 @@ def sample_of(
 ) -> Reduced:
     """z and, unless `reduction` is None, the reduced KL, of any posterior and prior."""
     noise = draw(mu, second, eps, generator, formula=is_traced(mu, second, *(prior or ())[:2]))
-    kind, scale = (None, 1.0) if reduction is None else (KINDS.get(reduction, "sum"), weight(reduction, mu))
+    kind, scale = (None, 1.0) if reduction is None else (KINDS.get(reduction, "sum"), factor_of(reduction, mu))
     return reduced(mu, second, posterior, prior, kind, noise=noise, scale=scale)

@@ -37,6 +37,16 @@ def is_differentiated(upstreams: Sequence[Tensor | None]) -> bool:
     return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in upstreams)
 
 
+def has_symbolic_zeros(upstreams: Sequence[Tensor | None]) -> bool:
+    """Whether a tensor is one of the zeros that some second derivatives are, without memory for a kernel to read."""
+    return any(g is not None and g._is_zerotensor() for g in upstreams)
+
+
+def needs_formula(upstreams: Sequence[Tensor | None]) -> bool:
+    """Whether an eager backward pass must be made of Torch operations."""
+    return is_differentiated(upstreams) or is_traced(*upstreams) or has_symbolic_zeros(upstreams)
+
+
 def never_compiled(function: Callable) -> Callable:
     """Keeps torch.compile out of a function and of all that it calls.
 

@@ -11,7 +11,7 @@ from torch.distributions import Normal
 
 import fastelbo
 from conftest import BACKEND
-from fastelbo.arguments import weight
+from fastelbo.arguments import factor_of
 from fastelbo.divergence import Weighting, check_beta, check_weighting, divergence_terms, kl_divergence
 from fastelbo.posteriors import check_gaussian, check_prior
 from support import gradients, relative
@@ -126,18 +126,21 @@ WEIGHTINGS = {
     "plain": (Weighting(), lambda kl, beta: (beta * kl).sum(1)),
     "element": (Weighting(free_bits=0.7), lambda kl, beta: (beta * kl.clamp_min(0.7)).sum(1)),
     "dimension": (Weighting(0.7, "dimension"), lambda kl, beta: (beta * kl.mean(0).clamp_min(0.7)).sum().expand(B)),
+    "channel": (Weighting(0.7, "channel"), lambda kl, beta: (beta * kl.mean(0).clamp_min(0.7)).sum().expand(B)),
+    "batch": (Weighting(4.0, "batch"), lambda kl, beta: (beta * kl.sum(1).mean().clamp_min(4.0)).expand(B)),
+    "much of a batch": (Weighting(400.0, "batch"), lambda kl, beta: (beta * kl.sum(1).mean().clamp_min(400.0)).expand(B)),
     "sample": (Weighting(4.0, "sample"), lambda kl, beta: beta * kl.sum(1).clamp_min(4.0)),
     "capacity": (Weighting(capacity=4.0), lambda kl, beta: (beta * (kl.sum(1).mean() - 4.0).abs()).expand(B)),
     "capacity of samples": (Weighting(capacity=4.0, capacity_per="sample"), lambda kl, beta: beta * (kl.sum(1) - 4.0).abs()),
 }
-WHOLE_BATCH = "dimension", "capacity"
-ONE_BETA = "sample", "capacity", "capacity of samples"
+WHOLE_BATCH = "dimension", "channel", "batch", "much of a batch", "capacity"
+ONE_BETA = "channel", "batch", "much of a batch", "sample", "capacity", "capacity of samples"
 
 
 def weighted_truth(name, elements, beta, reduction):
     """Elements alone, with no knowledge of what they are made of."""
     per_sample = WEIGHTINGS[name][1](elements, beta)
-    return per_sample if reduction == "none" else per_sample.sum() * weight(reduction, elements)
+    return per_sample if reduction == "none" else per_sample.sum() * factor_of(reduction, elements)
 
 
 def terms(latents, kind, posterior, weighting, beta, reduction, statistics=False):
@@ -265,6 +268,18 @@ def test_betas_of_groups(device):
         torch.testing.assert_close(gradients(weighted.sum(), beta), gradients(truth.sum(), beta, retain_graph=True))
 
 
+@pytest.mark.parametrize("statistics", (False, True), ids=("", "statistics"))
+def test_free_bits_of_channels(statistics, device):
+    """Of latents with a place, whose positions are added up first."""
+    latents = make_latents("logvar", (2, 3, 4, 5), torch.float64, device)
+    channels = naive("logvar", None, *latents).sum((2, 3)).mean(0)
+    floor = channels.detach().median().item() + 1e-3
+    _, weighted, _ = terms(latents, None, "logvar", Weighting(floor, "channel"), 0.3, "batchmean", statistics)
+    expected = 0.3 * channels.clamp_min(floor).sum()
+    torch.testing.assert_close(weighted, expected)
+    torch.testing.assert_close(gradients(weighted, *latents[:2]), gradients(expected, *latents[:2]))
+
+
 def test_free_bits_at_the_floor(device):
     """What is below has no gradient, not even where a collapsed posterior is exactly its prior; NaN is not below."""
     mu = torch.tensor([[0.0, 2.0], [0.1, math.nan]], device=device, requires_grad=True)
@@ -326,7 +341,7 @@ MISUSE = (
     ({"weighting": 0.5}, TypeError, "weighting must be a Weighting, got float"),
     ({"weighting": Weighting(-1.0)}, ValueError, "weighting.free_bits must not be negative, got -1.0"),
     ({"weighting": Weighting("a")}, TypeError, "weighting.free_bits must be a number or None, got str"),
-    ({"weighting": Weighting(1.0, "batch")}, ValueError, "weighting.free_bits_per must be one of 'element'"),
+    ({"weighting": Weighting(1.0, "batches")}, ValueError, "weighting.free_bits_per must be one of 'element'"),
     ({"weighting": Weighting(1.0, capacity=1.0)}, ValueError, "weighting.free_bits and weighting.capacity exclude each other"),
     ({"weighting": Weighting(1.0, "sample"), "beta": EACH}, ValueError, "needs a beta that is one number"),
     ({"weighting": Weighting(1.0, "dimension"), "reduction": "none"}, ValueError, "weighting.free_bits_per='dimension'"),
