@@ -5,6 +5,7 @@ which `cuobjdump` takes from the binary: PTX says little of what `ptxas` makes o
 """
 
 import collections
+import math
 import os
 import re
 import subprocess
@@ -41,10 +42,10 @@ def accesses(compiled) -> list[Access]:
             origin[match[1]] = origin.get(match[2])
         # On AMD, accesses through buffers name the argument itself.
         if match := re.search(r"(?:tt\.|amdg\.buffer_|amdgpu\.buffer_)(load|store) (.*)", line):
-            shape = re.search(r"tensor<(\d+)x(?:!tt\.ptr<)?(\w+)", match[2])
+            shape = re.search(r"tensor<((?:\d+x)+)(?:!tt\.ptr<)?(\w+)", match[2])
             pointer = next(name for name in re.findall(r"%[\w#]+", match[2]) if origin.get(name))
             if shape:
-                size = int(shape[1]) * ITEM_BYTES[shape[2]]
+                size = math.prod(map(int, shape[1].split("x")[:-1])) * ITEM_BYTES[shape[2]]
                 found.append(Access(match[1], origin[pointer], size, tuple(filter(None, regions))))
         for brace in re.findall(r"[{}]", line):
             if brace == "}":

@@ -16,7 +16,7 @@ from fastelbo.plain import PLAIN
 from . import compiled
 from .assembly import Loop, machine
 from .compiled import Launch, compile_for
-from .traffic import BUDGET, LATENTS, LIKE, PARAMETERS, Stream
+from .traffic import BUDGET, LATENTS, LIKE, PARAMETERS, PRIOR, Stream
 
 KEPT = Path(__file__).parent / "results" / "budget.md"
 
@@ -171,6 +171,12 @@ def kernels() -> Iterator[Kernel]:
         dtypes = {"mu": dtype, "logvar": dtype}
         yield _kernel("sample forward", _name(dtype), compiled.sample_forward(dtype), dtypes)
         yield _kernel("sample backward", _name(dtype), compiled.sample_backward(dtype), dtypes)
+    dtypes = dict.fromkeys((*LATENTS, *PRIOR), F32)
+    for parameter in ("log_std", "std", "var"):
+        for step, launch in (("forward", compiled.divergence_forward), ("backward", compiled.divergence_backward)):
+            yield _kernel(f"sample {step}", f"float32 {parameter}", launch(F32, posterior=parameter), dtypes)
+            prior = launch(F32, posterior=parameter, prior="logvar")
+            yield _kernel(f"sample {step}, prior", f"float32 {parameter}", prior, dtypes)
 
 
 def _kernel(primitive: str, kind: str, launch: Launch, dtypes: dict[str, torch.dtype], streams=None) -> Kernel:

@@ -122,6 +122,46 @@ def reconstruction(
     return record(lambda: kernels.reconstruction.backward(tensors, x, weight, 1.0, factor, gradients, guess, wants, **options))
 
 
+def categorical(*shape, dense=False, dtype=torch.float32, per_sample=False):
+    """Logits `[B, K, ...]`, against labels or dense targets."""
+    logits, inner = torch.zeros(shape, dtype=dtype), torch.Size(shape[2:]).numel()
+    x = torch.zeros(shape) if dense else torch.zeros(shape[0], *shape[2:], dtype=torch.int64)
+    options = {"classes": shape[1], "inner": inner, "ignore_index": -100, "target_scale": 1.0}
+    return _positions(kernels.categorical, logits, x, per_sample, options)
+
+
+def mixture(channels, components, *place, dtype=torch.float32, per_sample=False):
+    """Parameters `[B, P, *place]` of so many components."""
+    count = 10 * components if channels == 3 else components * (1 + 2 * channels)
+    parameters, x = torch.zeros(8, count, *place, dtype=dtype), torch.zeros(8, channels, *place)
+    options = {"levels": 256, "inner": torch.Size(place).numel(), "channels": channels}
+    return _positions(kernels.mixture, parameters, x, per_sample, options)
+
+
+def _positions(module, prediction, x, per_sample, options):
+    dtype = torch.float64 if prediction.dtype == torch.float64 else torch.float32
+    guess = torch.ones(len(prediction) if per_sample else 1, dtype=dtype)
+    return record(lambda: module.forward(prediction, x, None, 1.0, guess, per_sample=per_sample, dtype=dtype, **options))
+
+
+def divergence_forward(latent, *, posterior="logvar", prior=None, kind="sum"):
+    mu, noise, dtype = _latents(latent, True, 64)
+    priors = (None, None) if prior is None else (mu.clone(), mu.clone())
+    options = {"posterior": posterior, "clamp": None, "prior": prior, "kind": kind, "scale": 1.0, "floor": None, "dtype": dtype}
+    return record(lambda: kernels.divergence.divergence_forward(mu, mu.clone(), noise, *priors, **options))
+
+
+def divergence_backward(latent, *, posterior="logvar", prior=None):
+    mu, noise, dtype = _latents(latent, True, 64)
+    priors = (None, None) if prior is None else (mu.clone(), mu.clone())
+    options = {
+        "posterior": posterior, "clamp": None, "prior": prior, "kind": "sum", "scale": 1.0, "floor": None, "shares": (1.0, 1.0),
+        "dtype": dtype,
+    }  # fmt: skip
+    upstreams, wants = (mu.clone(), torch.ones((), dtype=dtype), None), [prior is not None] * 2
+    return record(lambda: kernels.divergence.divergence_backward(*upstreams, mu, mu.clone(), noise, *priors, wants, **options))
+
+
 def sample_forward(latent, *, seeded=True, per_sample=False, features=20, wants_kl=True):
     mu, noise, dtype = _latents(latent, seeded, features)
     options = {"kl_weight": 1.0, "per_sample": per_sample, "dtype": dtype, "wants_kl": wants_kl}

@@ -15,6 +15,7 @@ class Stream(NamedTuple):
 
 RECONSTRUCTION = "prediction", "target"
 LATENTS = "mu", "logvar"
+PRIOR = "prior_mu", "prior_second"
 PARAMETERS = "first", "second", "third"  # of a likelihood that has several
 
 BUDGET = {
@@ -26,9 +27,13 @@ BUDGET = {
     "loss backward, another factor": (Stream(RECONSTRUCTION, ("gradient",)), Stream(LATENTS, ("grad_mu", "grad_logvar"))),
     "sample forward": (Stream(LATENTS, ("z",)),),
     "sample backward": (Stream(("grad_z", *LATENTS), ("grad_mu", "grad_logvar")),),
+    "sample forward, prior": (Stream((*LATENTS, *PRIOR), ("z",)),),
+    "sample backward, prior": (
+        Stream(("grad_z", *LATENTS, *PRIOR), ("grad_mu", "grad_logvar", "grad_prior_mu", "grad_prior_second")),
+    ),
 }
 LIKE = {"gradient": "prediction", "z": "mu", "grad_z": "mu", "grad_mu": "mu", "grad_logvar": "logvar"} | {
-    f"grad_{name}": name for name in PARAMETERS
+    f"grad_{name}": name for name in (*PARAMETERS, *PRIOR)
 }
 
 # The least that forward alone, and forward with backward, can do with: what the benchmarks call the floor. A factor that is new

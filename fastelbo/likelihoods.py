@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import mixture
 from .numerics import log1mexp, log_factorial, log_gamma_ratio, softplus
 from .plain import PLAIN
 
@@ -336,8 +337,6 @@ class DiscretizedLogisticMixture(Likelihood):
         _check_levels(self)
 
     def nll(self, parameters, x):
-        from . import mixture
-
         return mixture.nll(parameters[0], x, levels=self.levels, dim=self.dim)
 
 

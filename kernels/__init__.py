@@ -6,7 +6,7 @@ such twin, since the Torch backend takes the formula, is in modules: `reconstruc
 `forward` and `backward`, and `divergence`.
 """
 
-from . import categorical, divergence, reconstruction
+from . import categorical, divergence, mixture, reconstruction
 from .latents import draw_noise, sample_backward, sample_forward
 from .launch import INTERPRETED
 from .loss import loss_backward, loss_forward
@@ -18,6 +18,7 @@ __all__ = [
     "draw_noise",
     "loss_backward",
     "loss_forward",
+    "mixture",
     "reconstruction",
     "sample_backward",
     "sample_forward",

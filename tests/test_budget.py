@@ -46,6 +46,15 @@ VARIANTS = {
         "laplace", F32, F32, scale="scale", per_sample=True, features=785
     ),
     "counts in float64": lambda: compiled.reconstruction("negative_binomial", F64, F64, target=F64),
+    "classes of rows": lambda: compiled.categorical(512, 20_000, dense=True, per_sample=True),
+    "classes of images": lambda: compiled.categorical(64, 256, 3, 32, 32),
+    "classes in bfloat16": lambda: compiled.categorical(128, 32_000, dtype=BF16),
+    "classes in float64": lambda: compiled.categorical(128, 10, dtype=F64),
+    "mixture of grey images": lambda: compiled.mixture(1, 10, 32, 32),
+    "mixture, channels last": lambda: compiled.mixture(3, 10, per_sample=True),
+    "mixture in float64": lambda: compiled.mixture(3, 10, 32, 32, dtype=F64),
+    "kl of rows": lambda: compiled.divergence_forward(F32, prior="std", posterior="std", kind="row"),
+    "kl of elements": lambda: compiled.divergence_forward(F32, prior="logvar", kind="element"),
     "zeros in float64": lambda: compiled.reconstruction("zero_inflated_negative_binomial", F64, F64, F64, target=F64),
 }
 
@@ -151,6 +160,37 @@ def test_the_table_is_the_one_that_is_kept():
     if not kept.startswith(f"Triton {importlib.metadata.version('triton')}."):
         pytest.skip("it was made with another Triton")
     assert budget.table() == kept
+
+
+POSITIONS = {
+    # The launch, how often its logits or parameters are loaded, and the targets.
+    "classes in one tile": (lambda: compiled.categorical(512, 1000, dense=True), 1, 1),
+    "more classes": (lambda: compiled.categorical(512, 20_000, dense=True), 2, 2),
+    "classes of positions": (lambda: compiled.categorical(64, 256, 3, 32, 32, dense=True), 2, 2),
+    "mixture": (lambda: compiled.mixture(3, 10, 32, 32), 1, 1),
+    "mixture of grey images": (lambda: compiled.mixture(1, 10, 32, 32), 1, 1),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", POSITIONS)
+def test_positions_keep_the_budget(name, target):
+    """Each logit or parameter is loaded once, or twice where all classes do not fit in a tile; each gradient is stored once."""
+    call, predictions, targets = POSITIONS[name]
+    code = compile_for(target, call())
+    found = [(a.kind, a.argument, a.tile_bytes) for a in accesses(code) if a.argument != "partials"]
+    # Every access but a mixture's, each of whose is of one parameter of all components, is of the whole tile.
+    parts = {"mixture": (10, 3), "mixture of grey images": (3, 1)}.get(name, (1, 1))
+    expected = {
+        ("load", "prediction"): predictions * parts[0],
+        ("load", "x"): targets * parts[1],
+        ("store", "gradient"): parts[0],
+    }
+    assert {place: sum(a[:2] == place for a in found) for place in {a[:2] for a in found}} == expected
+    assert len({size for kind, argument, size in found if argument != "x"}) == 1
+    made = machine(code)
+    assert made.spilled_bytes == 0
+    assert all(set(loop.widths()["store"]) <= {128} for loop in made.loops)
 
 
 BATCHES = (*range(1, 33), 48, 50, 63, 64, 65, 96, 100, 127, 128, 129, 200, 255, 256, 257, 512, 1000, 1023, 1024)

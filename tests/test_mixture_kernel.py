@@ -229,6 +229,16 @@ def test_levels_of_all_kinds(log_scale, integer, device):
 
 
 @kernel
+@pytest.mark.parametrize("levels", (16, 24, 64, 128))
+def test_a_confident_bin_keeps_its_digits(levels, device):
+    """P is next to 1: of a bin in whose middle the mean is, P = tanh(half its width, in scales, over 2)."""
+    parameters = torch.tensor([[0.0, 0.25, -7.0]], device=device)
+    value, _ = forward(parameters, torch.tensor([[0.25]], device=device), levels=levels)
+    e = math.exp(-math.exp(7.0) / (levels - 1))
+    assert value.item() == pytest.approx(math.log1p(e) - math.log1p(-e), rel=1e-5, abs=0)
+
+
+@kernel
 def test_log_scales_are_clamped_as_torch_clamps(device):
     parameters, x = make(3, 2, device=device)
     for i, value in enumerate((-7.0, -7.5, -1e30, -math.inf)):
