@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ from fastelbo.kernels.launch import PROGRAMS, THREADS
 from fastelbo.plain import PLAIN
 
 from . import compiled
-from .assembly import Loop, machine
+from .assembly import Loop, Machine, machine
+from .cases import LIKELIHOODS
 from .compiled import Launch, compile_for
 from .traffic import BUDGET, LATENTS, LIKE, PARAMETERS, PRIOR, Stream
 
@@ -22,7 +24,6 @@ KEPT = Path(__file__).parent / "results" / "budget.md"
 
 F32, F16, BF16, F64, U8 = torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8
 PAIRS = ((F32, F32), (F16, F16), (BF16, F32), (BF16, U8), (F64, F64))  # prediction, target
-MAIN = ("bernoulli", "bernoulli_logits", "mse", "gaussian")
 
 # Of several parameters as large as the target: the likelihood, what its scale is given as, dtypes of the parameters, the
 # target's and the weights'.
@@ -147,11 +148,11 @@ def kernels() -> Iterator[Kernel]:
     """Every primitive of the budget, for each likelihood and dtype."""
     for likelihood in PLAIN:
         # The others differ by their device functions alone.
-        for prediction, target in PAIRS if likelihood in MAIN else PAIRS[:1]:
+        for prediction, target in PAIRS if likelihood in LIKELIHOODS else PAIRS[:1]:
             latent = F64 if prediction == F64 else F32
             given = likelihood, prediction, target, latent
             launches = [("loss forward", compiled.loss_forward(*given))]
-            if likelihood in MAIN:
+            if likelihood in LIKELIHOODS:
                 launches += [
                     ("loss forward, kl given, no gradient", compiled.loss_forward(*given, gradient=False, kl=True)),
                     ("loss backward, another factor", compiled.loss_backward(*given)),
@@ -179,6 +180,21 @@ def kernels() -> Iterator[Kernel]:
             yield _kernel(f"sample {step}, prior", f"float32 {parameter}", prior, dtypes)
 
 
+@functools.cache
+def by_name() -> dict[str, Kernel]:
+    return {kernel.name: kernel for kernel in kernels()}
+
+
+@functools.cache
+def code_of(name: str, target: str):
+    return compile_for(target, by_name()[name].launch)
+
+
+@functools.cache
+def machine_of(name: str, target: str) -> Machine:
+    return machine(code_of(name, target))
+
+
 def _kernel(primitive: str, kind: str, launch: Launch, dtypes: dict[str, torch.dtype], streams=None) -> Kernel:
     dtypes = dtypes | {name: dtypes[like] for name, like in LIKE.items() if like in dtypes}
     return Kernel(f"{primitive}: {kind}", launch, streams or BUDGET[primitive], dtypes)
@@ -198,7 +214,7 @@ def table() -> str:
     header = ["loop", "bytes", *(f"{target}: {device.name}" for target, device in DEVICES.items())]
     lines = [f"Triton {triton.__version__}.", "", LEGEND, "", _line(header), _line(["---"] * len(header))]
     seen = set()
-    for kernel in kernels():
+    for kernel in by_name().values():
         for stream in kernel.streams:
             title = kernel.name
             if stream.reads == LATENTS and len(kernel.streams) > 1:
@@ -213,7 +229,7 @@ def table() -> str:
 
 def _cell(kernel: Kernel, stream: Stream, target: str) -> str:
     device, elements = DEVICES[target], kernel.block // THREADS
-    counts = operations(kernel.loop(stream, machine(compile_for(target, kernel.launch)).loops))
+    counts = operations(kernel.loop(stream, machine_of(kernel.name, target).loops))
     share = device.instruction_clocks(counts) / device.memory_clocks(elements * kernel.bytes_per_element(stream))
     text = f"{share:.2f}" if share < 1 else f"**{share:.2f}**"
     return f"{counts['issue'] / elements:.0f} / {counts['special'] / elements:.1f} / {text}"

@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from fastelbo.plain import PLAIN
-
 # Shapes that people train with: reconstruction, and latents of one sample.
 SHAPES = {
     "1x784": (20,),  # MNIST, one at a time
@@ -26,6 +24,7 @@ LATENTS = ("1x2", "128x20", "64x512", "8x4x32x32", "1024x1024", "4096x4096")
 # Whole training steps: likelihoods of the models in `models.py`.
 MODELS = {"mlp-784": "bernoulli", "conv-3x64x64": "bernoulli_logits", "genes-20000": "gaussian"}
 
+LIKELIHOODS = "bernoulli", "bernoulli_logits", "mse", "gaussian"
 # Predictions (or latents), and targets.
 DTYPES = {
     "float32": (torch.float32, torch.float32),
@@ -67,14 +66,14 @@ def sizes(shape: str) -> tuple[int, ...]:
 CHOICES = {
     "subjects": SUBJECTS,
     "shapes": (*SHAPES, *LATENTS, *MODELS),
-    "likelihoods": PLAIN,
+    "likelihoods": LIKELIHOODS,
     "dtypes": DTYPES,
     "modes": MODES,
 }
 
 
 def all_cases() -> Iterator[Case]:
-    yield from map(Case._make, itertools.product(["loss", "objective"], SHAPES, PLAIN, DTYPES, MODES))
+    yield from map(Case._make, itertools.product(["loss", "objective"], SHAPES, LIKELIHOODS, DTYPES, MODES))
     yield from map(Case._make, itertools.product(["sample"], LATENTS, ["-"], ["float32", "bfloat16"], ["forward", "backward"]))
     yield from (Case("step", model, likelihood, "float32", "backward") for model, likelihood in MODELS.items())
 
@@ -107,5 +106,5 @@ def select(chosen: dict[str, list[str] | None], cuda: bool) -> list[Case]:
     if not any(chosen.values()):
         return [case for case in all_cases() if usual(case, cuda)]
     wanted = {"dtypes": ["float32"], "modes": ["backward"]} | {name: values for name, values in chosen.items() if values}
-    wanted["likelihoods"] = [*wanted.get("likelihoods", PLAIN), "-"]
+    wanted["likelihoods"] = [*wanted.get("likelihoods", LIKELIHOODS), "-"]
     return [c for c in all_cases() if all(v in wanted.get(name, [v]) for name, v in zip(CHOICES, c, strict=True))]

@@ -57,7 +57,10 @@ def compile_for(target: str, launch: Launch):
 
 def _on(target: str, launch: Launch) -> Launch:
     """The launch as it would be on a machine with that target's warps."""
-    return launch._replace(options=launch.options | {"num_warps": THREADS // TARGETS[target].warp_size})
+    options = launch.options | {"num_warps": THREADS // TARGETS[target].warp_size}
+    if TARGETS[target].backend == "hip":
+        options.pop("maxnreg", None)
+    return launch._replace(options=options)
 
 
 def _bind(target: str, launch: Launch):

@@ -8,9 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from fastelbo.plain import PLAIN
-
-from .cases import SHAPES, Case, sizes
+from .cases import LIKELIHOODS, SHAPES, Case, sizes
 
 README = Path(__file__).parents[1] / "README.md"
 MARKERS = "<!-- performance: what `python -m bench.report --write` makes of bench/results -->", "<!-- end of performance -->"
@@ -145,8 +143,8 @@ def readme_section(runs: list[Run]) -> str:
         lines += ["", f"**{run.where}** ([all rows](bench/results/{run.path.stem}.md))", ""]
         losses = {(r.case.shape, r.case.likelihood): _both(r) for r in plain if r.case.subject == "loss"}
         shapes = dict.fromkeys(shape for shape, _ in losses)
-        pivot = ([f"`loss` {shape}", *(losses.get((shape, name), "-") for name in PLAIN)] for shape in shapes)
-        lines += _table(["", *(f"`{name}`" for name in PLAIN)], pivot)
+        pivot = ([f"`loss` {shape}", *(losses.get((shape, name), "-") for name in LIKELIHOODS)] for shape in shapes)
+        lines += _table(["", *(f"`{name}`" for name in LIKELIHOODS)], pivot)
         others = (
             [f"{TITLES[r.case.subject]} {r.case.shape}", _both(r), _speedup(r.speedup_compiled())]
             for r in plain
@@ -177,7 +175,7 @@ def plots(run: Run, path: Path) -> None:
     if not rows:
         return
     figure, (faster, floor, memory) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    for color, likelihood in enumerate(PLAIN):
+    for color, likelihood in enumerate(LIKELIHOODS):
         chosen = [row for row in rows if row.case.likelihood == likelihood]
         size, style = [_megabytes(row) for row in chosen], {"color": f"C{color}", "marker": "."}
         for other, line in (("eager", "-"), ("compiled", "--")):

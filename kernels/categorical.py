@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import FINISH, INTERPRETED, PROGRAMS, TRITON_DTYPE, arrivals, as_bytes, launch
+from .launch import FINISH, INTERPRETED, MANY_REGISTERS, PROGRAMS, TRITON_DTYPE, arrivals, as_bytes, launch
 from .numerics import log
 from .operands import scalar
 from .reduction import arrive_last, ordered_sum
@@ -269,7 +269,7 @@ TILE = 4096
 # Where only logits are held, and all classes fit in: they are read once.
 SINGLE_TILE = 8192
 # Where all classes fit in less, a tile has several positions.
-SMAlogit_TILE = 1024
+SMALL_TILE = 1024
 # Positions that lie together in memory, where these are not the classes: 128 bytes of float32, 64 of 16-bit numbers.
 TOGETHER = 32
 
@@ -279,7 +279,7 @@ def tile_shape(classes: int, inner: int, most: int | None, dense: bool, dtype: t
     if INTERPRETED:
         single = multiple = small = 65536
     else:
-        single, multiple, small = (size * 4 // dtype.itemsize for size in (TILE if dense else SINGLE_TILE, TILE, SMAlogit_TILE))
+        single, multiple, small = (size * 4 // dtype.itemsize for size in (TILE if dense else SINGLE_TILE, TILE, SMALL_TILE))
     width = triton.next_power_of_2(classes)
     height = max(1, small // width)
     if inner > 1:
@@ -348,7 +348,7 @@ def _launch(
         ALIGN=math.gcd(classes if inner == 1 else inner, 16),
         # The last tiles reach beyond the end, and so do the blocks.
         WIDE=numel + (width + height) * max(classes, inner) + programs * height >= 2**31,
-        SINGLE=single, POSITIONS=height, CLASSES=width, FINISH=FINISH,
+        SINGLE=single, POSITIONS=height, CLASSES=width, FINISH=FINISH, **MANY_REGISTERS,
     )  # fmt: skip
 
 

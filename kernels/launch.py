@@ -18,6 +18,10 @@ PROGRAMS = 16
 # A row's partial sums are added up this many at a time: 1024 made ptxas spill a register.
 FINISH = 512
 
+# For a kernel that ptxas would otherwise make spill a value or two, to fit one more program on a multiprocessor. AMD's compiler
+# takes no such number.
+MANY_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+
 # The dtype that a kernel computes and accumulates in, by the dtype of its results.
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
