@@ -184,22 +184,20 @@ def _check_mixture(name: str, first: Tensor, x: Tensor, likelihood: DiscretizedL
 
 
 def check_weight(weight, x: Tensor, dim: int | None) -> Tensor | None:
-    """Weights that broadcast to `x`, all alike along `dim`, its classes or channels; that dimension is taken away."""
+    """Weights that broadcast to `x`, with as many dimensions; without `dim`, its classes or channels, which share one."""
     if weight is None:
         return None
     check_target("weight", weight)
     _check_broadcasts("weight", weight, "x", x.shape)
     check_device("weight", weight, "x", x)
+    weight = weight.reshape((1,) * (x.dim() - weight.dim()) + weight.shape)
     if dim is None:
         return weight
-    at = dim - (x.dim() - weight.dim())
-    if at < 0:
-        return weight
-    if weight.shape[at] != 1:
+    if weight.shape[dim] != 1:
         raise ValueError(
             f"weight must have 1 element along dimension {dim} of x, which has one term; got {tuple(weight.shape)}"
         )
-    return weight.squeeze(at)
+    return weight.squeeze(dim)
 
 
 def check_reduction(reduction) -> str:

@@ -9,7 +9,15 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastelbo
 from conftest import BACKEND
-from fastelbo.likelihoods import BernoulliLogits, Categorical, DiscretizedLogistic, Gaussian, Laplace, Multinomial
+from fastelbo.likelihoods import (
+    BernoulliLogits,
+    Categorical,
+    DiscretizedLogistic,
+    DiscretizedLogisticMixture,
+    Gaussian,
+    Laplace,
+    Multinomial,
+)
 from likelihood_cases import CASES, SHAPE, recon_x, reduce
 from support import assert_no_worse, gradients
 
@@ -132,6 +140,41 @@ def test_weights(layout, kind, reduction, device):
         upstream = torch.rand_like(expected)
         ours, theirs = (gradients(value, *parameters, grad_outputs=upstream) for value in (got, expected))
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+POSITIONS = {
+    "labels": ("categorical", lambda: torch.randint(0, 4, (3, 5, 6)), lambda shape: shape),
+    "soft labels": ("categorical", lambda: torch.rand(SHAPE), lambda shape: (*shape[:-2], 1, *shape[-2:])),
+    "counts": (Multinomial(1), lambda: torch.rand(SHAPE), lambda shape: (*shape[:-2], 1, *shape[-2:])),
+    # Of one component and two channels that do not depend on each other: logits, means and log scales.
+    "mixture": (
+        DiscretizedLogisticMixture(), lambda: 2 * torch.rand(3, 2, 5, 6) - 1, lambda shape: (*shape[:-2], 1, *shape[-2:])
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", ("sum", "mean", "none"))
+@pytest.mark.parametrize("shape", ((3, 5, 6), (3, 1, 1), (5, 6), (1, 6)), ids=str)
+@pytest.mark.parametrize("name", POSITIONS)
+def test_weights_of_positions(name, shape, reduction, device):
+    """One for all classes or channels of a position; a mean over a mixture's is over its channels too."""
+    likelihood, target, with_classes = POSITIONS[name]
+    x = target().to(device)
+    prediction = torch.randn(3, 5 if name == "mixture" else 4, 5, 6, dtype=torch.float64, device=device, requires_grad=True)
+    weight = torch.rand(shape, device=device) * (torch.rand(shape, device=device) > 0.3)
+    given = weight.reshape(with_classes(shape))
+    got = recon([prediction], x, likelihood, reduction, weight=given)
+    if name == "labels":
+        terms = F.cross_entropy(prediction, x, reduction="none")
+    elif name == "mixture":
+        terms = DiscretizedLogistic().nll((prediction[:, [1, 3]], prediction[:, [2, 4]]), x.double())
+        weight = given
+    else:
+        terms = -(F.log_softmax(prediction, 1) * x).sum(1)
+    expected = reduce(terms, reduction, weight)
+    torch.testing.assert_close(got, expected)
+    upstream = torch.rand_like(expected)
+    torch.testing.assert_close(*(gradients(v, prediction, grad_outputs=upstream) for v in (got, expected)))
 
 
 @pytest.mark.parametrize(
