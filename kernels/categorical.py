@@ -13,75 +13,17 @@ logit. With m the largest logit, u the exponential left out and r the sum of the
 in which nothing cancels: a confident distribution keeps the digits of its small loss, and of its small gradient.
 """
 
-import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import FINISH, INTERPRETED, MANY_REGISTERS, PROGRAMS, TRITON_DTYPE, arrivals, as_bytes, launch
-from .numerics import log
-from .operands import scalar
+from .launch import FINISH, INTERPRETED, MANY_REGISTERS, TRITON_DTYPE, arrivals, as_bytes, launch
+from .numerics import exp_below, log
+from .operands import is_wrong, reciprocal, scalar
+from .positions import blocks_of, divisor_arguments, place, programs_of
 from .reduction import arrive_last, ordered_sum
-
-
-@triton.jit
-def exp_below(x):
-    """exp(x) for x below 88, to about one rounding; 0 below -87."""
-    if x.dtype == tl.float64:
-        return tl.exp(x)
-    else:
-        # As `numerics.exp_parts`, without the ends; what comes out far below -87 is not used.
-        shifted = x * 1.4426950408889634 + 12582912.0
-        k = shifted - 12582912.0
-        f = (x - k * 0.693359375) + k * 2.12194440e-4
-        power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
-        return tl.where(x < -87.0, 0.0, power * tl.exp2(f * 1.4426950408889634))  # NaN passes through
-
-
-@triton.jit
-def is_wrong(factor, used, seen, row, worker, DTYPE: tl.constexpr):
-    """Whether a row's gradient needs computing: not if `factor` is what was `used`. A copy of it goes to `seen`."""
-    wrong = True
-    if seen is not None:
-        number = tl.load(factor + row).to(DTYPE)
-        if worker == 0:
-            tl.store(seen + row, number)
-        if used is not None:
-            wrong = number != tl.load(used + row)  # NaN is never what was guessed
-    return wrong
-
-
-@triton.jit
-def reciprocal(divisor, value):
-    """1 / divisor: of the number on the device or, where the pointer is None, as the host has computed it."""
-    one = tl.full([], 1.0, tl.float64)
-    if divisor is None:
-        return one * value
-    else:
-        return one / tl.load(divisor).to(tl.float64)
-
-
-@triton.jit
-def blocks_of(outer, inner, LAST: tl.constexpr, POSITIONS: tl.constexpr):
-    if LAST:
-        return tl.cdiv(outer, POSITIONS)
-    else:
-        return outer * tl.cdiv(inner, POSITIONS)  # a block stays within one index of `outer`
-
-
-@triton.jit
-def place(block, first, outer, inner, LAST: tl.constexpr, POSITIONS: tl.constexpr):
-    """Of the positions of a block: which ones there are; the index of `outer`, one for all unless LAST; and that of `inner`."""
-    lanes = tl.arange(0, POSITIONS)
-    if LAST:
-        index = block * POSITIONS + lanes
-        return index < outer, first + index, 0
-    else:
-        across = tl.cdiv(inner, POSITIONS)
-        i = block % across * POSITIONS + lanes
-        return i < inner, first + block // across, i
 
 
 @triton.jit
@@ -290,33 +232,6 @@ def tile_shape(classes: int, inner: int, most: int | None, dense: bool, dtype: t
     if width * height > single:
         width = max(1, multiple // height)
     return height, width
-
-
-@functools.cache
-def _multiprocessors_and_cache(device: torch.device) -> tuple[int, int]:
-    if device.type != "cuda":
-        return 1, 2**20
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.L2_cache_size
-
-
-def programs_of(blocks: int, rows: int, device: torch.device, read_again: int) -> int:
-    """Programs of a row, with about equally many blocks each.
-
-    What a program has read of a block, `read_again` bytes, it should find in the L2 cache when it comes back for the gradient:
-    half of the cache is for that, but two programs stay on each multiprocessor.
-    """
-    multiprocessors, cache = _multiprocessors_and_cache(device)
-    most = PROGRAMS * multiprocessors
-    if read_again:
-        most = min(most, max(2 * multiprocessors, cache // 2 // read_again))
-    return max(1, triton.cdiv(blocks, triton.cdiv(blocks, max(1, most // rows))))
-
-
-def divisor_arguments(divisor: torch.Tensor | float) -> tuple[torch.Tensor | None, float]:
-    if isinstance(divisor, torch.Tensor):
-        return divisor, 1.0
-    return None, 1 / divisor if divisor else math.copysign(math.inf, divisor)
 
 
 def _launch(

@@ -18,10 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .categorical import blocks_of, divisor_arguments, exp_below, is_wrong, place, programs_of, reciprocal
 from .launch import FINISH, INTERPRETED, TRITON_DTYPE, arrivals, as_bytes, launch
-from .numerics import exp_and_expm1, log
-from .operands import scalar
+from .numerics import exp_and_expm1, exp_below, log
+from .operands import is_wrong, reciprocal, scalar
+from .positions import blocks_of, divisor_arguments, place, programs_of
 from .reduction import arrive_last, ordered_sum
 
 

@@ -43,6 +43,20 @@ def exp_and_expm1(x):
 
 
 @triton.jit
+def exp_below(x):
+    """exp(x) for x below 88, to about one rounding; 0 below -87."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        # As `exp_parts`, without the ends; what comes out far below -87 is not used.
+        shifted = x * 1.4426950408889634 + 12582912.0
+        k = shifted - 12582912.0
+        f = (x - k * 0.693359375) + k * 2.12194440e-4
+        power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
+        return tl.where(x < -87.0, 0.0, power * tl.exp2(f * 1.4426950408889634))  # NaN passes through
+
+
+@triton.jit
 def exp_and_softplus(x):
     """exp(x) and log(1 + exp(x)) for x <= 0, both to about one rounding; below -87, those of -87."""
     if x.dtype == tl.float64:

@@ -53,3 +53,26 @@ def upstream_of(pointer, row, DTYPE: tl.constexpr):
 def kl_factor(grad_loss, grad_kl, row, beta, beta_value, DTYPE: tl.constexpr):
     """The gradient that arrives at the reduced KL, by way of the loss and on its own."""
     return scalar(beta, beta_value, DTYPE) * upstream_of(grad_loss, row, DTYPE) + upstream_of(grad_kl, row, DTYPE)
+
+
+@triton.jit
+def is_wrong(factor, used, seen, row, worker, DTYPE: tl.constexpr):
+    """Whether a row's gradient needs computing: not if `factor` is what was `used`. A copy of it goes to `seen`."""
+    wrong = True
+    if seen is not None:
+        number = tl.load(factor + row).to(DTYPE)
+        if worker == 0:
+            tl.store(seen + row, number)
+        if used is not None:
+            wrong = number != tl.load(used + row)  # NaN is never what was guessed
+    return wrong
+
+
+@triton.jit
+def reciprocal(divisor, value):
+    """1 / divisor: of the number on the device or, where the pointer is None, as the host has computed it."""
+    one = tl.full([], 1.0, tl.float64)
+    if divisor is None:
+        return one * value
+    else:
+        return one / tl.load(divisor).to(tl.float64)

@@ -14,7 +14,7 @@ import triton.language as tl
 from . import likelihoods
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, arrivals, as_bytes, launch, pointer_and_value, tile_size
 from .numerics import exp_and_expm1, log
-from .operands import row_bounds, scalar
+from .operands import is_wrong, row_bounds, scalar
 from .reduction import arrive_last, fold, ordered_sum
 
 # How an operand is indexed: there is none, with an element, one number for a whole row, or by the index of a broadcast.
@@ -152,15 +152,10 @@ def reconstruction_kernel(
     if not APART:
         weight_apart = None
     by = tl.full([], 1.0, DTYPE)
-    wrong = True
-    if factor is not None:
-        by = tl.load(factor + row // share).to(DTYPE)
-        if seen is not None:
-            if (worker == 0) & (row % share == 0):
-                tl.store(seen + row // share, by)
-        if used is not None:
-            wrong = by != tl.load(used + row // share)  # NaN is never what was guessed
+    wrong = is_wrong(factor, used, seen, row // share, worker + row % share, DTYPE)
     if wrong:
+        if factor is not None:
+            by *= tl.load(factor + row // share).to(DTYPE)
         by /= scalar(divisor, divisor_value, DTYPE)
         ts, extra = scalar(None, target_scale, DTYPE), scalar(None, constant, DTYPE)
         base, end = row_bounds(row, columns, ALIGNED, WIDE)

@@ -12,7 +12,7 @@ from support import assert_no_worse, relative
 if BACKEND != "triton":
     pytest.skip("the Torch backend has a formula instead", allow_module_level=True)
 
-from fastelbo.kernels import categorical
+from fastelbo.kernels import categorical, positions
 
 IGNORED = -100
 # Shape and dimension of the classes: both layouts; fewer and more classes than a tile has; one; next to a power of 2; so few
@@ -338,8 +338,8 @@ def test_sums_of_many_equal_terms(device):
 
 
 def test_programs_keep_what_they_read_again_in_cache(monkeypatch):
-    monkeypatch.setattr(categorical, "_multiprocessors_and_cache", lambda device: (132, 50 * 2**20))
-    programs = categorical.programs_of
+    monkeypatch.setattr(positions, "_multiprocessors_and_cache", lambda device: (132, 50 * 2**20))
+    programs = positions.programs_of
     assert programs(100_000, 1, None, 0) == 2084  # of 2112, so that each has as many blocks, 48, but the last
     assert programs(512, 1, None, 160_000) == 256  # of 264, two on each multiprocessor; 2 blocks each
     assert programs(10_000, 1, None, 32_000) == 770  # of 819, whose blocks are 25 MB of 50; 13 blocks each
