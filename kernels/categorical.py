@@ -243,7 +243,7 @@ def _launch(
     rows = prediction.shape[0] if per_sample else 1
     outer = numel // (classes * inner * rows)
     dense = x.dim() == prediction.dim()
-    height, width = tile_shape(classes, inner, outer if per_sample else None, dense, dtype)
+    height, width = tile_shape(classes, inner, outer if per_sample or INTERPRETED else None, dense, dtype)
     blocks = triton.cdiv(outer, height) if inner == 1 else outer * triton.cdiv(inner, height)
     single = classes <= width
     read_again = 0

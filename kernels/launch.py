@@ -43,8 +43,8 @@ def tile_size(first: torch.Tensor, second: torch.Tensor) -> int:
     A thread loads 16 bytes of the wider one, and as many elements of the other. With more, the compiler no longer issues the
     loads of a tile before it waits for the first, and exchanges tensors of two widths between threads.
     """
-    if INTERPRETED:
-        return 65536  # a tile costs the interpreter about 3 ms, whatever its size
+    if INTERPRETED:  # to which a tile of few elements costs as much as one of thousands, and one of more costs more
+        return min(65536, max(1024, triton.next_power_of_2(first.numel())))
     return THREADS * 16 // max(first.element_size(), second.element_size())
 
 

@@ -258,7 +258,7 @@ def _launch(
     rows = prediction.shape[0] if per_sample else 1
     outer = x.numel() // (channels * inner * rows)
     components = numel // (outer * rows * inner) // (10 if channels == 3 else 1 + 2 * channels)
-    height, width = tile_shape(components, inner, outer if per_sample else None, channels, dtype)
+    height, width = tile_shape(components, inner, outer if per_sample or INTERPRETED else None, channels, dtype)
     blocks = triton.cdiv(outer, height) if inner == 1 else outer * triton.cdiv(inner, height)
     programs = programs_of(blocks, rows, device, 0)
     partials = arrived = None

@@ -185,7 +185,7 @@ def reconstruction_kernel(
                     second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
                     floor, ts, extra,
                     LIKELIHOOD, SCALE, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, CENTERED,
-                second_out is not None, third_out is not None, WIDE, DTYPE,
+                    second_out is not None, third_out is not None, WIDE, DTYPE,
                 )  # fmt: skip
                 sums += tiles[0]
                 if second_out is not None:
