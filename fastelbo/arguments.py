@@ -271,6 +271,7 @@ def check_scale(scale, likelihood: Likelihood, like: Tensor | None = None) -> fl
 
 def check_labels(labels: Tensor, classes: int, ignore_index: int, weight: Tensor | None) -> None:
     """Labels of classes, wherever they are not ignored and have a weight."""
+    labels = labels.long()
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
     if weight is not None:
         wrong = wrong & (weight != 0)
@@ -279,10 +280,10 @@ def check_labels(labels: Tensor, classes: int, ignore_index: int, weight: Tensor
         raise ValueError(f"x must have labels from 0 to {classes - 1}, or ignore_index={ignore_index}; got {found}")
 
 
-def check_levels(x: Tensor, levels: int) -> None:
-    """Numbers in [-1, 1], or integers below `levels`."""
+def check_levels(x: Tensor, levels: int, factor: float) -> None:
+    """Numbers in [-1, 1] once multiplied by `factor`, or integers below `levels`."""
     low, high = (-1 - 1 / (levels - 1), 1 + 1 / (levels - 1)) if x.is_floating_point() else (0, levels - 1)
-    wide = x.detach().double()
+    wide = x.detach().double() * (factor if x.is_floating_point() else 1)
     if (wide < low).any() or (wide > high).any():
         expected = "lie in [-1, 1]" if x.is_floating_point() else f"have levels from 0 to {levels - 1}"
         raise ValueError(f"x must {expected}, got values from {wide.min().item():g} to {wide.max().item():g}")

@@ -34,6 +34,8 @@ class Monitor:
     def record(self, batch: int, recon: Tensor, elements: float | Tensor, statistics: Statistics | None) -> None:
         """One call: the sum of its reconstruction over `batch` samples, the number of its elements (or the sum of their
         weights), and what the KL's pass has collected."""
+        if batch == 0:
+            return
         with torch.no_grad():
             recon = recon.detach().double()
             # To copy a number from the host would wait for the device; to fill does not.
@@ -65,7 +67,10 @@ class Monitor:
 
     @property
     def mean_variance(self) -> Tensor:
-        """Variance over the data of each dimension of the posterior mean: `[*latent shape]`, float64."""
+        """Variance over the data of each dimension of the posterior mean: `[*latent shape]`, float64.
+
+        Of sums that each call makes in float32: of means some hundred times as far from 0 as they vary, few digits are left.
+        """
         _, total, squares = self._seen() / self._samples
         return (squares - total.square()).clamp_min(0)
 

@@ -70,7 +70,7 @@ class Named(Likelihood):
         return PLAIN[self.name].nll(parameters[0], x, 1.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BernoulliLogits(Likelihood):
     """As `F.binary_cross_entropy_with_logits(logits, x, pos_weight=pos_weight)`.
 
@@ -82,12 +82,17 @@ class BernoulliLogits(Likelihood):
     name = "bernoulli_logits"
     parameters = ("logits", "pos_weight")
 
+    def __post_init__(self):
+        if not isinstance(self.pos_weight, Tensor | None):
+            _check_real("BernoulliLogits.pos_weight", self.pos_weight)
+
     def plain(self, count):
         return self.name if self.pos_weight is None else None
 
     def nll(self, parameters, x):
         logits, *pos_weight = parameters
-        return F.binary_cross_entropy_with_logits(logits, x, pos_weight=pos_weight[0] if pos_weight else None, reduction="none")
+        positive = x * softplus(-logits)
+        return (1 - x) * softplus(logits) + (positive * pos_weight[0] if pos_weight else positive)
 
 
 @dataclass(frozen=True)
@@ -234,11 +239,11 @@ class Categorical(Likelihood):
         (logits,) = parameters
         if x.dim() == logits.dim():
             return multinomial_nll(logits, x, self.dim)
-        logits = logits.movedim(self.dim, 1)
+        logits, x = logits.movedim(self.dim, 1), x.long()  # a short dtype may not hold what it is compared with
         ignored = x == self.ignore_index
         # NaN for labels that are none, as nothing can be raised where the values are not seen.
         outside = ~ignored & ((x < 0) | (x >= logits.shape[1]))
-        nll = F.cross_entropy(logits, torch.where(ignored | outside, 0, x.long()), reduction="none")
+        nll = F.cross_entropy(logits, torch.where(ignored | outside, 0, x), reduction="none")
         return torch.where(outside, torch.nan, torch.where(ignored, 0.0, nll))
 
 
@@ -299,12 +304,12 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         q = -torch.sigmoid(-logits) * torch.expm1(-zeros)
         near = q < 0.5
         is_zero = torch.where(near, -torch.log1p(-torch.where(near, q, 0.0)), softplus(-logits) - softplus(-logits - zeros))
-        return torch.where(x < EPS, is_zero, softplus(logits) + zeros + _beyond_zero(mean, theta, x))
+        return torch.where((x < EPS) & (x >= 0), is_zero, softplus(logits) + zeros + _beyond_zero(mean, theta, x))
 
 
 def zeros_nll(mean: Tensor, theta: Tensor) -> Tensor:
     """-log p(0) of a negative binomial."""
-    return theta * torch.log1p(mean / (theta + EPS))
+    return torch.where((mean >= 0) & (theta > 0), theta, torch.nan) * torch.log1p(mean / (theta + EPS))
 
 
 def _beyond_zero(mean: Tensor, theta: Tensor, x: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ def nll(prediction: Tensor, x: Tensor, *, levels: int, dim: int) -> Tensor:
     # sigmoid(upper) - sigmoid(lower) = sigmoid(upper) sigmoid(-lower) (1 - exp(lower - upper))
     log_p = torch.where(highest, 0.0, F.logsigmoid(upper)) + torch.where(lowest, 0.0, F.logsigmoid(-lower))
     log_p = log_p + torch.where(lowest | highest, 0.0, _log_mass(2 * half * inverse, math.log(2 * half) - log_scales))
-    return -torch.logsumexp(F.log_softmax(logits, 1) + log_p.sum(1), 1)
+    nll = -torch.logsumexp(F.log_softmax(logits, 1) + log_p.sum(1), 1)
+    return torch.where((x.abs() > 1 + half).any(1).squeeze(1), torch.nan, nll)
 
 
 def _log_mass(width: Tensor, log_width: Tensor) -> Tensor:

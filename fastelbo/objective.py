@@ -125,7 +125,8 @@ def loss(
         check_batch("mu", mu if isinstance(mu, Tensor) else mu.mean, "x", x)
     else:
         _check_kl(kl, recon_reduction, x)
-        divergence = kl, kl * check_number("beta", beta, x), None
+        kl = kl.to(result_dtype(*term.parameters, kl))
+        divergence = kl, _times(check_number("beta", beta, x), kl), None
     return _add(term, divergence, monitor)
 
 
@@ -195,6 +196,10 @@ def elbo(
     # Taken before the decoder runs, which may write to z.
     edge = torch.autograd.graph.get_gradient_edge(z) if z.requires_grad and not is_traced(x, z) else None
     prediction = decoder(z)
+    if isinstance(prediction, tuple | list) and len(find_likelihood(likelihood).parameters) > 1:
+        divergence = kl, _times(options.beta, kl), None
+        term = _check_reconstruction("decoder(z)", prediction, x, likelihood, None, recon_reduction, scale, target_scale)
+        return _add(term, divergence, None)
     if isinstance(prediction, tuple | list):
         raise TypeError(
             f"decoder(z) must be a tensor, got {type(prediction).__name__}: pass the decoder alone, not the whole VAE, or"
@@ -254,7 +259,7 @@ def _composed(
     if weighting is None and monitor is None and not (isinstance(beta, Tensor) and beta.dim() > 0):
         beta = check_number("beta", beta, mu)
         z, kl, *_ = sample_of(mu, second, posterior, prior, kl_reduction, eps, generator)
-        divergence = kl, kl * beta, None
+        divergence = kl, _times(beta, kl), None
     else:
         divergence = _divergence(mu, second, beta, posterior, prior, weighting, kl_reduction, monitor)
         z = sample_of(mu, second, posterior, None, None, eps, generator).z
@@ -303,11 +308,16 @@ def _divergence(mu, logvar, beta, posterior, prior, weighting, reduction, monito
     )  # fmt: skip
 
 
+def _times(beta: float | Tensor, kl: Tensor) -> Tensor:
+    return kl * (beta.to(kl.dtype) if isinstance(beta, Tensor) else beta)
+
+
 def _add(term: Term, divergence, monitor: Monitor | None) -> ELBOTerms:
     """The reconstruction, and its sum with the KL's part."""
     name, request, parameters, x, w, row, scale = term
     kl, weighted, statistics = divergence
     dtype = result_dtype(*parameters, weighted)
+    kl = kl.to(dtype, copy=True)  # which the user may write to
     if row is not None:
         settings = Settings(
             likelihood=row,
@@ -317,11 +327,12 @@ def _add(term: Term, divergence, monitor: Monitor | None) -> ELBOTerms:
             per_sample=request.reduction == "none",
             dtype=dtype,
         )
-        terms = _loss(settings, name, parameters[0], x, None, None, weighted, 1.0)._replace(kl=kl.to(dtype))
+        terms = _loss(settings, name, parameters[0], x, None, None, weighted, 1.0)._replace(kl=kl)
     else:
+        _check_binary(term)
         recon = reconstruct(request._replace(dtype=dtype), parameters, x, w)
         _check_values(term, recon)
-        terms = ELBOTerms(recon + weighted.to(dtype), recon, kl.to(dtype))
+        terms = ELBOTerms(recon + weighted.to(dtype), recon, kl)
     if monitor is not None:
         _record(monitor, term, terms.recon, statistics)
     return terms
@@ -418,6 +429,20 @@ def _check_unit(row: Plain, recon: Tensor, name: str, recon_x: Tensor, x: Tensor
         check_unit_interval("x", x, row.name, "for 8-bit images pass target_scale=1/255", target_scale)
 
 
+def _check_binary(term: Term) -> None:
+    """Likewise, of a likelihood that is not plain because of weights or the like; what has the weight 0 does not count."""
+    row, x, recon_x = PLAIN.get(term.request.likelihood.name), term.x, term.parameters[0]
+    if row is None or not row.binary or x.device.type != "cpu" or is_traced(x, recon_x, term.weight):
+        return
+    if term.weight is not None:
+        keep = (term.weight != 0).expand(x.shape)
+        x, recon_x = x[keep], recon_x[keep]
+    if row.probabilities:
+        check_unit_interval(term.name, recon_x, row.name, f"for logits use likelihood={row.name + '_logits'!r}")
+    if row.probabilities or not x.is_floating_point():
+        check_unit_interval("x", x, row.name, "for 8-bit images pass target_scale=1/255", term.request.target_scale)
+
+
 def _check_values(term: Term, recon: Tensor) -> None:
     """Raise for what made the reconstruction NaN or infinite, on a CPU; what has a weight of 0 is nobody's business."""
     if recon.device.type != "cpu" or is_traced(recon) or recon.isfinite().all():
@@ -427,15 +452,12 @@ def _check_values(term: Term, recon: Tensor) -> None:
         check_labels(x, term.parameters[0].shape[likelihood.dim], likelihood.ignore_index, term.weight)
     elif term.weight is None:
         if hasattr(likelihood, "levels"):
-            check_levels(x, likelihood.levels)
+            check_levels(x, likelihood.levels, term.request.target_scale)
         if likelihood.name in COUNTS:
             check_nonnegative("x", x, "counts")
             for i, parameter in enumerate(term.parameters[:2]):  # mean and inverse dispersion, or a rate
                 if likelihood.name != "poisson_log":
                     check_nonnegative(f"{term.name}[{i}]", parameter, "means and inverse dispersions")
-    row = PLAIN.get(likelihood.name)
-    if term.weight is None and row is not None:
-        _check_unit(row, recon, term.name, term.parameters[0], x, term.request.target_scale)
 
 
 def _record(monitor: Monitor, term: Term, recon: Tensor, statistics) -> None:

@@ -38,11 +38,14 @@ class Request(NamedTuple):
 
 def reconstruct(request: Request, parameters: Sequence[Tensor], x: Tensor, weight: Tensor | None) -> Tensor:
     """The reconstruction, `[]` or `[B]`. All have been checked."""
+    if isinstance(request.likelihood, DiscretizedLogisticMixture) and x.is_floating_point() and request.target_scale != 1:
+        x, request = x.to(request.dtype) * request.target_scale, request._replace(target_scale=1.0)  # not in its kernel
     if isinstance(request.likelihood, Gaussian) and request.likelihood.scale == "optimal":
         return _optimal(request, parameters, x, weight)
     divisor = count(request, parameters, x, weight)
     tensors = (*parameters, x, weight)
-    if is_traced(*tensors) or backend_for(x.device) is torch_backend or (weight is not None and weight.requires_grad):
+    by_formula = is_traced(*tensors) or backend_for(x.device) is torch_backend or parameters[0].numel() == 0
+    if by_formula or (weight is not None and weight.requires_grad):
         return _formula(request, parameters, x, weight, divisor)
     x, weight, parameters = _prepared(request, parameters, x, weight)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*parameters, x)):
@@ -76,11 +79,11 @@ def count(request: Request, parameters: Sequence[Tensor], x: Tensor, weight: Ten
     shape = positions(likelihood, parameters, x)
     channels = x.shape[likelihood.dim] if isinstance(likelihood, DiscretizedLogisticMixture) else 1
     if isinstance(likelihood, Categorical) and x.dim() < parameters[0].dim():
-        counted = x != likelihood.ignore_index
-        return (counted if weight is None else counted * weight).sum(dtype=dtype)
+        counted = x.long() != likelihood.ignore_index
+        return (counted if weight is None else counted * weight.to(dtype)).sum(dtype=dtype)
     if weight is None:
         return float(shape.numel() * channels)
-    return weight.sum(dtype=dtype) * (shape.numel() * channels / max(weight.numel(), 1))
+    return weight.to(dtype).sum() * (shape.numel() * channels / max(weight.numel(), 1))
 
 
 def _formula(request: Request, parameters, x: Tensor, weight: Tensor | None, divisor: float | Tensor) -> Tensor:
@@ -127,12 +130,15 @@ def _optimal(request: Request, parameters, x: Tensor, weight: Tensor | None) -> 
     squares = request._replace(likelihood=BY_NAME["mse"], reduction="none" if request.reduction == "none" else "sum")
     error = reconstruct(squares, [mean], x, weight)
     number = count(request._replace(reduction="mean"), [mean], x, weight)
-    log_scale, inverse = Gaussian("logvar", likelihood.soft_min).log_and_inverse(torch.log(error.sum() / number))
+    square = error.sum() / number
+    if likelihood.soft_min is not None:  # which bounds it without a derivative of log(0)
+        square = square.clamp_min(torch.finfo(square.dtype).tiny)
+    log_scale, inverse = Gaussian("logvar", likelihood.soft_min).log_and_inverse(torch.log(square))
     if request.reduction == "none":
         own = (
             torch.full_like(error, x.numel() / max(x.shape[0], 1))
             if weight is None
-            else (weight.expand(x.shape).flatten(1).sum(1, dtype=request.dtype))
+            else (weight.to(request.dtype).expand(x.shape).reshape(len(x), -1).sum(1))
         )
     else:
         own = number
@@ -140,11 +146,16 @@ def _optimal(request: Request, parameters, x: Tensor, weight: Tensor | None) -> 
     return total / count(request, parameters, x, weight)
 
 
+def _layout(request: Request, first: Tensor) -> torch.memory_format:
+    """In which the kernel takes what is as large as the first parameter."""
+    return torch.contiguous_format if hasattr(request.likelihood, "dim") else layout_of(first)
+
+
 def _prepared(request: Request, parameters, x: Tensor, weight: Tensor | None):
     """The tensors as the kernels take them."""
     first, *others = parameters
     if getattr(request.likelihood, "dim", None) is None:
-        layout = layout_of(first)
+        layout = _layout(request, first)
         large = [t if t.shape != first.shape else t.contiguous(memory_format=layout) for t in others]
         first, x = dense(first, x)
         return x, weight if weight is None or weight.shape != x.shape else in_layout(layout, weight)[0], [first, *large]
@@ -171,7 +182,7 @@ class Reconstruction(torch.autograd.Function):
         recon, gradients = launch_forward(request, parameters, x, weight, divisor, ctx.used, wants)
         large = [p.shape == first.shape for p in parameters]
         ctx.stored = [g if at else None for g, at in zip(gradients, large, strict=True)]
-        ctx.request, ctx.wants, ctx.large, ctx.layout = request, wants, large, layout_of(first)
+        ctx.request, ctx.wants, ctx.large, ctx.layout = request, wants, large, _layout(request, first)
         ctx.divisor, divisor = (None, divisor) if isinstance(divisor, Tensor) else (divisor, None)
         ctx.count = len(parameters)
         ctx.save_for_backward(
@@ -197,8 +208,12 @@ class Reconstruction(torch.autograd.Function):
         if ctx.used is not None:
             # Handed out once: a second backward through a retained graph finds None, and leaves alone what is somebody's now.
             stored, ctx.stored = ctx.stored, None
-            if ctx.layout != torch.contiguous_format:  # a hook on saved tensors may bring them back with other strides
-                x, *parameters = (t.contiguous(memory_format=ctx.layout) if t.shape == x.shape else t for t in (x, *parameters))
+            # A hook on saved tensors may have brought them back with other strides.
+            large = parameters[0].shape
+            x, weight, *parameters = (
+                t if t is None else t.contiguous(memory_format=ctx.layout) if t.shape == large else t.contiguous()
+                for t in (x, weight, *parameters)
+            )
             gradients, seen = launch_backward(
                 request, parameters, x, weight, divisor, upstream, stored, None if stored is None else ctx.used, ctx.wants
             )

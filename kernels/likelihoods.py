@@ -36,9 +36,10 @@ def bernoulli_logits(logit, second, third, target, constant):
 
 @triton.jit
 def bernoulli_logits_weighted(logit, pos_weight, third, target, constant):
-    softplus, sigmoid = softplus_and_sigmoid(-logit)
-    factor = 1.0 + (pos_weight - 1.0) * target
-    return (1.0 - target) * logit + factor * softplus, (1.0 - target) - factor * sigmoid, target * softplus, third
+    of_negative, p = softplus_and_sigmoid(logit)
+    of_positive, q = softplus_and_sigmoid(-logit)
+    rest, positive = 1.0 - target, target * of_positive
+    return rest * of_negative + pos_weight * positive, rest * p - pos_weight * target * q, positive, third
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def zero_inflated_negative_binomial(mean, theta, logit, target, constant):
     q = -(1.0 - share) * expm1
     softplus, rest = softplus_and_sigmoid(-logit)
     softplus_zeros, rest_zeros = softplus_and_sigmoid(-logit - zeros)
-    is_zero = target < 1e-8
+    is_zero = (target < 1e-8) & (target >= 0.0)
     nll_zero = tl.where(q < 0.5, -log1p(-tl.where(q < 0.5, q, 0.0)), softplus - softplus_zeros)
     return (
         tl.where(is_zero, nll_zero, extra + nll),
@@ -171,7 +172,8 @@ def counts(mean, theta, target):
     ratio, ratio_to_theta, _ = log_gamma_ratio(theta, target)
     odds = theta / (mean + 1e-8)
     nll = zeros + (log_factorial(target) - ratio + target * log1p_positive(odds))
-    nll = tl.where((mean >= 0.0) & (theta > 0.0), nll, float("nan"))
+    valid = (mean >= 0.0) & (theta > 0.0)
+    nll, zeros = tl.where(valid, nll, float("nan")), tl.where(valid, zeros, float("nan"))
     to_mean = odds * ((mean + 1e-8) - target) / total
     return nll, to_mean, zeros_to_theta + target / total - ratio_to_theta, zeros, zeros_to_mean, zeros_to_theta
 

@@ -81,10 +81,12 @@ def pixel_column(x, offsets, inside, steps, half, INTEGER: tl.constexpr, DTYPE: 
     it is of the lowest and of the highest bin."""
     value = tl.load(x + offsets, mask=inside, other=0).to(DTYPE)[:, None]
     if INTEGER:
-        value = 2.0 * value - steps
-        return value, value * half, value < 1.0 - steps, value > steps - 1.0
+        level = 2.0 * value - steps
+        value = tl.where(tl.abs(level) > steps, float("nan"), level)  # is no level
+        return value, value * half, level < 1.0 - steps, level > steps - 1.0
     else:
-        return value, value, value < half - 1.0, value > 1.0 - half
+        inside = tl.where(tl.abs(value) > 1.0 + half, float("nan"), value)
+        return inside, inside, value < half - 1.0, value > 1.0 - half
 
 
 @triton.jit

@@ -103,8 +103,11 @@ def reconstruction_tile(
         b = load_operand(second, o, mask, row_start, None, second_inner, second_groups, SECOND, WIDE, DTYPE)
         if SCALE is not None:
             b, c, chain = SCALE(b, soft_min)
+        elif SECOND == ROW:
+            b += tl.zeros(o.shape, dtype=DTYPE)
     if THIRD != ABSENT:
         c = load_operand(third, o, mask, row_start, None, third_inner, third_groups, THIRD, WIDE, DTYPE)
+        c += tl.zeros(o.shape, dtype=DTYPE)
     nll, to_first, to_second, to_third = LIKELIHOOD(a, b, c, t, constant)
     if SCALE is not None:
         to_second *= chain
@@ -323,7 +326,7 @@ def forward(
         temporary = dtype if not large else parameter.dtype
         gradients.append(torch.empty_like(first, dtype=temporary) if wanted and not by_row else None)
         sums.append(first.new_empty(plan.rows, dtype=dtype) if wanted and by_row else None)
-    recon = first.new_empty(plan.rows, dtype=dtype)
+    recon = first.new_empty(plan.rows if per_sample or plan.rows > 1 else (), dtype=dtype)  # no view is handed out
     _run(
         plan, parameters, x, divisor, guess, None, None, gradients, (recon, *_padded(sums)[1:]),
         family, dtype,
@@ -334,8 +337,8 @@ def forward(
             gradients[i] = _summed(found, parameter, first, per_sample)
     batch = first.shape[0] if per_sample else 1
     if plan.rows != batch:
-        recon = recon.view(batch, -1).sum(1, dtype=torch.float64).to(dtype)
-    return recon if per_sample else recon.view(()), gradients
+        recon = recon.view(batch, -1).sum(1 if per_sample else None, dtype=torch.float64).to(dtype)
+    return recon, gradients
 
 
 def backward(

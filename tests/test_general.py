@@ -239,3 +239,58 @@ def test_layouts(first, second, device):
         expected = reduce(terms, "sum", mask if len(parameters) == 2 else mask.squeeze(2))
         torch.testing.assert_close(got, expected)
         torch.testing.assert_close(gradients(got, *parameters), gradients(expected, *parameters))
+
+
+class Strided(torch.autograd.graph.saved_tensors_hooks):
+    """Saved tensors come back with other strides than any layout has."""
+
+    def __init__(self):
+        super().__init__(lambda t: t, lambda t: t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t.clone())
+
+
+@pytest.mark.parametrize("name", ("gaussian, logvar", "zero_inflated", "categorical, soft", "multinomial", "pos_weight"))
+def test_saved_tensors_with_other_strides(name, device):
+    likelihood, parameters, x, mu, logvar = make(name, device, torch.float64)
+    weight = torch.rand(3, 1, 5, 1, device=device)
+    options = {"likelihood": likelihood, "weight": weight if name != "categorical, soft" else weight[:, :1]}
+    results = []
+    for hooks in (False, True):
+        with Strided() if hooks else torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            recon = fastelbo.loss(recon_x(parameters), x, mu, logvar, **options).recon
+        # Another factor than was guessed, and a graph that is kept: all is computed again, twice.
+        first = gradients(13 * recon, *parameters, retain_graph=True)
+        results.append((*first, *gradients(7 * recon, *parameters)))
+    torch.testing.assert_close(*results)
+
+
+def test_results_may_be_written_to(device):
+    """`kl /= n` and the like: they share memory with nothing, not with a KL that was given either."""
+    mean, x, mu, logvar = (torch.rand(3, 2, device=device) for _ in range(4))
+    log_scale, given = torch.zeros(3, 2, device=device, requires_grad=True), torch.tensor(2.0, device=device)
+    beta = torch.tensor(0.5, device=device, requires_grad=True)
+    for likelihood, parameters in (("mse", mean), (Gaussian("log_scale"), (mean, log_scale)), ("multinomial", log_scale)):
+        for latents in ({"kl": given}, {"mu": mu, "logvar": logvar, "posterior": "std"}):
+            terms = fastelbo.loss(parameters, x, beta=beta, likelihood=likelihood, **latents)
+            expected = gradients(terms.loss, beta, retain_graph=True)
+            for value in terms:
+                value /= 4.0
+            torch.testing.assert_close(gradients(4 * terms.loss, beta)[0], expected[0])
+    assert given == 2.0
+
+
+def test_a_short_kl_is_multiplied_in_float32(device):
+    mean, x = torch.rand(2, 3, device=device), torch.rand(2, 3, device=device)
+    kl = torch.tensor(1000.0, dtype=torch.float16, device=device)
+    beta = torch.tensor(100.0, dtype=torch.float64, device=device, requires_grad=True)
+    terms = fastelbo.loss((mean, mean + 1), x, kl=kl, beta=beta, likelihood="gaussian")
+    torch.testing.assert_close(terms.loss, terms.recon + 1e5)
+    assert {t.dtype for t in terms} == {torch.float32}
+
+
+@pytest.mark.parametrize("reduction", ("sum", "mean", "none"))
+def test_elbo_of_a_name_takes_a_tuple_too(reduction, device):
+    mu, logvar, x, eps = (torch.rand(3, 2, device=device) for _ in range(4))
+    z = fastelbo.reparameterize(mu, logvar, eps=eps)
+    got = fastelbo.elbo(lambda z: (z, z.exp()), x, mu, logvar, 0.3, likelihood="gaussian", eps=eps, reduction=reduction)
+    expected = fastelbo.loss((z, z.exp()), x, mu, logvar, 0.3, likelihood="gaussian", reduction=reduction)
+    torch.testing.assert_close(got, expected)

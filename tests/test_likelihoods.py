@@ -490,3 +490,122 @@ def test_errors(name, device):
 def test_options_are_checked(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "classes", "ignore_index"),
+    (
+        (torch.uint8, 200, -100),
+        (torch.uint8, 256, -100),
+        (torch.int8, 200, -100),
+        (torch.uint8, 256, -1),
+        (torch.uint16, 300, 7),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("reduction", ("sum", "mean"))
+def test_labels_of_short_dtypes(dtype, classes, ignore_index, reduction, device):
+    """Whatever the number of classes or the label to ignore is in such a dtype: nothing wraps around."""
+    logits = torch.randn(6, classes, device=device)
+    labels = torch.tensor([0, 1, 7, 100, min(classes, 156) - 1, 127], device=device)
+    weight = torch.tensor([1, 2, 1, 1, 3, 1], dtype=torch.uint8, device=device)
+    likelihood = Categorical(ignore_index=ignore_index)
+    if dtype == torch.int8:
+        labels = labels.clamp(max=127)
+    got = recon([logits], labels.to(dtype), likelihood, reduction)
+    torch.testing.assert_close(got, F.cross_entropy(logits, labels, reduction=reduction, ignore_index=ignore_index))
+    terms = F.cross_entropy(logits, labels, reduction="none", ignore_index=ignore_index)
+    expected = reduce(terms, reduction, weight, labels != ignore_index)
+    torch.testing.assert_close(recon([logits], labels.to(dtype), likelihood, reduction, weight=weight), expected)
+
+
+def test_target_scale_of_every_likelihood(device):
+    """It is the target that is scaled, in the kernel as in the formula."""
+    for name, case in CASES.items():
+        parameters, x = case.make(device=device)
+        if x.is_floating_point():
+            torch.testing.assert_close(
+                recon(parameters, 4 * x, case.likelihood, target_scale=0.25), recon(parameters, x, case.likelihood), msg=name
+            )
+    parameters, x = [torch.randn(2, 9, 5, device=device)], 2 * torch.rand(2, 1, 5, device=device) - 1
+    likelihood = DiscretizedLogisticMixture()
+    torch.testing.assert_close(recon(parameters, 4 * x, likelihood, target_scale=0.25), recon(parameters, x, likelihood))
+
+
+INVALID = {
+    "counts": ("zero_inflated_negative_binomial", (1.0, 1.0, 0.0), -1.0),
+    "mean": ("zero_inflated_negative_binomial", (-0.5, 1.0, 0.0), 0.0),
+    "dispersion": ("zero_inflated_negative_binomial", (1.0, -3.0, 0.0), 0.0),
+    "dispersion of counts": ("negative_binomial", (1.0, -3.0), 1.0),
+    "value": ("discretized_logistic", (0.0, 0.0), 1.5),
+}
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_numbers_give_nan(name, device):
+    """Where nobody looks; a weight keeps the CPU from it."""
+    likelihood, parameters, x = INVALID[name]
+    parameters = [torch.full((2, 3), p, device=device) for p in parameters]
+    x = torch.full((2, 3), x, device=device)
+    assert recon(parameters, x, likelihood, weight=torch.ones(2, 3, device=device)).isnan()
+
+
+def test_targets_beyond_a_mixture_give_nan(device):
+    parameters, weight = [torch.randn(2, 9, 5, device=device)], torch.ones(2, 1, 5, device=device)
+    for x, levels in ((torch.full((2, 1, 5), 1.5, device=device), 256), (torch.full((2, 1, 5), 32, device=device), 32)):
+        assert recon(parameters, x, DiscretizedLogisticMixture(levels=levels), weight=weight).isnan()
+
+
+def test_targets_outside_the_unit_interval_raise_with_options_too(device):
+    if device.type != "cpu":
+        pytest.skip("nobody looks on a GPU")
+    p, bytes_, ones = torch.rand(2, 3), torch.full((2, 3), 200, dtype=torch.uint8), torch.ones(2, 3)
+    for likelihood, options in (
+        ("bernoulli", {"weight": ones}),
+        ("bernoulli_logits", {"weight": ones}),
+        (BernoulliLogits(2.0), {}),
+        ("continuous_bernoulli", {"weight": ones}),
+    ):
+        with pytest.raises(ValueError, match=r"x must lie in .*target_scale=1/255"):
+            recon([p], bytes_, likelihood, **options)
+    with pytest.raises(ValueError, match="recon_x must lie in"):
+        recon([p + 2], ones, "continuous_bernoulli", weight=ones)
+    recon([p], bytes_, "bernoulli", weight=torch.zeros(2, 3))
+
+
+def test_confident_logits_keep_their_loss_and_gradient_under_pos_weight(device):
+    logits = torch.tensor([[-30.0, -20.0, 30.0, 20.0]], device=device, requires_grad=True)
+    x = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device)
+    got = recon([logits], x, BernoulliLogits(2.0))
+    exact = torch.exp(-logits.detach().double().abs()) * torch.tensor([1, 1, 2, 2], device=device)
+    torch.testing.assert_close(got.double(), exact.sum(), rtol=1e-6, atol=0)
+    sign = torch.tensor([1, 1, -1, -1], device=device)
+    torch.testing.assert_close(gradients(got, logits)[0].double(), sign * exact, rtol=1e-6, atol=0)
+
+
+def test_gradient_of_pos_weight(device):
+    logits, x = torch.randn(3, 4, device=device, requires_grad=True), torch.rand(3, 4, device=device, requires_grad=True)
+    pos_weight = torch.rand(4, device=device, requires_grad=True)
+    got = recon([logits], x, BernoulliLogits(pos_weight))
+    expected = (pos_weight * x * F.softplus(-logits) + (1 - x) * F.softplus(logits)).sum()
+    torch.testing.assert_close(*(gradients(v, logits, x, pos_weight) for v in (got, expected)))
+
+
+@pytest.mark.parametrize("shape", ((), (1,), (1, 1)), ids=str)
+def test_one_dispersion_for_all(shape, device):
+    mean, theta = torch.rand(3, 5, device=device) + 0.1, torch.full(shape, 1.5, device=device, requires_grad=True)
+    x = torch.arange(15.0, device=device).view(3, 5)
+    got = recon((mean, theta), x, "negative_binomial")
+    expected = recon((mean, theta.expand(3, 5).contiguous()), x, "negative_binomial")
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gradients(got, theta), gradients(expected, theta))
+
+
+def test_a_perfect_reconstruction_with_an_optimal_scale(device):
+    """The bound is for it: finite, and without a gradient."""
+    mean = torch.rand(4, device=device, requires_grad=True)
+    x = mean.detach().clone()
+    for reduction in ("sum", "none"):
+        got = recon([mean], x, Gaussian("optimal", -6.0), reduction, weight=torch.ones(4, device=device))
+        torch.testing.assert_close(got.sum().item(), 4 * (-6 + 0.5 * math.log(2 * math.pi)), rtol=1e-6, atol=0)
+        assert (gradients(got.sum(), mean)[0] == 0).all()
