@@ -16,14 +16,20 @@ RUN := $(PYTHON)
 READY := own
 endif
 
-.PHONY: demo test lint test-integrations bench budget gpu own clean
+.PHONY: demo test test-torch test-triton lint test-integrations bench budget gpu own clean
 
 demo: $(READY)
 	$(RUN) examples/train_digits.py
 
-# Both backends pass the same tests: Torch, then Triton through its interpreter, which a process chooses before it imports triton.
+# Both backends pass the same tests, side by side: Torch, and Triton through its interpreter, which a process chooses before it
+# imports triton.
 test: lint
+	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) test-torch test-triton
+
+test-torch: $(READY)
 	$(RUN) -m pytest
+
+test-triton: $(READY)
 	TRITON_INTERPRET=1 FASTELBO_BACKEND=triton $(RUN) -m pytest
 
 lint: $(READY)

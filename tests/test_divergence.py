@@ -219,6 +219,8 @@ def test_balance(name, reduction, kind, device):
 @pytest.mark.parametrize("check", (gradcheck, gradgradcheck), ids=("first", "second"))
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_finite_differences_of_weightings(check, name, device):
+    if check is gradgradcheck and BACKEND == "triton" and name != "capacity":
+        pytest.skip("the second derivative is the formula's")
     latents = make_latents("logvar", (2, 2), torch.float64, device)
     beta = torch.tensor(0.3, dtype=torch.float64, device=device, requires_grad=True)
 

@@ -5,6 +5,7 @@ import torch
 from torch.distributions import Independent, Normal
 
 import fastelbo
+from conftest import BACKEND
 from fastelbo.likelihoods import Gaussian, Multinomial
 from likelihood_cases import CASES, recon_x, reduce
 from support import gradients, relative
@@ -89,6 +90,8 @@ def general(parameters, x, mu, second, beta, likelihood, weight=None):
 @pytest.mark.parametrize("name", CASES)
 def test_compiled(name, device):
     """In one graph, without a break, with the results of eager mode."""
+    if BACKEND == "triton" and name not in ("gaussian, logvar", "categorical"):
+        pytest.skip("it is the formula that is compiled")
     torch.compiler.reset()
     likelihood, parameters, x, mu, second = make(name, device)
     if name == "pos_weight of features":
