@@ -18,6 +18,8 @@ class Monitor:
 
     The KL of each dimension and the moments of the posterior means come from the pass that computes the KL, and are added up on
     the device in float64, a few small operations a call. Nothing waits for the device until a value is read on the host.
+    Where a call needs the KL of each sample or element (`reduction="none"`, free bits or a capacity of those), mu and logvar
+    are read once more; the data never are.
     Everything is about the calls since the last `reset`, such as an epoch.
     """
 
