@@ -225,7 +225,7 @@ def _is_plain(recon_x, mu, beta, likelihood, posterior, prior, weighting, weight
         and likelihood in PLAIN
         and posterior == "logvar"
         and prior is weighting is weight is monitor is None
-        and not isinstance(recon_x, tuple | list)
+        and not isinstance(recon_x, (tuple, list))
         and not isinstance(mu, Distribution)
         and not (isinstance(beta, Tensor) and beta.dim() > 0)
         and not (isinstance(scale, Tensor) and (scale.requires_grad or scale.dim() > 0))

@@ -369,7 +369,7 @@ def _run(
     first, (second, third, weight) = parameters[0], (plan.second, plan.third, plan.weight)
     streamed = [t.tensor for t in (second, third, weight) if t.mode == ELEMENT]
     tile = min(tile_size(first, t) for t in (x, *streamed))
-    if dtype == torch.float64 and third.tensor is not None:
+    if third.tensor is not None:
         tile //= 2  # registers would be spilled otherwise
     segment = Segment.of(first, plan.rows, tile)
     programs = plan.rows * segment.programs
