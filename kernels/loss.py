@@ -158,7 +158,7 @@ def loss_forward(
         recon_x.new_empty(rows * programs, dtype=torch.float64), arrivals(recon_x.device, rows, stateless), *terms,
         *pointer_and_value(scale, beta), target_scale, *weights,
         recon.columns, latents.columns, recon.programs, programs,
-        LIKELIHOOD=getattr(likelihoods, likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,
+        LIKELIHOOD=_device_function(likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,
         LATENTS_ALIGNED=latents.aligned, WIDE=recon.wide or latents.wide, BLOCK=tile, THREADS=THREADS,
         FINISH=FINISH,
     )  # fmt: skip
@@ -196,7 +196,11 @@ def loss_backward(
         recon_x, as_bytes(x), gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl,
         *upstreams, *pointer_and_value(scale, beta), target_scale, *weights,
         recon.columns, latents.columns, recon.programs, programs,
-        LIKELIHOOD=getattr(likelihoods, likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,
+        LIKELIHOOD=_device_function(likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,
         LATENTS_ALIGNED=latents.aligned, WIDE=recon.wide or latents.wide, BLOCK=tile,
     )  # fmt: skip
     return gradient, grad_mu, grad_logvar, grad_kl, seen
+
+
+def _device_function(likelihood: str):
+    return likelihoods.fixed_gaussian if likelihood == "gaussian" else getattr(likelihoods, likelihood)
