@@ -2,9 +2,10 @@
 
 from . import diagnostics, likelihoods, nn, reference, schedules
 from .divergence import Weighting, kl_divergence
-from .objective import ELBOTerms, elbo, loss
+from .objective import elbo, loss
 from .posteriors import Posterior
 from .sampling import reparameterize, sample_kl
+from .terms import ELBOTerms
 
 __all__ = [
     "ELBOTerms",

@@ -8,8 +8,9 @@ from .arguments import check_real, check_scale, find_likelihood, split_reduction
 from .diagnostics import Monitor
 from .divergence import Weighting
 from .likelihoods import Likelihood
-from .objective import ELBOTerms, Reduction, loss
+from .objective import Reduction, loss
 from .posteriors import Posterior, check_posterior
+from .terms import ELBOTerms
 
 
 class ELBOLoss(nn.Module):

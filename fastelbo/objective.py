@@ -7,49 +7,32 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from . import traced
 from .arguments import (
-    COUNTS,
     check_alike,
     check_batch,
     check_device,
-    check_fits,
-    check_labels,
     check_latents,
-    check_levels,
-    check_nonnegative,
     check_number,
-    check_parameters,
     check_prediction,
     check_real,
     check_scale,
     check_target,
-    check_unit_interval,
-    check_weight,
     factor_of,
     find_likelihood,
     split_reduction,
 )
-from .autograd import Elbo, Loss, Settings, decoder_leaves, loss_forward
+from .autograd import Elbo, Settings, decoder_leaves
 from .diagnostics import Monitor
-from .divergence import Weighting, check_beta, check_weighting, divergence_terms
+from .divergence import Weighting
 from .layout import dense
 from .likelihoods import Likelihood
-from .plain import PLAIN, Plain
-from .posteriors import Posterior, check_gaussian, check_prior
-from .reconstruction import Request, class_dim, count, reconstruct
-from .sampling import draw, result_dtype, sample, sample_of
+from .plain import PLAIN
+from .posteriors import Posterior, check_gaussian, check_prior, result_dtype
+from .sampling import draw, sample, sample_of
+from .terms import ELBOTerms, add_terms, check_reconstruction, divergence_of, finish, plain_terms, times
 from .tracing import is_traced
 
 Reduction = str | tuple[str, str]
-
-
-class ELBOTerms(NamedTuple):
-    """The negative ELBO and its two terms, in nats: three separate tensors, `[]`, or `[B]` with `reduction="none"`."""
-
-    loss: Tensor
-    recon: Tensor
-    kl: Tensor
 
 
 def loss(
@@ -116,18 +99,18 @@ def loss(
         check_target("x", x)
         options = _check_options(recon_x, beta, likelihood, scale, target_scale)
         settings, beta = _check_loss("recon_x", recon_x, x, mu, logvar, kl, options, reduction)
-        return _loss(settings, "recon_x", recon_x, x, mu, logvar, kl, beta)
+        return plain_terms(settings, "recon_x", recon_x, x, mu, logvar, kl, beta)
     recon_reduction, kl_reduction = _check_terms(mu, logvar, kl, posterior, prior, weighting, reduction, monitor)
-    term = _check_reconstruction("recon_x", recon_x, x, likelihood, weight, recon_reduction, scale, target_scale)
+    term = check_reconstruction("recon_x", recon_x, x, likelihood, weight, recon_reduction, scale, target_scale)
     if kl is None:
-        divergence = _divergence(mu, logvar, beta, posterior, prior, weighting, kl_reduction, monitor)
+        divergence = divergence_of(mu, logvar, beta, posterior, prior, weighting, kl_reduction, monitor)
         check_device("mu", divergence[0], "recon_x", x)
         check_batch("mu", mu if isinstance(mu, Tensor) else mu.mean, "x", x)
     else:
         _check_kl(kl, recon_reduction, x)
         kl = kl.to(result_dtype(*term.parameters, kl))
-        divergence = kl, _times(check_number("beta", beta, x), kl), None
-    return _add(term, divergence, monitor)
+        divergence = kl, times(check_number("beta", beta, x), kl), None
+    return add_terms(term, divergence, monitor)
 
 
 def elbo(
@@ -197,9 +180,9 @@ def elbo(
     edge = torch.autograd.graph.get_gradient_edge(z) if z.requires_grad and not is_traced(x, z) else None
     prediction = decoder(z)
     if isinstance(prediction, tuple | list) and len(find_likelihood(likelihood).parameters) > 1:
-        divergence = kl, _times(options.beta, kl), None
-        term = _check_reconstruction("decoder(z)", prediction, x, likelihood, None, recon_reduction, scale, target_scale)
-        return _add(term, divergence, None)
+        divergence = kl, times(options.beta, kl), None
+        term = check_reconstruction("decoder(z)", prediction, x, likelihood, None, recon_reduction, scale, target_scale)
+        return add_terms(term, divergence, None)
     if isinstance(prediction, tuple | list):
         raise TypeError(
             f"decoder(z) must be a tensor, got {type(prediction).__name__}: pass the decoder alone, not the whole VAE, or"
@@ -214,8 +197,8 @@ def elbo(
             settings = settings._replace(weights=(settings.weights[0], kl_weight))
             (mu, logvar), kl = dense(mu, logvar), kl.detach()
             terms = Elbo.apply(settings, (prediction, edge), noise, x, mu, logvar, kl, beta, *leaves)
-            return _finish(settings, "decoder(z)", prediction, x, terms)
-    return _loss(settings, "decoder(z)", prediction, x, None, None, kl, beta)
+            return finish(settings, "decoder(z)", prediction, x, terms)
+    return plain_terms(settings, "decoder(z)", prediction, x, None, None, kl, beta)
 
 
 def _is_plain(recon_x, mu, beta, likelihood, posterior, prior, weighting, weight, scale, monitor) -> bool:
@@ -230,18 +213,6 @@ def _is_plain(recon_x, mu, beta, likelihood, posterior, prior, weighting, weight
         and not (isinstance(beta, Tensor) and beta.dim() > 0)
         and not (isinstance(scale, Tensor) and (scale.requires_grad or scale.dim() > 0))
     )
-
-
-class Term(NamedTuple):
-    """A reconstruction that has been checked and waits to be computed."""
-
-    name: str
-    request: Request
-    parameters: list[Tensor]
-    x: Tensor
-    weight: Tensor | None
-    row: str | None  # of the plain likelihood that it is
-    scale: float | Tensor
 
 
 def _composed(
@@ -259,12 +230,12 @@ def _composed(
     if weighting is None and monitor is None and not (isinstance(beta, Tensor) and beta.dim() > 0):
         beta = check_number("beta", beta, mu)
         z, kl, *_ = sample_of(mu, second, posterior, prior, kl_reduction, eps, generator)
-        divergence = kl, _times(beta, kl), None
+        divergence = kl, times(beta, kl), None
     else:
-        divergence = _divergence(mu, second, beta, posterior, prior, weighting, kl_reduction, monitor)
+        divergence = divergence_of(mu, second, beta, posterior, prior, weighting, kl_reduction, monitor)
         z = sample_of(mu, second, posterior, None, None, eps, generator).z
-    term = _check_reconstruction("decoder(z)", decoder(z), x, likelihood, weight, recon_reduction, scale, target_scale)
-    return _add(term, divergence, monitor)
+    term = check_reconstruction("decoder(z)", decoder(z), x, likelihood, weight, recon_reduction, scale, target_scale)
+    return add_terms(term, divergence, monitor)
 
 
 def _check_terms(mu, logvar, kl, posterior, prior, weighting, reduction, monitor) -> tuple[str, str]:
@@ -282,60 +253,6 @@ def _check_terms(mu, logvar, kl, posterior, prior, weighting, reduction, monitor
     if isinstance(reduction, tuple | list):
         raise ValueError(f"reduction must be one name where kl is given, which is reduced already; got {reduction!r}")
     return split_reduction(reduction)
-
-
-def _check_reconstruction(name, recon_x, x, likelihood, weight, reduction, scale, target_scale) -> Term:
-    likelihood = find_likelihood(likelihood)
-    parameters = check_parameters(name, recon_x, likelihood, scale)
-    check_target("x", x)
-    check_fits(name, parameters, x, likelihood)
-    weight = check_weight(weight, x, class_dim(likelihood, parameters, x))
-    request = Request(likelihood, check_real("target_scale", target_scale), reduction, result_dtype(*parameters))
-    fixed = isinstance(recon_x, Tensor) and not (isinstance(scale, Tensor) and (scale.requires_grad or scale.dim() > 0))
-    row = likelihood.plain(1) if weight is None and fixed else None
-    return Term(name, request, parameters, x, weight, row, check_scale(scale, likelihood, x))
-
-
-def _divergence(mu, logvar, beta, posterior, prior, weighting, reduction, monitor):
-    """The KL, what of it is added to the reconstruction, and the monitor's statistics."""
-    mu, second, posterior = check_gaussian(mu, logvar, posterior)
-    prior = check_prior(prior, mu)
-    beta = check_beta(beta, mu)
-    weighting = check_weighting(weighting, mu, prior, beta, reduction)
-    return divergence_terms(
-        mu, second, posterior=posterior, prior=prior, weighting=weighting, beta=beta, reduction=reduction,
-        statistics=monitor is not None,
-    )  # fmt: skip
-
-
-def _times(beta: float | Tensor, kl: Tensor) -> Tensor:
-    return kl * (beta.to(kl.dtype) if isinstance(beta, Tensor) else beta)
-
-
-def _add(term: Term, divergence, monitor: Monitor | None) -> ELBOTerms:
-    """The reconstruction, and its sum with the KL's part."""
-    name, request, parameters, x, w, row, scale = term
-    kl, weighted, statistics = divergence
-    dtype = result_dtype(*parameters, weighted)
-    kl = kl.to(dtype, copy=True)  # which the user may write to
-    if row is not None:
-        settings = Settings(
-            likelihood=row,
-            scale=scale,
-            target_scale=request.target_scale,
-            weights=(factor_of(request.reduction, x), 1.0),
-            per_sample=request.reduction == "none",
-            dtype=dtype,
-        )
-        terms = _loss(settings, name, parameters[0], x, None, None, weighted, 1.0)._replace(kl=kl)
-    else:
-        _check_binary(term)
-        recon = reconstruct(request._replace(dtype=dtype), parameters, x, w)
-        _check_values(term, recon)
-        terms = ELBOTerms(recon + weighted.to(dtype), recon, kl)
-    if monitor is not None:
-        _record(monitor, term, terms.recon, statistics)
-    return terms
 
 
 class Options(NamedTuple):
@@ -395,73 +312,3 @@ def _check_kl(kl, reduction: str, recon_x: Tensor) -> None:
 
 def _given(**arguments) -> str:
     return ", ".join(f"{name} {'None' if value is None else 'given'}" for name, value in arguments.items())
-
-
-def _loss(settings: Settings, name: str, recon_x, x, mu, logvar, kl, beta) -> ELBOTerms:
-    if is_traced(recon_x, x, mu, logvar, kl, beta):
-        return ELBOTerms(*traced.objective(recon_x, x, mu, logvar, kl, beta, **settings._asdict()))
-    (recon_x, x), (mu, logvar) = dense(recon_x, x), dense(mu, logvar)
-    tensors = (recon_x, x, mu, logvar, kl, beta)
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
-        terms = Loss.apply(settings, *tensors)
-    else:
-        terms = loss_forward(settings, *tensors)[:3]
-    return _finish(settings, name, recon_x, x, terms)
-
-
-def _finish(settings: Settings, name: str, recon_x: Tensor, x: Tensor, terms) -> ELBOTerms:
-    recon = terms[1]
-    if recon.device.type == "cpu":
-        _check_unit(PLAIN[settings.likelihood], recon, name, recon_x, x, settings.target_scale)
-        if settings.likelihood in COUNTS and not recon.isfinite().all():
-            check_nonnegative("x", x, "counts")
-            if settings.likelihood == "poisson":
-                check_nonnegative(name, recon_x, "rates")
-    return ELBOTerms(*terms)
-
-
-def _check_unit(row: Plain, recon: Tensor, name: str, recon_x: Tensor, x: Tensor, target_scale: float) -> None:
-    """Raise for what lies outside [0, 1], on a CPU, where looking costs no sync."""
-    if row.probabilities and recon.isnan().any():  # a logarithm of something negative
-        check_unit_interval(name, recon_x, row.name, f"for logits use likelihood={row.name + '_logits'!r}")
-    # As Torch does, logits go with any floating target; bytes above 1 are images that were not scaled.
-    if row.binary and (row.probabilities or not x.is_floating_point()):
-        check_unit_interval("x", x, row.name, "for 8-bit images pass target_scale=1/255", target_scale)
-
-
-def _check_binary(term: Term) -> None:
-    """Likewise, of a likelihood that is not plain because of weights or the like; what has the weight 0 does not count."""
-    row, x, recon_x = PLAIN.get(term.request.likelihood.name), term.x, term.parameters[0]
-    if row is None or not row.binary or x.device.type != "cpu" or is_traced(x, recon_x, term.weight):
-        return
-    if term.weight is not None:
-        keep = (term.weight != 0).expand(x.shape)
-        x, recon_x = x[keep], recon_x[keep]
-    if row.probabilities:
-        check_unit_interval(term.name, recon_x, row.name, f"for logits use likelihood={row.name + '_logits'!r}")
-    if row.probabilities or not x.is_floating_point():
-        check_unit_interval("x", x, row.name, "for 8-bit images pass target_scale=1/255", term.request.target_scale)
-
-
-def _check_values(term: Term, recon: Tensor) -> None:
-    """Raise for what made the reconstruction NaN or infinite, on a CPU; what has a weight of 0 is nobody's business."""
-    if recon.device.type != "cpu" or is_traced(recon) or recon.isfinite().all():
-        return
-    likelihood, x = term.request.likelihood, term.x
-    if likelihood.name == "categorical" and x.dim() < term.parameters[0].dim():
-        check_labels(x, term.parameters[0].shape[likelihood.dim], likelihood.ignore_index, term.weight)
-    elif term.weight is None:
-        if hasattr(likelihood, "levels"):
-            check_levels(x, likelihood.levels, term.request.target_scale)
-        if likelihood.name in COUNTS:
-            check_nonnegative("x", x, "counts")
-            for i, parameter in enumerate(term.parameters[:2]):  # mean and inverse dispersion, or a rate
-                if likelihood.name != "poisson_log":
-                    check_nonnegative(f"{term.name}[{i}]", parameter, "means and inverse dispersions")
-
-
-def _record(monitor: Monitor, term: Term, recon: Tensor, statistics) -> None:
-    request, batch = term.request, term.x.shape[0]
-    elements = count(request._replace(reduction="mean"), term.parameters, term.x, term.weight)
-    factors = {"sum": 1.0, "none": 1.0, "batchmean": batch, "mean": elements}
-    monitor.record(batch, recon.detach().sum() * factors[request.reduction], elements, statistics)

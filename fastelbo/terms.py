@@ -1,0 +1,175 @@
+"""The terms of the objective, once it is clear where they come from: reconstruction and KL, computed, checked and added up."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import traced
+from .arguments import (
+    COUNTS,
+    check_fits,
+    check_labels,
+    check_levels,
+    check_nonnegative,
+    check_parameters,
+    check_real,
+    check_scale,
+    check_target,
+    check_unit_interval,
+    check_weight,
+    factor_of,
+    find_likelihood,
+)
+from .autograd import Loss, Settings, loss_forward
+from .diagnostics import Monitor
+from .divergence import check_beta, check_weighting, divergence_terms
+from .layout import dense
+from .plain import PLAIN, Plain
+from .posteriors import check_gaussian, check_prior, result_dtype
+from .reconstruction import Request, class_dim, count, reconstruct
+from .tracing import is_traced
+
+
+class ELBOTerms(NamedTuple):
+    """The negative ELBO and its two terms, in nats: three separate tensors, `[]`, or `[B]` with `reduction="none"`."""
+
+    loss: Tensor
+    recon: Tensor
+    kl: Tensor
+
+
+class Term(NamedTuple):
+    """A reconstruction that has been checked and waits to be computed."""
+
+    name: str
+    request: Request
+    parameters: list[Tensor]
+    x: Tensor
+    weight: Tensor | None
+    row: str | None  # of the plain likelihood that it is
+    scale: float | Tensor
+
+
+def check_reconstruction(name, recon_x, x, likelihood, weight, reduction, scale, target_scale) -> Term:
+    likelihood = find_likelihood(likelihood)
+    parameters = check_parameters(name, recon_x, likelihood, scale)
+    check_target("x", x)
+    check_fits(name, parameters, x, likelihood)
+    weight = check_weight(weight, x, class_dim(likelihood, parameters, x))
+    request = Request(likelihood, check_real("target_scale", target_scale), reduction, result_dtype(*parameters))
+    fixed = isinstance(recon_x, Tensor) and not (isinstance(scale, Tensor) and (scale.requires_grad or scale.dim() > 0))
+    row = likelihood.plain(1) if weight is None and fixed else None
+    return Term(name, request, parameters, x, weight, row, check_scale(scale, likelihood, x))
+
+
+def divergence_of(mu, logvar, beta, posterior, prior, weighting, reduction, monitor):
+    """The KL, what of it is added to the reconstruction, and the monitor's statistics."""
+    mu, second, posterior = check_gaussian(mu, logvar, posterior)
+    prior = check_prior(prior, mu)
+    beta = check_beta(beta, mu)
+    weighting = check_weighting(weighting, mu, prior, beta, reduction)
+    return divergence_terms(
+        mu, second, posterior=posterior, prior=prior, weighting=weighting, beta=beta, reduction=reduction,
+        statistics=monitor is not None,
+    )  # fmt: skip
+
+
+def times(beta: float | Tensor, kl: Tensor) -> Tensor:
+    return kl * (beta.to(kl.dtype) if isinstance(beta, Tensor) else beta)
+
+
+def add_terms(term: Term, divergence, monitor: Monitor | None) -> ELBOTerms:
+    """The reconstruction, and its sum with the KL's part."""
+    name, request, parameters, x, w, row, scale = term
+    kl, weighted, statistics = divergence
+    dtype = result_dtype(*parameters, weighted)
+    kl = kl.to(dtype, copy=True)  # which the user may write to
+    if row is not None:
+        settings = Settings(
+            likelihood=row,
+            scale=scale,
+            target_scale=request.target_scale,
+            weights=(factor_of(request.reduction, x), 1.0),
+            per_sample=request.reduction == "none",
+            dtype=dtype,
+        )
+        terms = plain_terms(settings, name, parameters[0], x, None, None, weighted, 1.0)._replace(kl=kl)
+    else:
+        _check_binary(term)
+        recon = reconstruct(request._replace(dtype=dtype), parameters, x, w)
+        _check_values(term, recon)
+        terms = ELBOTerms(recon + weighted.to(dtype), recon, kl)
+    if monitor is not None:
+        _record(monitor, term, terms.recon, statistics)
+    return terms
+
+
+def plain_terms(settings: Settings, name: str, recon_x, x, mu, logvar, kl, beta) -> ELBOTerms:
+    if is_traced(recon_x, x, mu, logvar, kl, beta):
+        return ELBOTerms(*traced.objective(recon_x, x, mu, logvar, kl, beta, **settings._asdict()))
+    (recon_x, x), (mu, logvar) = dense(recon_x, x), dense(mu, logvar)
+    tensors = (recon_x, x, mu, logvar, kl, beta)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        terms = Loss.apply(settings, *tensors)
+    else:
+        terms = loss_forward(settings, *tensors)[:3]
+    return finish(settings, name, recon_x, x, terms)
+
+
+def finish(settings: Settings, name: str, recon_x: Tensor, x: Tensor, terms) -> ELBOTerms:
+    recon = terms[1]
+    if recon.device.type == "cpu":
+        _check_unit(PLAIN[settings.likelihood], recon, name, recon_x, x, settings.target_scale)
+        if settings.likelihood in COUNTS and not recon.isfinite().all():
+            check_nonnegative("x", x, "counts")
+            if settings.likelihood == "poisson":
+                check_nonnegative(name, recon_x, "rates")
+    return ELBOTerms(*terms)
+
+
+def _check_unit(row: Plain, recon: Tensor, name: str, recon_x: Tensor, x: Tensor, target_scale: float) -> None:
+    """Raise for what lies outside [0, 1], on a CPU, where looking costs no sync."""
+    if row.probabilities and recon.isnan().any():  # a logarithm of something negative
+        check_unit_interval(name, recon_x, row.name, f"for logits use likelihood={row.name + '_logits'!r}")
+    # As Torch does, logits go with any floating target; bytes above 1 are images that were not scaled.
+    if row.binary and (row.probabilities or not x.is_floating_point()):
+        check_unit_interval("x", x, row.name, "for 8-bit images pass target_scale=1/255", target_scale)
+
+
+def _check_binary(term: Term) -> None:
+    """Likewise, of a likelihood that is not plain because of weights or the like; what has the weight 0 does not count."""
+    row, x, recon_x = PLAIN.get(term.request.likelihood.name), term.x, term.parameters[0]
+    if row is None or not row.binary or x.device.type != "cpu" or is_traced(x, recon_x, term.weight):
+        return
+    if term.weight is not None:
+        keep = (term.weight != 0).expand(x.shape)
+        x, recon_x = x[keep], recon_x[keep]
+    if row.probabilities:
+        check_unit_interval(term.name, recon_x, row.name, f"for logits use likelihood={row.name + '_logits'!r}")
+    if row.probabilities or not x.is_floating_point():
+        check_unit_interval("x", x, row.name, "for 8-bit images pass target_scale=1/255", term.request.target_scale)
+
+
+def _check_values(term: Term, recon: Tensor) -> None:
+    """Raise for what made the reconstruction NaN or infinite, on a CPU; what has a weight of 0 is nobody's business."""
+    if recon.device.type != "cpu" or is_traced(recon) or recon.isfinite().all():
+        return
+    likelihood, x = term.request.likelihood, term.x
+    if likelihood.name == "categorical" and x.dim() < term.parameters[0].dim():
+        check_labels(x, term.parameters[0].shape[likelihood.dim], likelihood.ignore_index, term.weight)
+    elif term.weight is None:
+        if hasattr(likelihood, "levels"):
+            check_levels(x, likelihood.levels, term.request.target_scale)
+        if likelihood.name in COUNTS:
+            check_nonnegative("x", x, "counts")
+            for i, parameter in enumerate(term.parameters[:2]):  # mean and inverse dispersion, or a rate
+                if likelihood.name != "poisson_log":
+                    check_nonnegative(f"{term.name}[{i}]", parameter, "means and inverse dispersions")
+
+
+def _record(monitor: Monitor, term: Term, recon: Tensor, statistics) -> None:
+    request, batch = term.request, term.x.shape[0]
+    elements = count(request._replace(reduction="mean"), term.parameters, term.x, term.weight)
+    factors = {"sum": 1.0, "none": 1.0, "batchmean": batch, "mean": elements}
+    monitor.record(batch, recon.detach().sum() * factors[request.reduction], elements, statistics)
