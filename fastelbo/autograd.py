@@ -4,7 +4,6 @@ They have the plain form, with ctx in forward, which costs the least in eager mo
 come here but to `traced`. A backward pass whose own result will be differentiated again uses `formula`.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -50,13 +49,16 @@ class Saved(NamedTuple):
 
 
 class Loss(torch.autograd.Function):
-    """Reconstruction, KL (or one that is given, already reduced) and their sum. The tensors come dense, in pairs alike."""
+    """Reconstruction, KL (or one that is given, already reduced) and their sum. The tensors come dense, in pairs alike.
+
+    `known` is the upstream factor of each row, where it is known before backward; else it is guessed.
+    """
 
     @staticmethod
     @never_compiled
-    def forward(ctx, settings: Settings, recon_x, x, mu, logvar, kl, beta):
-        _, wants_recon, _, _, _, _, wants_beta = ctx.needs_input_grad
-        return _forward(ctx, settings, recon_x, x, mu, logvar, kl, beta, wants_recon, wants_beta)
+    def forward(ctx, settings: Settings, recon_x, x, mu, logvar, kl, beta, known):
+        _, wants_recon, _, _, _, _, wants_beta, _ = ctx.needs_input_grad
+        return _forward(ctx, settings, recon_x, x, mu, logvar, kl, beta, wants_recon, wants_beta, known)
 
     @staticmethod
     @never_compiled
@@ -64,13 +66,13 @@ class Loss(torch.autograd.Function):
         saved = Saved(*ctx.saved_tensors)
         _, *needs = ctx.needs_input_grad
         if needs_formula(upstreams):
-            return None, *_loss_differentiated(ctx, saved, needs, upstreams)
-        wants_recon, wants_x, wants_mu, wants_logvar, wants_kl, wants_beta = needs
+            return None, *_loss_differentiated(ctx, saved, needs[:6], upstreams), None
+        wants_recon, wants_x, wants_mu, wants_logvar, wants_kl, wants_beta, _ = needs
         grad_recon_x, grad_mu, grad_logvar, grad_kl = _loss_backward(
             ctx, saved, upstreams, wants_recon, wants_mu or wants_logvar, wants_kl
         )
         grad_x, grad_beta = _seldom_wanted(ctx, saved, upstreams, wants_x, wants_beta)
-        return None, grad_recon_x, grad_x, grad_mu, grad_logvar, grad_kl, grad_beta
+        return None, grad_recon_x, grad_x, grad_mu, grad_logvar, grad_kl, grad_beta, None
 
 
 class Sample(torch.autograd.Function):
@@ -114,7 +116,8 @@ class Elbo(torch.autograd.Function):
     def forward(ctx, settings: Settings, inner, noise, x, mu, logvar, kl, beta, *leaves):
         ctx.inner, ctx.leaves = inner, leaves
         prediction, x = dense(inner[0].detach(), x)
-        terms = _forward(ctx, settings, prediction, x, None, None, kl, beta, True, ctx.needs_input_grad[7], mu, logvar, noise)
+        wants_beta = ctx.needs_input_grad[7]
+        terms = _forward(ctx, settings, prediction, x, None, None, kl, beta, True, wants_beta, None, mu, logvar, noise)
         ctx.latent_layout = layout_of(mu)
         return terms
 
@@ -158,40 +161,6 @@ class Elbo(torch.autograd.Function):
         return None, None, None, grad_x, grad_mu, grad_logvar, None, grad_beta, *grad_leaves
 
 
-def decoder_leaves(output: Tensor, z: torch.autograd.graph.GradientEdge) -> list[Tensor] | None:
-    """The leaves, z aside, of the graph that a decoder has built from z to `output`; None where `Elbo` cannot hold that graph.
-
-    That is so where it reaches into an older graph, which the outer one may need as well; where it shares a leaf with the graph
-    behind z, into which its differentiation would go on; where a leaf has hooks, which would run twice; and where an autograd
-    Function in it is written in Python, since that may hide leaves (a reentrant checkpoint), or count on the gradients of its
-    leaves being there when it has run (FSDP2, DDP with a static graph) or when all of backward has (FSDP1).
-    """
-    # Nodes are numbered as they are made, by each thread: what lies outside these bounds is not the decoder's.
-    oldest, newest = z.node._sequence_nr(), output.grad_fn._sequence_nr()
-    accumulators = {}
-    for node in _graph([output.grad_fn], stop=z.node):
-        if node.name() == "torch::autograd::AccumulateGrad":
-            if node.variable._backward_hooks or "_is_flat_param" in node.variable.__dict__:  # FSDP1's leaves
-                return None
-            accumulators[node] = node.variable
-        elif not oldest <= node._sequence_nr() <= newest or isinstance(node, torch.autograd.function.BackwardCFunction):
-            return None
-    if any(node in accumulators for node in _graph([node for node, _ in z.node.next_functions])):
-        return None
-    return list(accumulators.values())
-
-
-def _graph(todo: list, stop=None) -> Iterator:
-    """The nodes from which those of `todo` were computed, and these; as far as `stop`."""
-    seen = {None, stop}
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node
-            todo.extend(following for following, _ in node.next_functions)
-
-
 @never_compiled
 def sample_forward(mu, logvar, noise, kl_weight: float, per_sample: bool, dtype: torch.dtype, wants_kl: bool):
     """`(z, kl or None)` from the backend of the tensors' device."""
@@ -216,13 +185,13 @@ def _sample_backward(ctx, grad_z, mu, logvar, noise, beta, upstreams, kl_weight,
     )
 
 
-def _forward(ctx, settings: Settings, recon_x, x, mu, logvar, kl, beta, wants_recon, wants_beta, *also_saved):
+def _forward(ctx, settings: Settings, recon_x, x, mu, logvar, kl, beta, wants_recon, wants_beta, known, *also_saved):
     """Compute, and save what the backward passes need."""
     ctx.set_materialize_grads(False)
-    ctx.settings, ctx.key, ctx.used = settings, None, None
+    ctx.settings, ctx.key, ctx.used = settings, None, known if wants_recon else None
     # Those of this moment: a hook on saved tensors, such as `save_on_cpu`, may bring them back with other strides.
     ctx.recon_layout, ctx.latent_layout = layout_of(recon_x), None if mu is None else layout_of(mu)
-    if wants_recon:
+    if wants_recon and known is None:
         rows = recon_x.shape[0] if settings.per_sample else 1
         ctx.key = (recon_x.device, recon_x.dtype, recon_x.shape, *settings._replace(scale=None))
         ctx.used = guess(ctx.key, rows, settings.dtype, recon_x.device)
@@ -261,7 +230,7 @@ def _loss_backward(ctx, saved: Saved, upstreams, wants_recon, wants_latents, wan
         recon_x, x, mu, logvar, _near(_beta(ctx, saved), recon_x), upstreams, gradient, None if gradient is None else ctx.used,
         **ctx.settings._asdict(), wants_recon=wants_recon, wants_latents=wants_latents, wants_kl=wants_kl,
     )  # fmt: skip
-    if wants_recon:
+    if wants_recon and ctx.key is not None:
         remember(ctx.key, seen)
     return grads
 

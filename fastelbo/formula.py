@@ -14,7 +14,7 @@ from .plain import PLAIN
 
 def objective(recon_x, x, mu, logvar, kl, beta, *, likelihood, scale, target_scale, weights, per_sample, dtype):
     """`(loss, recon, kl)` as `torch_backend.loss_forward` computes them."""
-    target = x.to(dtype)
+    target = repeated(x, recon_x).to(dtype)
     if target_scale != 1:
         target = target * target_scale
     recon = _reduce(PLAIN[likelihood].nll(recon_x.to(dtype), target, scale), weights[0], per_sample)
@@ -22,6 +22,13 @@ def objective(recon_x, x, mu, logvar, kl, beta, *, likelihood, scale, target_sca
     if isinstance(beta, Tensor):
         beta = beta.to(dtype)
     return recon + beta * kl, recon, kl
+
+
+def repeated(x: Tensor, recon_x: Tensor) -> Tensor:
+    """The target, as often as the prediction has samples of it."""
+    if len(x) == len(recon_x):
+        return x
+    return x.expand(len(recon_x) // len(x), *x.shape).flatten(0, 1)
 
 
 def divergence(mu: Tensor, logvar: Tensor, weight: float, per_sample: bool, dtype: torch.dtype) -> Tensor:

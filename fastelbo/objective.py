@@ -21,15 +21,27 @@ from .arguments import (
     find_likelihood,
     split_reduction,
 )
-from .autograd import Elbo, Settings, decoder_leaves
+from .autograd import Elbo, Settings
 from .diagnostics import Monitor
 from .divergence import Weighting
+from .graph import decoder_leaves
 from .layout import dense
 from .likelihoods import Likelihood
+from .monte_carlo import check_sampling, many_samples
 from .plain import PLAIN
 from .posteriors import Posterior, check_gaussian, check_prior, result_dtype
 from .sampling import draw, sample, sample_of
-from .terms import ELBOTerms, add_terms, check_reconstruction, divergence_of, finish, plain_terms, times
+from .terms import (
+    ELBOTerms,
+    add_terms,
+    check_reconstruction,
+    check_terms,
+    divergence_of,
+    finish,
+    given_or_not,
+    plain_terms,
+    times,
+)
 from .tracing import is_traced
 
 Reduction = str | tuple[str, str]
@@ -100,7 +112,7 @@ def loss(
         options = _check_options(recon_x, beta, likelihood, scale, target_scale)
         settings, beta = _check_loss("recon_x", recon_x, x, mu, logvar, kl, options, reduction)
         return plain_terms(settings, "recon_x", recon_x, x, mu, logvar, kl, beta)
-    recon_reduction, kl_reduction = _check_terms(mu, logvar, kl, posterior, prior, weighting, reduction, monitor)
+    recon_reduction, kl_reduction = check_terms(mu, logvar, kl, posterior, prior, weighting, reduction, monitor)
     term = check_reconstruction("recon_x", recon_x, x, likelihood, weight, recon_reduction, scale, target_scale)
     if kl is None:
         divergence = divergence_of(mu, logvar, beta, posterior, prior, weighting, kl_reduction, monitor)
@@ -131,24 +143,49 @@ def elbo(
     scale: float | Tensor | None = None,
     target_scale: float = 1.0,
     monitor: Monitor | None = None,
+    n_samples: int = 1,
+    bound: str = "elbo",
+    estimator: str = "standard",
+    chunk: int = 1,
 ) -> ELBOTerms:
     """Negative ELBO of a VAE around its decoder: sample z, decode it, and return `loss(decoder(z), x, mu, logvar, beta)`.
 
     Sampling, KL, decoder and reconstruction are one autograd Function: gradients reach `mu`, `logvar`, `x`, `beta`, and every
     parameter and other tensor that the decoder uses.
 
+    With `n_samples`, the reconstruction is the mean over so many samples of z (Kingma and Welling, 2013). With `bound="iwae"`
+    the loss is the negative of the tighter bound of Burda et al. (Importance Weighted Autoencoders, 2016),
+
+        -log(1/K sum_k w_k),    log w_k = log p(x | z_k) - beta (log q(z_k | x) - log p(z_k)),
+
+    of K = `n_samples`, and `recon` and `kl` are the ELBO's terms of the same samples, which show how much tighter it is,
+    without gradient. Memory does not grow with `n_samples`: `chunk` samples at a time go through the decoder, in forward
+    without a graph, and again in backward, as under `torch.utils.checkpoint`, with the same dropout masks. Running statistics
+    of batch normalizations move in forward alone; of a decoder whose call changes something else, an error says so. With
+    `chunk=n_samples` it runs once, and its graph is kept.
+
     The decoder's own graph is released with the backward pass. To use something else from inside it in another loss, or to
     differentiate twice, compose `sample_kl`, the decoder and `loss(..., kl=kl)`; that is also what happens here, with the
     same results, under `torch.compile` and `torch.func`, with a likelihood of several parameters, another posterior or prior, a
     weighting, weights or a monitor, and where the decoder uses a tensor that is neither a leaf nor computed in it, a leaf with
     hooks or one that the encoder uses too, or an autograd Function written in Python, as reentrant checkpoints and FSDP do.
+    With several samples, the graphs of all are kept where that is so: under `torch.compile` and `torch.func`, with `eps` that
+    requires grad, and where the decoder uses such tensors or Functions; weights that it shares with the encoder are no such
+    tensors then, and compiled modules no such Functions.
 
     Args:
         decoder: a module, bound method or function from z, of the shape of `mu`, to `recon_x`: a prediction of the shape of
             `x`, or the parameters of the likelihood.
         x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, reduction, scale, target_scale, monitor: as in
             `loss`.
-        eps, generator: as in `reparameterize`.
+        eps, generator: as in `reparameterize`; with several samples or another bound, `eps` is `[n_samples, *mu.shape]`.
+        n_samples: samples of z for each datum.
+        bound: `"elbo"`, or `"iwae"`, which takes no `weighting` and the reductions `"sum"`, `"batchmean"` and `"none"`.
+        estimator: of the gradient of `"iwae"`. `"standard"`: the derivative of the loss. `"stl"`: sticking the landing (Roeder
+            et al., 2017): of log q, only what comes by way of z; biased for K > 1. `"dreg"`: doubly reparameterized (Tucker et
+            al., 2019): without bias, and its signal does not fade as K grows. Where q is the posterior, these two have no
+            variance.
+        chunk: samples that go through the decoder at a time, as `[chunk * B, ...]`: more is faster, in more memory.
 
     Returns:
         `ELBOTerms(loss, recon, kl)`, as `loss`.
@@ -157,10 +194,18 @@ def elbo(
         TypeError, ValueError: as `loss`; also if the decoder returns anything but a tensor of the shape of `x`, or the
             parameters of the likelihood.
         RuntimeError: in backward with `create_graph=True` or `is_grads_batched=True`, or if a leaf that the decoder uses was
-            given a hook after this call.
+            given a hook after this call, or, where the decoder runs again, was written to; or if the decoder changes its state.
     """
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
+    if (n_samples, bound, estimator, chunk) != (1, "elbo", "standard", 1):
+        n_samples, chunk = check_sampling(n_samples, bound, estimator, chunk)
+        if n_samples > 1 or bound != "elbo":
+            return many_samples(
+                decoder, x, mu, logvar, beta, likelihood=likelihood, posterior=posterior, prior=prior, weighting=weighting,
+                weight=weight, reduction=reduction, eps=eps, generator=generator, scale=scale, target_scale=target_scale,
+                monitor=monitor, n_samples=n_samples, bound=bound, estimator=estimator, chunk=chunk,
+            )  # fmt: skip
     if not _is_plain(None, mu, beta, likelihood, posterior, prior, weighting, weight, scale, monitor):
         return _composed(
             decoder, x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, reduction, eps, generator, scale,
@@ -192,7 +237,7 @@ def elbo(
     settings, beta = _check_loss("decoder(z)", prediction, x, None, None, kl, options, recon_reduction)
     # A leaf that is itself the prediction, and noise that requires grad, are for the composed path.
     if edge is not None and prediction.grad_fn is not None and not (noise.requires_grad or is_traced(prediction)):
-        leaves = decoder_leaves(prediction, edge)
+        leaves = decoder_leaves([prediction], edge)
         if leaves is not None:
             settings = settings._replace(weights=(settings.weights[0], kl_weight))
             (mu, logvar), kl = dense(mu, logvar), kl.detach()
@@ -220,7 +265,7 @@ def _composed(
     target_scale, monitor,
 ) -> ELBOTerms:  # fmt: skip
     """`elbo` of anything that is not plain."""
-    recon_reduction, kl_reduction = _check_terms(mu, logvar, None, posterior, prior, weighting, reduction, monitor)
+    recon_reduction, kl_reduction = check_terms(mu, logvar, None, posterior, prior, weighting, reduction, monitor)
     mu, second, posterior = check_gaussian(mu, logvar, posterior)
     prior = check_prior(prior, mu)
     find_likelihood(likelihood)
@@ -236,23 +281,6 @@ def _composed(
         z = sample_of(mu, second, posterior, None, None, eps, generator).z
     term = check_reconstruction("decoder(z)", decoder(z), x, likelihood, weight, recon_reduction, scale, target_scale)
     return add_terms(term, divergence, monitor)
-
-
-def _check_terms(mu, logvar, kl, posterior, prior, weighting, reduction, monitor) -> tuple[str, str]:
-    """The reductions of both terms, once it is clear where the KL comes from."""
-    if not isinstance(monitor, Monitor | None):
-        raise TypeError(f"monitor must be a Monitor, got {type(monitor).__name__}")
-    if kl is None:
-        if mu is None or (logvar is None and not isinstance(mu, Distribution)):
-            raise ValueError("give mu and logvar, or kl: got " + _given(mu=mu, logvar=logvar))
-        return split_reduction(reduction)
-    if mu is not None or logvar is not None:
-        raise ValueError("give mu and logvar, or kl, not both: got " + _given(mu=mu, logvar=logvar, kl=kl))
-    if prior is not None or weighting is not None or posterior != "logvar":
-        raise ValueError("posterior, prior and weighting must not be given with kl, which is reduced already")
-    if isinstance(reduction, tuple | list):
-        raise ValueError(f"reduction must be one name where kl is given, which is reduced already; got {reduction!r}")
-    return split_reduction(reduction)
 
 
 class Options(NamedTuple):
@@ -274,7 +302,7 @@ def _check_loss(name, recon_x, x, mu, logvar, kl, options: Options, reduction) -
     check_alike(name, recon_x, "x", x)
     if kl is None:
         if mu is None or logvar is None:
-            raise ValueError("give mu and logvar, or kl: got " + _given(mu=mu, logvar=logvar))
+            raise ValueError("give mu and logvar, or kl: got " + given_or_not(mu=mu, logvar=logvar))
         check_latents(mu, logvar)
         check_device("mu", mu, name, recon_x)
         check_batch("mu", mu, name, recon_x)
@@ -282,7 +310,7 @@ def _check_loss(name, recon_x, x, mu, logvar, kl, options: Options, reduction) -
         dtype, kl_weight = result_dtype(recon_x, mu, logvar), factor_of(kl_reduction, mu)
     else:
         if mu is not None or logvar is not None:
-            raise ValueError("give mu and logvar, or kl, not both: got " + _given(mu=mu, logvar=logvar, kl=kl))
+            raise ValueError("give mu and logvar, or kl, not both: got " + given_or_not(mu=mu, logvar=logvar, kl=kl))
         if isinstance(reduction, tuple | list):
             raise ValueError(f"reduction must be one name where kl is given, which is reduced already; got {reduction!r}")
         recon_reduction, _ = split_reduction(reduction)
@@ -308,7 +336,3 @@ def _check_kl(kl, reduction: str, recon_x: Tensor) -> None:
     if kl.shape != expected:
         raise ValueError(f"kl must have shape {tuple(expected)} for the reduction {reduction!r}, got {tuple(kl.shape)}")
     check_device("kl", kl, "the prediction", recon_x)
-
-
-def _given(**arguments) -> str:
-    return ", ".join(f"{name} {'None' if value is None else 'given'}" for name, value in arguments.items())

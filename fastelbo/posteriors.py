@@ -120,16 +120,16 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _clamped(second: Tensor, posterior: Posterior, dtype: torch.dtype) -> Tensor:
+def clamped(second: Tensor, posterior: Posterior, dtype: torch.dtype) -> Tensor:
     second = second.to(dtype)
     if posterior.clamp is not None:
         low, high = posterior.clamp
         # As torch.clamp, but that the gradient by NaN is not zero.
         second = torch.where(second < low, low, torch.where(second > high, high, second))
-    return _not_negative(second) if posterior.parameter in ("std", "var") else second
+    return not_negative(second) if posterior.parameter in ("std", "var") else second
 
 
-def _not_negative(raw: Tensor) -> Tensor:
+def not_negative(raw: Tensor) -> Tensor:
     """NaN with a gradient of NaN where it is negative: squares would hide the sign from the KL, and sums from z."""
     return raw * torch.where(raw < 0, torch.nan, 1.0)
 
@@ -153,7 +153,7 @@ def log_variance(raw: Tensor, parameter: str) -> Tensor:
 
 def kl_elements(mu: Tensor, second: Tensor, prior: Prior | None, posterior: Posterior, dtype: torch.dtype) -> Tensor:
     """KL(N(mu, sigma^2) || prior) of each element, in nats."""
-    mu, raw = mu.to(dtype), _clamped(second, posterior, dtype)
+    mu, raw = mu.to(dtype), clamped(second, posterior, dtype)
     parameter = posterior.parameter
     if prior is None:
         logvar = log_variance(raw, parameter)
@@ -167,7 +167,7 @@ def kl_elements(mu: Tensor, second: Tensor, prior: Prior | None, posterior: Post
     if prior.parameter == "logvar":
         distance = distance * torch.exp(-0.5 * prior_raw)
     else:
-        prior_raw = _not_negative(prior_raw)
+        prior_raw = not_negative(prior_raw)
         distance = distance / prior_raw
     if prior.parameter == "std" and parameter in ("std", "var"):
         # Both terms from one quotient: what its rounding does to them cancels, where the two deviations are nearly alike.
@@ -181,5 +181,5 @@ def kl_elements(mu: Tensor, second: Tensor, prior: Prior | None, posterior: Post
 
 def sample(mu: Tensor, second: Tensor, eps: Tensor, posterior: Posterior, dtype: torch.dtype) -> Tensor:
     """z = mu + sigma * eps."""
-    z = mu.to(dtype) + eps.to(dtype) * std(_clamped(second, posterior, dtype), posterior.parameter)
+    z = mu.to(dtype) + eps.to(dtype) * std(clamped(second, posterior, dtype), posterior.parameter)
     return z.to(torch.promote_types(mu.dtype, second.dtype))

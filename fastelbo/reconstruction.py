@@ -34,6 +34,7 @@ class Request(NamedTuple):
     target_scale: float
     reduction: str
     dtype: torch.dtype
+    known: Tensor | None = None  # the upstream factor of each row, where it is known before backward; else it is guessed
 
 
 def reconstruct(request: Request, parameters: Sequence[Tensor], x: Tensor, weight: Tensor | None) -> Tensor:
@@ -173,11 +174,12 @@ class Reconstruction(torch.autograd.Function):
         wants = ctx.needs_input_grad[4:]
         first = parameters[0]
         # What is as large as the target is stored times the factor that upstream is guessed to be.
-        ctx.key = ctx.used = None
-        if any(wanted and p.shape == first.shape for p, wanted in zip(parameters, wants, strict=True)):
+        stores = any(wanted and p.shape == first.shape for p, wanted in zip(parameters, wants, strict=True))
+        ctx.key, ctx.used = None, request.known if stores else None
+        if stores and request.known is None:
             rows = len(x) if request.reduction == "none" else 1
             shapes = tuple((p.shape, p.dtype) for p in parameters)
-            ctx.key = (x.device, shapes, type(request.likelihood).__name__, *request[1:], weight is None)
+            ctx.key = (x.device, shapes, type(request.likelihood).__name__, *request[1:4], weight is None)
             ctx.used = guess(ctx.key, rows, request.dtype, x.device)
         recon, gradients = launch_forward(request, parameters, x, weight, divisor, ctx.used, wants)
         large = [p.shape == first.shape for p in parameters]
@@ -217,7 +219,8 @@ class Reconstruction(torch.autograd.Function):
             gradients, seen = launch_backward(
                 request, parameters, x, weight, divisor, upstream, stored, None if stored is None else ctx.used, ctx.wants
             )
-            remember(ctx.key, seen)
+            if ctx.key is not None:
+                remember(ctx.key, seen)
         for i, total in enumerate(sums):
             if total is not None:
                 gradients[i] = _times_upstream(total, upstream, divisor, parameters[i])

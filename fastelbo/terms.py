@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from . import traced
 from .arguments import (
@@ -20,6 +21,7 @@ from .arguments import (
     check_weight,
     factor_of,
     find_likelihood,
+    split_reduction,
 )
 from .autograd import Loss, Settings, loss_forward
 from .diagnostics import Monitor
@@ -51,6 +53,27 @@ class Term(NamedTuple):
     scale: float | Tensor
 
 
+def check_terms(mu, logvar, kl, posterior, prior, weighting, reduction, monitor) -> tuple[str, str]:
+    """The reductions of both terms, once it is clear where the KL comes from."""
+    if not isinstance(monitor, Monitor | None):
+        raise TypeError(f"monitor must be a Monitor, got {type(monitor).__name__}")
+    if kl is None:
+        if mu is None or (logvar is None and not isinstance(mu, Distribution)):
+            raise ValueError("give mu and logvar, or kl: got " + given_or_not(mu=mu, logvar=logvar))
+        return split_reduction(reduction)
+    if mu is not None or logvar is not None:
+        raise ValueError("give mu and logvar, or kl, not both: got " + given_or_not(mu=mu, logvar=logvar, kl=kl))
+    if prior is not None or weighting is not None or posterior != "logvar":
+        raise ValueError("posterior, prior and weighting must not be given with kl, which is reduced already")
+    if isinstance(reduction, tuple | list):
+        raise ValueError(f"reduction must be one name where kl is given, which is reduced already; got {reduction!r}")
+    return split_reduction(reduction)
+
+
+def given_or_not(**arguments) -> str:
+    return ", ".join(f"{name} {'None' if value is None else 'given'}" for name, value in arguments.items())
+
+
 def check_reconstruction(name, recon_x, x, likelihood, weight, reduction, scale, target_scale) -> Term:
     likelihood = find_likelihood(likelihood)
     parameters = check_parameters(name, recon_x, likelihood, scale)
@@ -79,8 +102,8 @@ def times(beta: float | Tensor, kl: Tensor) -> Tensor:
     return kl * (beta.to(kl.dtype) if isinstance(beta, Tensor) else beta)
 
 
-def add_terms(term: Term, divergence, monitor: Monitor | None) -> ELBOTerms:
-    """The reconstruction, and its sum with the KL's part."""
+def add_terms(term: Term, divergence, monitor: Monitor | None, known: Tensor | None = None) -> ELBOTerms:
+    """The reconstruction, and its sum with the KL's part. `known`: the upstream factor of each row, where it is known."""
     name, request, parameters, x, w, row, scale = term
     kl, weighted, statistics = divergence
     dtype = result_dtype(*parameters, weighted)
@@ -94,10 +117,10 @@ def add_terms(term: Term, divergence, monitor: Monitor | None) -> ELBOTerms:
             per_sample=request.reduction == "none",
             dtype=dtype,
         )
-        terms = plain_terms(settings, name, parameters[0], x, None, None, weighted, 1.0)._replace(kl=kl)
+        terms = plain_terms(settings, name, parameters[0], x, None, None, weighted, 1.0, known)._replace(kl=kl)
     else:
         _check_binary(term)
-        recon = reconstruct(request._replace(dtype=dtype), parameters, x, w)
+        recon = reconstruct(request._replace(dtype=dtype, known=known), parameters, x, w)
         _check_values(term, recon)
         terms = ELBOTerms(recon + weighted.to(dtype), recon, kl)
     if monitor is not None:
@@ -105,13 +128,14 @@ def add_terms(term: Term, divergence, monitor: Monitor | None) -> ELBOTerms:
     return terms
 
 
-def plain_terms(settings: Settings, name: str, recon_x, x, mu, logvar, kl, beta) -> ELBOTerms:
+def plain_terms(settings: Settings, name: str, recon_x, x, mu, logvar, kl, beta, known: Tensor | None = None) -> ELBOTerms:
+    """What `Loss` computes; the prediction may have several rows, one after the other, for each of `x`."""
     if is_traced(recon_x, x, mu, logvar, kl, beta):
         return ELBOTerms(*traced.objective(recon_x, x, mu, logvar, kl, beta, **settings._asdict()))
     (recon_x, x), (mu, logvar) = dense(recon_x, x), dense(mu, logvar)
     tensors = (recon_x, x, mu, logvar, kl, beta)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
-        terms = Loss.apply(settings, *tensors)
+        terms = Loss.apply(settings, *tensors, known)
     else:
         terms = loss_forward(settings, *tensors)[:3]
     return finish(settings, name, recon_x, x, terms)

@@ -6,6 +6,7 @@ at a time with results written into scratch memory that stays in cache, and the 
 Arguments that several of them take:
 
 - `recon_x`, `x`: prediction and target of one shape `[B, ...]` and one dense memory layout. `mu`, `logvar`: likewise, or None.
+  With `per_sample`, `recon_x` may be `[S * B, ...]`: S samples of all of `x`, one after the other.
 - `beta`, `scale`: a float, or a 0-d tensor on the device.
 - `weights`: the factors that turn the sums of reconstruction and KL into the reduction asked for.
 - `per_sample`: one result a sample, `[B]`, instead of one, `[]`.
@@ -111,6 +112,12 @@ def _reconstruct(
     recon_x, x, gradient, factor, likelihood, scale, target_scale, weight, per_sample, dtype, wants_sum
 ):  # fmt: skip
     """The reduced reconstruction if `wants_sum`; its gradient times `factor` goes into `gradient`, unless that is None."""
+    if len(recon_x) != len(x):
+        options = likelihood, scale, target_scale, weight, per_sample, dtype, wants_sum
+        nothing = [None] * (len(recon_x) // len(x))
+        samples = (nothing if t is None else t.split(len(x)) for t in (recon_x, gradient, factor))
+        sums = [_reconstruct(p, x, g, f, *options) for p, g, f in zip(*samples, strict=True)]
+        return torch.cat(sums) if wants_sum else None
     fused = PLAIN[likelihood].fused
     dim = (-1 if per_sample else None) if wants_sum else False
     factor = None if gradient is None else _column(factor, weight, per_sample)

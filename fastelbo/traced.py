@@ -58,6 +58,7 @@ def objective(recon_x, x, mu, logvar, kl, beta, *, likelihood, scale, **options)
     if not _goes_to_kernels(recon_x, x, mu, logvar, kl, beta, scale):
         return formula.objective(recon_x, x, mu, logvar, kl, beta, likelihood=likelihood, scale=scale, **options)
     weights, dtype = options["weights"], options["dtype"]
+    x = formula.repeated(x, recon_x)
     recon, kl_sum = ops.loss(
         recon_x, x, mu, logvar, kl, scale, likelihood, options["target_scale"], options["per_sample"], dtype
     )

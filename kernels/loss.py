@@ -30,6 +30,16 @@ def recon_tile(
 
 
 @triton.jit
+def target_row(target, base, row, batch, features, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
+    """The pointer from which a row's offsets, from `base` on, lead to its target: row % batch, unless `batch` is None."""
+    if batch is None:
+        return target
+    else:
+        # The compiler sees that 16 divides the difference where it sees that of both.
+        return target + (row_bounds(row % batch, features, ALIGNED, WIDE)[0] - base)
+
+
+@triton.jit
 def kl_tile(mu, logvar, offsets, mask, DTYPE: tl.constexpr):
     """KL(N(mu, exp(logvar)) || N(0, 1)) of a tile, in nats."""
     m = tl.load(mu + offsets, mask=mask, other=0.0).to(DTYPE)
@@ -47,11 +57,11 @@ def kl_backward_tile(mu, logvar, grad_mu, grad_logvar, offsets, mask, factor, DT
     tl.store(grad_logvar + offsets, (0.5 * factor * expm1).to(grad_logvar.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["features", "latents", "recon_programs", "programs"])
+@triton.jit(do_not_specialize=["features", "latents", "recon_programs", "programs", "batch"])
 def loss_fwd_kernel(
     prediction, target, gradient, guess, mu, logvar, kl, partials, arrived, loss_out, recon_out, kl_out, scale, beta,
     scale_value: tl.float64, beta_value: tl.float64, target_scale: tl.float64, recon_weight: tl.float64, kl_weight: tl.float64,
-    features: tl.int64, latents: tl.int64, recon_programs: tl.int32, programs: tl.int32,
+    features: tl.int64, latents: tl.int64, recon_programs: tl.int32, programs: tl.int32, batch,
     LIKELIHOOD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LATENTS_ALIGNED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, THREADS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
@@ -65,6 +75,7 @@ def loss_fwd_kernel(
         s = positive_scalar(scale, scale_value, DTYPE)
         ts = scalar(None, target_scale, DTYPE)
         base, end = row_bounds(row, features, ALIGNED, WIDE)
+        target = target_row(target, base, row, batch, features, ALIGNED, WIDE)
         for start in tl.range(worker * BLOCK, end, recon_programs * BLOCK):
             o = start + tl.arange(0, BLOCK)
             tile = recon_tile(prediction, target, gradient, base + o, o < end, factor, s, ts, LIKELIHOOD, DTYPE)
@@ -94,12 +105,12 @@ def loss_fwd_kernel(
         tl.store(kl_out + row, kl_sum.to(DTYPE))
 
 
-@triton.jit(do_not_specialize=["features", "latents", "recon_programs", "programs"])
+@triton.jit(do_not_specialize=["features", "latents", "recon_programs", "programs", "batch"])
 def loss_bwd_kernel(
     prediction, target, gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl, grad_loss, grad_recon, grad_own_kl,
     scale, beta,
     scale_value: tl.float64, beta_value: tl.float64, target_scale: tl.float64, recon_weight: tl.float64, kl_weight: tl.float64,
-    features: tl.int64, latents: tl.int64, recon_programs: tl.int32, programs: tl.int32,
+    features: tl.int64, latents: tl.int64, recon_programs: tl.int32, programs: tl.int32, batch,
     LIKELIHOOD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LATENTS_ALIGNED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -118,6 +129,7 @@ def loss_bwd_kernel(
                 s = positive_scalar(scale, scale_value, DTYPE)
                 ts = scalar(None, target_scale, DTYPE)
                 base, end = row_bounds(row, features, ALIGNED, WIDE)
+                target = target_row(target, base, row, batch, features, ALIGNED, WIDE)
                 for start in tl.range(worker * BLOCK, end, recon_programs * BLOCK):
                     o = start + tl.arange(0, BLOCK)
                     recon_tile(prediction, target, gradient, base + o, o < end, factor, s, ts, LIKELIHOOD, DTYPE)
@@ -145,7 +157,11 @@ def loss_forward(
     recon_x, x, mu, logvar, kl, beta, guess, *,
     likelihood, scale, target_scale, weights, per_sample, dtype, stateless=False,
 ):  # fmt: skip
-    """See `fastelbo.torch_backend.loss_forward`."""
+    """See `fastelbo.torch_backend.loss_forward`.
+
+    With `per_sample`, `x` may have a fraction of the rows of `recon_x`, which has several samples of each datum, one of every
+    datum in turn: row r of it is held against row r % B of x. `mu` and `logvar` are None then.
+    """
     rows = recon_x.shape[0] if per_sample else 1
     terms = [recon_x.new_empty(rows if per_sample else (), dtype=dtype) for _ in range(3)]
     gradient = None if guess is None else torch.empty_like(recon_x)
@@ -157,7 +173,7 @@ def loss_forward(
         recon_x, as_bytes(x), gradient, guess, mu, logvar, kl if kl is None else kl.contiguous(),
         recon_x.new_empty(rows * programs, dtype=torch.float64), arrivals(recon_x.device, rows, stateless), *terms,
         *pointer_and_value(scale, beta), target_scale, *weights,
-        recon.columns, latents.columns, recon.programs, programs,
+        recon.columns, latents.columns, recon.programs, programs, _batch(recon_x, x, per_sample),
         LIKELIHOOD=_device_function(likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,
         LATENTS_ALIGNED=latents.aligned, WIDE=recon.wide or latents.wide, BLOCK=tile, THREADS=THREADS,
         FINISH=FINISH,
@@ -169,7 +185,7 @@ def loss_backward(
     recon_x, x, mu, logvar, beta, upstreams, gradient, used, *,
     likelihood, scale, target_scale, weights, per_sample, dtype, wants_recon, wants_latents, wants_kl,
 ):  # fmt: skip
-    """See `fastelbo.torch_backend.loss_backward`. A stored `gradient` is corrected where it lies."""
+    """See `fastelbo.torch_backend.loss_backward`, and `loss_forward` here. A stored `gradient` is corrected where it lies."""
     rows = recon_x.shape[0] if per_sample else 1
     upstreams = [g if g is None else g.contiguous() for g in upstreams]
     seen = grad_mu = grad_logvar = grad_kl = None
@@ -195,11 +211,16 @@ def loss_backward(
         loss_bwd_kernel, rows * programs, recon_x.device,
         recon_x, as_bytes(x), gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl,
         *upstreams, *pointer_and_value(scale, beta), target_scale, *weights,
-        recon.columns, latents.columns, recon.programs, programs,
+        recon.columns, latents.columns, recon.programs, programs, _batch(recon_x, x, per_sample),
         LIKELIHOOD=_device_function(likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,
         LATENTS_ALIGNED=latents.aligned, WIDE=recon.wide or latents.wide, BLOCK=tile,
     )  # fmt: skip
     return gradient, grad_mu, grad_logvar, grad_kl, seen
+
+
+def _batch(recon_x, x, per_sample) -> int | None:
+    """Rows of a target that has fewer than the prediction; a call without such a one has a kernel without the argument."""
+    return x.shape[0] if per_sample and x.shape[0] != recon_x.shape[0] else None
 
 
 def _device_function(likelihood: str):
