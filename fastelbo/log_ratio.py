@@ -187,7 +187,7 @@ def _formula(mu, second, prior, noise, posterior, samples, held, wants_logs, dty
     z = mu.to(dtype) + sigma * eps
     if held is not None and not is_traced(z):
         z = _ToEncoder.apply(z, held)
-    result = z.flatten(0, 1).to(torch.promote_types(mu.dtype, second.dtype))
+    result = z.flatten(0, 1).to(torch.promote_types(mu.dtype, second.dtype), copy=True)  # which the user may write to
     if not wants_logs:
         return result, None, None
     log_sigma = 0.5 * posteriors.log_variance(raw, posterior.parameter)

@@ -406,9 +406,7 @@ def log_likelihood(
     """
     n_samples, chunk = check_sampling(n_samples, "iwae", "standard", chunk)
     if find_likelihood(likelihood).name in ("mse", "l1"):
-        raise ValueError(
-            f"likelihood must be a density for log_likelihood, such as 'gaussian' or 'laplace'; got {likelihood!r}"
-        )
+        raise ValueError(f"likelihood must be a density here, such as 'gaussian' or 'laplace'; got {likelihood!r}")
     call, given, _ = prepared(
         decoder, x, mu, logvar, 1.0, likelihood=likelihood, posterior=posterior, prior=prior, weight=weight, eps=eps,
         generator=generator, scale=scale, target_scale=target_scale, n_samples=n_samples, bound="iwae", estimator="standard",

@@ -26,7 +26,7 @@ class Replay:
                 "device_type": kind,
                 "enabled": torch.is_autocast_enabled(kind),
                 "dtype": torch.get_autocast_dtype(kind),
-                "cache_enabled": torch.is_autocast_cache_enabled(),
+                "cache_enabled": False,  # a cast weight that is kept belongs to the graph of the run that cast it
             }
             for kind in {self.kind, "cpu"}
         ]
@@ -65,7 +65,9 @@ class Modules:
                 "decoder must be the same at every call, to be run again in backward, but its call changes"
                 f" {', '.join(changed)}: put it in eval mode, or pass chunk=n_samples, which runs it once"
             )
-        norms = [module for module in self.modules if isinstance(module, _NormBase)]
+        norms = [module for module in self.modules if isinstance(module, _NormBase) and module.track_running_stats]
+        if not all(isinstance(module, _BatchNorm) for module in norms):
+            return  # an instance normalization's graph has copies of its statistics
         known = {buffer.data_ptr() for module in norms for buffer in module.buffers()}
         for node in graph_nodes([t.grad_fn for t in outputs], stop):
             if "BatchNorm" in node.name() and getattr(node, "_saved_training", False):
