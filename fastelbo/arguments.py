@@ -65,6 +65,16 @@ def check_latents(mu, logvar) -> None:
     check_alike("logvar", logvar, "mu", mu)
 
 
+def check_generator(generator, mu: Tensor) -> None:
+    """None, or one on the device of `mu`."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if generator.device != mu.device:
+        raise ValueError(f"generator must be on the device of mu: got {generator.device} and {mu.device}")
+
+
 def check_batch(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.shape[:1] != other.shape[:1]:
         raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .arguments import check_batch, check_device, check_number, check_real, check_target, find_likelihood
+from .arguments import check_batch, check_device, check_generator, check_number, check_real, check_target, find_likelihood
 from .graph import decoder_leaves
 from .likelihoods import Gaussian, Likelihood
 from .log_ratio import Held, check_count, check_noise, draw_rows, log_ratio
@@ -120,6 +120,7 @@ def prepared(
     check_target("x", x)
     check_device("x", x, "mu", mu)
     check_batch("x", x, "mu", mu)
+    check_generator(generator, mu)
     if eps is not None:
         check_noise(eps, mu, n_samples, generator)
     prior_mu, prior_second, prior_parameter = prior or (None, None, None)
@@ -133,9 +134,11 @@ def _estimate(call: Call, given: Given, generator: torch.Generator | None) -> tu
     if call.estimator == "dreg" and not eager:
         raise RuntimeError("estimator 'dreg' scales gradients in backward: it can be neither compiled nor transformed")
     held = None if call.estimator == "standard" else Held()
-    fixed = given.eps is None or not given.eps.requires_grad
-    run = leaves = None
-    if eager and fixed and len(call.chunks) > 1 and torch.is_grad_enabled():
+    # Tensors that would need a gradient and are none of the inputs of `Samples`.
+    others = given.eps, *vars(call.likelihood).values()
+    held_graph = any(isinstance(value, Tensor) and value.requires_grad for value in others)
+    run = None
+    if eager and len(call.chunks) > 1 and torch.is_grad_enabled() and not held_graph:
         run = Run(Replay(given.mu, generator), Modules(call.decoder))
     leaves, rows, recon, term = _first_chunk(call, given, generator, held, run)
     rows, recon = [rows], [recon]
@@ -241,7 +244,7 @@ def _score(
         whole = term if samples == 1 else term._replace(parameters=values)
         found = [add_terms(whole, (kl, weighted, None), None, known if known is None else known.reshape(-1))]
     else:  # their kernels and formulas take as many targets as predictions: the same one again, in a view of a sample each
-        parts = (kl.split(batch), weighted.split(batch), [None] * samples if known is None else known)
+        parts = (kl.view(samples, batch), weighted.view(samples, batch), [None] * samples if known is None else known)
         found = [add_terms(term_of(i), (k, w, None), None, factor) for i, (k, w, factor) in enumerate(zip(*parts, strict=True))]
     loss, recon = (torch.cat([getattr(terms, name) for terms in found]).view(samples, batch) for name in ("loss", "recon"))
     return loss, recon.detach(), term._replace(parameters=[p.detach().to("meta") for p in term.parameters])

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from . import traced
-from .arguments import check_alike, check_latents, check_prediction, check_reduction, factor_of
+from .arguments import check_alike, check_generator, check_latents, check_prediction, check_reduction, factor_of
 from .autograd import Sample, sample_forward
 from .backend import backend_for
 from .divergence import KINDS, Reduced, reduced
@@ -102,10 +102,7 @@ def draw(mu: Tensor, logvar: Tensor, eps: Tensor | None, generator: torch.Genera
         check_prediction("eps", eps)
         check_alike("eps", eps, "mu", mu)
         return eps
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-    if generator is not None and generator.device != mu.device:
-        raise ValueError(f"generator must be on the device of mu: got {generator.device} and {mu.device}")
+    check_generator(generator, mu)
     if formula:
         return torch.empty_like(logvar).normal_(generator=generator) if generator is not None else torch.randn_like(logvar)
     if is_traced(mu, logvar):
