@@ -119,13 +119,17 @@ def _nvidia(cubin: bytes) -> Machine:
 
 
 def _amd(text: str) -> Machine:
-    lines, headers, loops = text.splitlines(), {}, {}
-    for i, line in enumerate(lines):
-        if match := re.match(r"(\.LBB\w+):.*Loop Header", line):
-            headers[match[1]] = i
-        elif (match := re.match(r"\s+s_c?branch\w* (\.LBB\w+)", line)) and match[1] in headers:
-            body = (instruction.split(";")[0].strip() for instruction in lines[headers[match[1]] + 1 : i + 1])
-            loops[match[1]] = Loop([instruction for instruction in body if re.match(r"[a-z]\w+_", instruction)])
+    # LLVM says of each block which loop it is in: a loop's blocks need not stand together, nor behind its header.
+    around, blocks = {}, []  # the loops around each loop, which is named by its header; the loop and instructions of each block
+    for block in re.split(r"^(?=\.LBB\w+:|; %bb\.)", text, flags=re.MULTILINE):
+        loop = re.search(r"in Loop: Header=(BB\w+)", block)
+        if "Loop Header: Depth" in block:
+            loop = re.match(r"\.L(BB\w+)", block)
+            around[loop[1]] = re.findall(r"Parent Loop (BB\w+)", block)
+        if loop:
+            lines = (line.split(";")[0].strip() for line in block.splitlines())
+            blocks.append((loop[1], [line for line in lines if re.match(r"[a-z]\w+_", line)]))
+    loops = {name: Loop([line for at, lines in blocks if name in (at, *around[at]) for line in lines]) for name in around}
     # Scalar registers spill into lanes of vector registers, not into memory.
     spilled = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
     registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])

@@ -18,7 +18,7 @@ from . import compiled
 from .assembly import Loop, Machine, machine
 from .cases import LIKELIHOODS
 from .compiled import Launch, compile_for
-from .traffic import BUDGET, LATENTS, LIKE, PARAMETERS, PRIOR, Stream
+from .traffic import BUDGET, GAUSSIAN, LATENTS, LIKE, PARAMETERS, PRIOR, RECONSTRUCTION, Stream
 
 KEPT = Path(__file__).parent / "results" / "budget.md"
 
@@ -107,6 +107,7 @@ class Kernel(NamedTuple):
     launch: Launch
     streams: tuple[Stream, ...]
     dtypes: dict[str, torch.dtype]  # of the streamed arguments
+    tail: bool = True  # a row's last few elements are accessed outside of the loops
 
     @property
     def block(self) -> int:
@@ -126,6 +127,8 @@ class Kernel(NamedTuple):
         for (kind, _), size in self.tile_bytes(stream).items():
             width = min(size // THREADS, 16)
             widths[kind][8 * width] += size // THREADS // width
+        for name in stream.numbers:
+            widths["load"][8 * self.dtypes[name].itemsize] += 1
         return widths
 
     def loop(self, stream: Stream, loops: list[Loop]) -> Loop:
@@ -178,6 +181,19 @@ def kernels() -> Iterator[Kernel]:
             yield _kernel(f"sample {step}", f"float32 {parameter}", launch(F32, posterior=parameter), dtypes)
             prior = launch(F32, posterior=parameter, prior="logvar")
             yield _kernel(f"sample {step}, prior", f"float32 {parameter}", prior, dtypes)
+    dtypes = dict.fromkeys((*GAUSSIAN, *PRIOR, "grad_log_q", "grad_log_p", "path_scale"), F32)
+    for step, launch in (("forward", compiled.log_ratio_forward), ("backward", compiled.log_ratio_backward)):
+        for suffix, prior in (("", None), (", prior", "logvar")):
+            yield _kernel(f"log ratio {step}{suffix}", "float32", launch(F32, prior=prior), dtypes)._replace(tail=False)
+    # A target of fewer rows than the prediction, of which it has several samples.
+    for prediction, target in ((F32, F32), (BF16, U8)):
+        given = "bernoulli_logits", prediction, target
+        dtypes, kind = {"prediction": prediction, "target": target}, f"samples {_name(prediction)} {_name(target)}"
+        streams = (Stream(RECONSTRUCTION, ("gradient",)),)
+        options = {"per_sample": True, "kl": True, "samples": 8}
+        yield _kernel("loss forward, kl given", kind, compiled.loss_forward(*given, **options), dtypes, streams)
+        launch = compiled.loss_backward(*given, latents=False, **options)
+        yield _kernel("loss backward, another factor, kl given", kind, launch, dtypes, streams)
 
 
 @functools.cache
@@ -220,6 +236,8 @@ def table() -> str:
             if stream.reads == LATENTS and len(kernel.streams) > 1:
                 # The same loop for every likelihood.
                 title = f"{kernel.name.partition(':')[0]}: KL {_name(kernel.dtypes['mu'])}"
+            elif stream.numbers and not stream.writes:
+                title += ", each further sample"
             if title not in seen:
                 seen.add(title)
                 costs = [_cell(kernel, stream, target) for target in DEVICES]

@@ -69,9 +69,10 @@ def _bind(target: str, launch: Launch):
 
 
 def loss_forward(
-    likelihood, prediction, target, latent=torch.float32, *, features=784, per_sample=False, gradient=True, kl=False
+    likelihood, prediction, target, latent=torch.float32, *, features=784, per_sample=False, gradient=True, kl=False, samples=1
 ):
-    recon_x, x, mu, logvar = _tensors(prediction, target, latent, features)
+    """`samples`: of each datum, in so many times the target's rows."""
+    recon_x, x, mu, logvar = _tensors(prediction, target, latent, features, samples)
     rows = len(recon_x) if per_sample else 1
     dtype = torch.float64 if prediction == torch.float64 else torch.float32
     given = torch.zeros((rows,) if per_sample else ()) if kl else None
@@ -82,13 +83,25 @@ def loss_forward(
     )
 
 
-def loss_backward(likelihood, prediction, target, latent=torch.float32, *, retained=False, recon=True, latents=True, kl=False):
-    recon_x, x, mu, logvar = _tensors(prediction, target, latent)
+def loss_backward(
+    likelihood,
+    prediction,
+    target,
+    latent=torch.float32,
+    *,
+    per_sample=False,
+    retained=False,
+    recon=True,
+    latents=True,
+    kl=False,
+    samples=1,
+):
+    recon_x, x, mu, logvar = _tensors(prediction, target, latent, samples=samples)
     dtype = torch.float64 if prediction == torch.float64 else torch.float32
-    upstream = torch.ones((), dtype=dtype)
-    stored = (None, None) if retained or not recon else (torch.empty_like(recon_x), upstream.reshape(1))
+    upstream = torch.ones((len(recon_x),) if per_sample else (), dtype=dtype)
+    stored = (None, None) if retained or not recon else (torch.empty_like(recon_x), upstream.reshape(-1))
     wants = {"wants_recon": recon, "wants_latents": latents, "wants_kl": kl}
-    settings = _settings(likelihood, False, dtype)
+    settings = _settings(likelihood, per_sample, dtype)
     return record(
         lambda: kernels.loss_backward(recon_x, x, mu, logvar, 1.0, (upstream, None, None), *stored, **settings, **wants)
     )
@@ -178,8 +191,29 @@ def sample_backward(latent, *, seeded=True):
     return record(lambda: kernels.sample_backward(mu.clone(), mu, mu.clone(), noise, 1.0, upstreams, **options))
 
 
-def _tensors(prediction, target, latent, features=784):
-    recon_x, x = torch.zeros(128, features, dtype=prediction), torch.zeros(128, features, dtype=target)
+def log_ratio_forward(latent, *, posterior="logvar", prior=None, features=64, wants_logs=True):
+    mu, noise, dtype = _latents(latent, True, features)
+    priors = (None, None) if prior is None else (mu.clone(), mu.clone())
+    options = {"samples": 8, "posterior": posterior, "clamp": None, "prior": prior, "dtype": dtype, "wants_logs": wants_logs}
+    return record(lambda: kernels.log_ratio_forward(mu, mu.clone(), noise, *priors, **options))
+
+
+def log_ratio_backward(latent, *, posterior="logvar", prior=None, features=64, logs=True, held=True):
+    """`logs`: whether gradients arrived at the log densities too; `held`: with a number that the path is times."""
+    mu, noise, dtype = _latents(latent, True, features)
+    priors = (None, None) if prior is None else (mu.clone(), mu.clone())
+    each = torch.ones(8 * len(mu), dtype=dtype)
+    options = {
+        "samples": 8, "held": held, "path_scale": each if held else None, "posterior": posterior, "clamp": None,
+        "prior": prior, "dtype": dtype,
+    }  # fmt: skip
+    upstreams = mu.repeat(8, 1), *((each, each.clone()) if logs else (None, None))
+    wants = [prior is not None] * 2
+    return record(lambda: kernels.log_ratio_backward(*upstreams, mu, mu.clone(), noise, *priors, wants, **options))
+
+
+def _tensors(prediction, target, latent, features=784, samples=1):
+    recon_x, x = torch.zeros(128, features, dtype=prediction), torch.zeros(128 // samples, features, dtype=target)
     return recon_x, x, *(torch.zeros(128, 20, dtype=latent) for _ in range(2))
 
 

@@ -7,16 +7,25 @@ from torch import Tensor
 
 
 class Stream(NamedTuple):
-    """A loop over tiles: what it reads and writes, by the names of the kernels' arguments."""
+    """A loop over tiles: what it reads and writes, by the names of the kernels' arguments; of `numbers`, one in each turn."""
 
     reads: tuple[str, ...]
     writes: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
 
 
 RECONSTRUCTION = "prediction", "target"
 LATENTS = "mu", "logvar"
 PRIOR = "prior_mu", "prior_second"
+GAUSSIAN = "mu", "second"  # a posterior of any parametrization
 PARAMETERS = "first", "second", "third"  # of a likelihood that has several
+
+
+def of_samples(reads: tuple[str, ...], writes: tuple[str, ...]) -> tuple[Stream, Stream]:
+    """A loop over tiles, and within it one over the samples of a datum, which reads what arrived at each and nothing else."""
+    numbers = "grad_log_q", "grad_log_p", "path_scale"
+    return Stream(("grad_z", *reads), writes, numbers), Stream(("grad_z",), (), numbers)
+
 
 BUDGET = {
     "loss forward": (Stream(RECONSTRUCTION, ("gradient",)), Stream(LATENTS)),
@@ -30,6 +39,12 @@ BUDGET = {
     "sample forward, prior": (Stream((*LATENTS, *PRIOR), ("z",)),),
     "sample backward, prior": (
         Stream(("grad_z", *LATENTS, *PRIOR), ("grad_mu", "grad_logvar", "grad_prior_mu", "grad_prior_second")),
+    ),
+    "log ratio forward": (Stream(GAUSSIAN, ("z",)),),
+    "log ratio forward, prior": (Stream((*GAUSSIAN, *PRIOR), ("z",)),),
+    "log ratio backward": of_samples(GAUSSIAN, ("grad_mu", "grad_second")),
+    "log ratio backward, prior": of_samples(
+        (*GAUSSIAN, *PRIOR), ("grad_mu", "grad_second", "grad_prior_mu", "grad_prior_second")
     ),
 }
 LIKE = {"gradient": "prediction", "z": "mu", "grad_z": "mu", "grad_mu": "mu", "grad_logvar": "logvar"} | {

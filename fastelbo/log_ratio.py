@@ -192,7 +192,7 @@ def _formula(mu, second, prior, noise, posterior, samples, held, wants_logs, dty
         return result, None, None
     log_sigma = 0.5 * posteriors.log_variance(raw, posterior.parameter)
     if held is None:
-        log_q = -0.5 * eps.square() - log_sigma
+        log_q = (z - z).detach() - 0.5 * eps.square() - log_sigma  # NaN for a mean that is NaN or infinite
     else:  # 0 times its derivative by z, -eps / sigma, with the value that it has
         log_q = -0.5 * eps.square() - log_sigma.detach() - (eps / sigma.detach()) * (z - z.detach())
     return result, _rows(log_q - HALF_LOG_2PI), log_density(z, prior, dtype)

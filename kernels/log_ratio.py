@@ -20,47 +20,44 @@ from .reduction import arrive_last, fold, ordered_sum
 
 
 @triton.jit
-def row_of(pointer, base, EVERY: tl.constexpr):
-    """Where a row starts; `pointer` itself if it is None or, with EVERY, of one row for all."""
-    if pointer is None or EVERY:
-        return pointer
-    else:
-        return pointer + base
-
-
-@triton.jit
-def prior_tile(prior_mu, prior_second, o, mask, PRIOR: tl.constexpr, DTYPE: tl.constexpr):
+def prior_tile(
+    prior_mu, prior_second, o, column, mask, PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
     """`(mean, 1 / sigma, d, -logvar)` of the prior; `d` is half the derivative of its logvar."""
     if PRIOR is None:
         return 0.0, 1.0, 0.0, 0.0
     else:
-        mean = tl.load(prior_mu + o, mask=mask, other=0.0).to(DTYPE)
-        raw = tl.load(prior_second + o, mask=mask, other=1.0).to(DTYPE)
+        mean = tl.load(prior_mu + (column if MU_ROW else o), mask=mask, other=0.0).to(DTYPE)
+        raw = tl.load(prior_second + (column if SECOND_ROW else o), mask=mask, other=1.0).to(DTYPE)
         inverse, d, delta, _ = PRIOR(raw, 1.0, 0.0)  # its variance to that of N(0, 1)
         return mean, inverse, d, delta
 
 
 @triton.jit
 def log_ratio_tile(
-    mu, second, prior_mu, prior_second, noise, z, start, end, first,
-    POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PRIOR: tl.constexpr,
+    mu, second, prior_mu, prior_second, noise, z, start, end, base, first,
+    POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr,
     SIZE: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Store z = mu + sigma * noise; return log q and log p of each element, in nats, both without -log(2 pi) / 2.
 
-    `first`: the place in z of the row.
+    `base` and `first`: where the row starts in mu and in z.
     """
-    o = start + tl.arange(0, SIZE)
-    mask = o < end
+    column = start + tl.arange(0, SIZE)
+    mask = column < end
+    o = base + column
     m = tl.load(mu + o, mask=mask, other=0.0).to(DTYPE)
     raw = clamped(tl.load(second + o, mask=mask, other=0.0).to(DTYPE), LOW, HIGH, DTYPE)
     std, _, lv, _, _ = POSTERIOR(raw)
-    eps = noise_tile(noise, first + start, first + o, mask, SIZE, ALIGNED, DTYPE)
+    eps = noise_tile(noise, first + start, first + column, mask, SIZE, ALIGNED, DTYPE)
     sample = m + std * eps
-    tl.store(z + (first + o), sample.to(z.dtype.element_ty), mask=mask)
-    mean, inverse, _, delta = prior_tile(prior_mu, prior_second, o, mask, PRIOR, DTYPE)
+    tl.store(z + (first + column), sample.to(z.dtype.element_ty), mask=mask)
+    mean, inverse, _, delta = prior_tile(prior_mu, prior_second, o, column, mask, PRIOR, MU_ROW, SECOND_ROW, DTYPE)
     t = (sample - mean) * inverse
-    return tl.where(mask, -0.5 * (eps * eps + lv), 0.0), tl.where(mask, 0.5 * (delta - t * t), 0.0)
+    log_q = (sample - sample) - 0.5 * (eps * eps + lv)  # NaN for a mean that is NaN or infinite
+    return tl.where(mask, log_q, 0.0), tl.where(mask, 0.5 * (delta - t * t), 0.0)
 
 
 @triton.jit(do_not_specialize=["data", "columns", "programs"])
@@ -76,14 +73,13 @@ def log_ratio_fwd_kernel(
     worker = tl.program_id(0) % programs
     first, end = row_bounds(row, columns, ALIGNED, WIDE)
     base = row_bounds(row % data, columns, ALIGNED, WIDE)[0]
-    prior_mu, prior_second = row_of(prior_mu, base, MU_ROW), row_of(prior_second, base, SECOND_ROW)
     noise = seed_or_noise(noise)
     q_sums = tl.zeros([THREADS], dtype=DTYPE)
     p_sums = tl.zeros([THREADS], dtype=DTYPE)
     for start in tl.range(worker * BLOCK, end, programs * BLOCK):
         q, p = log_ratio_tile(
-            mu + base, second + base, prior_mu, prior_second, noise, z, start, end, first,
-            POSTERIOR, LOW, HIGH, PRIOR, BLOCK, ALIGNED, DTYPE,
+            mu, second, prior_mu, prior_second, noise, z, start, end, base, first,
+            POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, BLOCK, ALIGNED, DTYPE,
         )  # fmt: skip
         q_sums += fold(q, BLOCK, THREADS)
         p_sums += fold(p, BLOCK, THREADS)
@@ -99,17 +95,19 @@ def log_ratio_fwd_kernel(
 @triton.jit
 def log_ratio_backward_tile(
     grad_z, grad_log_q, grad_log_p, path_scale, mu, second, prior_mu, prior_second, noise,
-    grad_mu, grad_second, grad_prior_mu, grad_prior_second, start, end, row, samples, data, columns,
-    HELD: tl.constexpr, POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PRIOR: tl.constexpr,
+    grad_mu, grad_second, grad_prior_mu, grad_prior_second, start, end, base, row, samples, data, columns,
+    HELD: tl.constexpr, POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr,
     SIZE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    o = start + tl.arange(0, SIZE)
-    mask = o < end
+    column = start + tl.arange(0, SIZE)
+    mask = column < end
+    o = base + column
     given = tl.load(second + o, mask=mask, other=0.0).to(DTYPE)
     std, d_std, _, _, d = POSTERIOR(clamped(given, LOW, HIGH, DTYPE))
     if grad_log_p is not None:
         m = tl.load(mu + o, mask=mask, other=0.0).to(DTYPE)
-        mean, inverse, prior_d, _ = prior_tile(prior_mu, prior_second, o, mask, PRIOR, DTYPE)
+        mean, inverse, prior_d, _ = prior_tile(prior_mu, prior_second, o, column, mask, PRIOR, MU_ROW, SECOND_ROW, DTYPE)
         to_prior_mu = tl.zeros([SIZE], dtype=DTYPE)
         to_prior_second = tl.zeros([SIZE], dtype=DTYPE)
     to_mu = tl.zeros([SIZE], dtype=DTYPE)
@@ -123,10 +121,10 @@ def log_ratio_backward_tile(
                 to_log_std -= from_q
         if grad_z is not None or grad_log_p is not None or HELD:
             first = row_bounds(number, columns, ALIGNED, WIDE)[0]
-            eps = noise_tile(noise, first + start, first + o, mask, SIZE, ALIGNED, DTYPE)
+            eps = noise_tile(noise, first + start, first + column, mask, SIZE, ALIGNED, DTYPE)
             path = tl.zeros([SIZE], dtype=DTYPE)
             if grad_z is not None:
-                path += tl.load(grad_z + (first + o), mask=mask, other=0.0).to(DTYPE)
+                path += tl.load(grad_z + (first + column), mask=mask, other=0.0).to(DTYPE)
             if grad_log_p is not None:
                 from_p = upstream_of(grad_log_p, number, DTYPE)
                 t = (m + std * eps - mean) * inverse
@@ -163,14 +161,12 @@ def log_ratio_bwd_kernel(
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
     base, end = row_bounds(row, columns, ALIGNED, WIDE)
-    prior_mu, prior_second = row_of(prior_mu, base, MU_ROW), row_of(prior_second, base, SECOND_ROW)
     noise = seed_or_noise(noise)
     for start in tl.range(worker * BLOCK, end, programs * BLOCK):
         log_ratio_backward_tile(
-            grad_z, grad_log_q, grad_log_p, path_scale, mu + base, second + base, prior_mu, prior_second, noise,
-            grad_mu + base, grad_second + base, row_of(grad_prior_mu, base, False), row_of(grad_prior_second, base, False),
-            start, end, row, samples, data, columns,
-            HELD, POSTERIOR, LOW, HIGH, PRIOR, BLOCK, ALIGNED, WIDE, DTYPE,
+            grad_z, grad_log_q, grad_log_p, path_scale, mu, second, prior_mu, prior_second, noise,
+            grad_mu, grad_second, grad_prior_mu, grad_prior_second, start, end, base, row, samples, data, columns,
+            HELD, POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, BLOCK, ALIGNED, WIDE, DTYPE,
         )  # fmt: skip
 
 

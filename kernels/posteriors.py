@@ -13,8 +13,11 @@ from .numerics import exp_and_expm1, log
 
 @triton.jit
 def positive_log(x):
-    """log(x), -inf for 0 and NaN for what is below or is NaN."""
-    return tl.where(x > 0.0, log(tl.where(x > 0.0, x, 1.0)), tl.where(x == 0.0, float("-inf"), float("nan")))
+    """log(x), -inf for 0, inf for inf, and NaN for what is below or is NaN."""
+    inside = (x > 0.0) & (x < float("inf"))
+    return tl.where(
+        inside, log(tl.where(inside, x, 1.0)), tl.where(x == 0.0, float("-inf"), tl.where(x > 0.0, x, float("nan")))
+    )
 
 
 @triton.jit
