@@ -42,7 +42,8 @@ test-integrations: .venv-integrations/.ready
 	.venv-integrations/bin/python -m pytest tests/integrations
 
 # In turns with the naive code, on a CUDA GPU if there is one: `python -m bench --help` has the options, and
-# `python -m bench.report --write bench/results/*.json` brings tables, plots and the README's section up to date.
+# `python -m bench.report --write bench/results/*.json` brings tables, plots and the README's section up to date. What many samples
+# cost is measured by `python -m bench.samples --write`.
 bench: $(READY)
 	$(RUN) -m bench
 
@@ -61,6 +62,7 @@ gpu:
 		FASTELBO_BACKEND=triton $(PYTHON) -m pytest --ignore tests/test_budget.py; \
 		FASTELBO_BACKEND=torch $(PYTHON) -m pytest --ignore tests/test_budget.py; \
 		$(PYTHON) -m bench --device cuda; \
+		$(PYTHON) -m bench.samples --device cuda --write; \
 	fi
 
 # Made anew when the requirements change.

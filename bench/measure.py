@@ -40,10 +40,7 @@ class Measured(NamedTuple):
 def measure(case: Case, device: torch.device, seconds: float) -> Measured:
     """Time all contenders on a case, for about so many seconds. They must agree first."""
     torch.compiler.reset()  # or the limit of recompilations would turn compiled contenders into eager ones
-    if device.type == "cpu":
-        # Once a block of nearly 32 MB was freed, as in any training loop, glibc keeps smaller ones. Before, some contenders pay
-        # more for page faults than for arithmetic, and others nothing.
-        torch.empty(31 * 2**20, dtype=torch.uint8)
+    settle(device)
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     subject = (Step if case.subject == "step" else Streams)(case, device, cache_bytes)
     contenders, missing, expected = {}, {}, None
@@ -74,6 +71,13 @@ def measure(case: Case, device: torch.device, seconds: float) -> Measured:
             peak = peak_bytes(contenders[name], device)
             timings[name] = Timing(times, peak, count_kernels(contenders[name]) if device.type == "cuda" else None)
     return Measured(timings, missing, copy_seconds, subject.copy_bytes, subject.least_bytes)
+
+
+def settle(device: torch.device) -> None:
+    """Once a block of nearly 32 MB was freed, as in any training loop, glibc keeps smaller ones. Before, some contenders pay
+    more for page faults than for arithmetic, and others nothing."""
+    if device.type == "cpu":
+        torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def interleaved(contenders: dict[str, Callable], device: torch.device, seconds: float) -> dict[str, list[float]]:

@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON that python -m bench has written")
     parser.add_argument("--write", action="store_true", help="write Markdown and SVG beside them, and the README's section")
     options = parser.parse_args()
-    runs = [load(path) for path in options.files]
+    runs = [run for run in map(load, options.files) if run.rows]  # those of `bench.samples` have a report of their own
     print(terminal(runs))
     if options.write:
         write(runs)
