@@ -30,7 +30,7 @@ from support import LIKELIHOODS, make_inputs, options, relative
 
 ROOT = Path(__file__).parent.parent
 WORLD, SHARE, FEATURES, LATENT, BETA = 2, 4, 10, 3, 0.7
-WAYS = ("composed", "elbo")
+WAYS = ("composed", "elbo", "two samples")
 
 
 class Objective(nn.Module):
@@ -47,6 +47,9 @@ class Objective(nn.Module):
         options = {"likelihood": "bernoulli_logits", "reduction": self.reduction}
         if self.way == "elbo":
             return fastelbo.elbo(self.decoder, x, mu, logvar, BETA, eps=eps, **options).loss
+        if self.way == "two samples":  # of the same noise; the decoder runs for each by itself, and again in backward
+            twice = eps.expand(2, *eps.shape)
+            return fastelbo.elbo(self.decoder, x, mu, logvar, BETA, eps=twice, n_samples=2, **options).loss
         z, kl = fastelbo.sample_kl(mu, logvar, eps=eps, reduction=self.reduction)
         return fastelbo.loss(self.decoder(z), x, kl=kl, beta=BETA, **options).loss
 

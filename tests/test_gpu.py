@@ -79,6 +79,9 @@ def test_no_sync(syncs_raise, device):
     def step():
         fastelbo.loss(recon_x, x, mu, logvar, beta).loss.backward()
         fastelbo.elbo(lambda z: net(z).sigmoid(), x, mu, logvar, 0.1).loss.backward()
+        several = {"likelihood": "bernoulli_logits", "n_samples": 4, "chunk": 2}
+        fastelbo.elbo(net, x, mu, logvar, beta, bound="iwae", estimator="dreg", **several).loss.backward()
+        fastelbo.log_likelihood(net, x, mu, logvar, **several)
 
     step()
     syncs_raise()
@@ -234,6 +237,28 @@ def test_replays_on_two_streams_at_once(device):
         torch.cuda.synchronize()
     for *_, samples in replays:
         assert all(not torch.equal(a, b) for a, b in itertools.pairwise(samples))
+
+
+def test_many_samples_in_a_graph(device, monkeypatch):
+    net = torch.nn.Linear(8, 100).to(device)
+    _, x, mu, logvar = make_inputs("mse", (64, 100), (64, 8), device=device)
+    eps, wrt = torch.randn(4, 64, 8, device=device), (mu, logvar, *net.parameters())
+
+    def step(chunk=4):
+        loss = fastelbo.elbo(net, x, mu, logvar, likelihood="mse", bound="iwae", n_samples=4, chunk=chunk, eps=eps).loss
+        return [loss.detach(), *gradients(loss, *wrt)]
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for _ in range(2):
+        eps.normal_()
+        graph.replay()
+        torch.testing.assert_close(found, step(1), rtol=1e-4, atol=1e-3)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="capture elbo with chunk=n_samples"):
+        step(1)
 
 
 def test_a_replay_allocates_nothing(syncs_raise, device):
