@@ -134,11 +134,8 @@ def _estimate(call: Call, given: Given, generator: torch.Generator | None) -> tu
     if call.estimator == "dreg" and not eager:
         raise RuntimeError("estimator 'dreg' scales gradients in backward: it can be neither compiled nor transformed")
     held = None if call.estimator == "standard" else Held()
-    # Tensors that would need a gradient and are none of the inputs of `Samples`.
-    others = given.eps, *vars(call.likelihood).values()
-    held_graph = any(isinstance(value, Tensor) and value.requires_grad for value in others)
     run = None
-    if eager and len(call.chunks) > 1 and torch.is_grad_enabled() and not held_graph:
+    if eager and len(call.chunks) > 1 and torch.is_grad_enabled() and not _has_other_inputs(call, given):
         run = Run(Replay(given.mu, generator), Modules(call.decoder))
     leaves, rows, recon, term = _first_chunk(call, given, generator, held, run)
     rows, recon = [rows], [recon]
@@ -157,6 +154,12 @@ def _estimate(call: Call, given: Given, generator: torch.Generator | None) -> tu
         if call.estimator == "dreg":
             held.scale = _scale_to_encoder(rows, given.beta)
     return value, recon, term
+
+
+def _has_other_inputs(call: Call, given: Given) -> bool:
+    """Whether a gradient is wanted by what `Samples` does not differentiate by."""
+    others = given.eps, *vars(call.likelihood).values()
+    return any(isinstance(value, Tensor) and value.requires_grad for value in others)
 
 
 class Run(NamedTuple):

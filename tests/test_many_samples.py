@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import fastelbo
+from bench.measure import peak_bytes
 from conftest import BACKEND, DEVICE
 from likelihood_cases import CASES
 from support import ContiguousWhenUnpacked, gradients
@@ -138,23 +138,7 @@ def test_elbo_takes_what_the_kl_takes(device):
 # Memory.
 
 
-def peak(step) -> int:
-    """Bytes held at one time beyond what there was."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = [0]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held.append(held[-1] + event.nbytes())
-    return max(held)
-
-
-@pytest.mark.filterwarnings("ignore:Memory block of unknown size")
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.11
 @pytest.mark.counts_launches
 @pytest.mark.parametrize("estimator", (None, "standard", "stl", "dreg"))
 def test_memory_does_not_grow(estimator, device):
@@ -173,10 +157,10 @@ def test_memory_does_not_grow(estimator, device):
         gradients(loss, mu, logvar, *decoder.parameters())
 
     step(2)  # what a thread keeps between calls is there
-    one, *several = (peak(lambda k=k: step(k)) for k in samples)
+    one, *several = (peak_bytes(lambda k=k: step(k), device) for k in samples)
     assert max(several) - sums <= 1.2 * one, (one, several, sums)
     if len(samples) > 2:
-        assert peak(lambda: step(8, chunk=8)) > 6 * one  # this measures what it should
+        assert peak_bytes(lambda: step(8, chunk=8), device) > 6 * one  # this measures what it should
 
 
 # The decoder, run again.
