@@ -37,15 +37,6 @@ def tiny(monkeypatch):
     monkeypatch.setitem(samples.BATCH, "tiny", {"cpu": BATCH, "cuda": BATCH})
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These are many small operations, and several threads wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_the_naive_code_computes_the_bound():
     """log (1/K sum_k p(x, z_k) / q(z_k | x)), written with torch.distributions, and its gradients."""
     subject = samples.Subject("tiny", 8, 5, torch.device("cpu")).double()
