@@ -404,8 +404,8 @@ def log_likelihood(
 
     Returns:
         `LogLikelihood(log_p, standard_error)`, float64 if an input is, otherwise float32. The standard error is the delta
-        method's, the deviation of the weights (with n - 1) over sqrt(n) and their mean: too low where the few samples that matter
-        were not among them, and NaN for one sample.
+        method's, the deviation of the weights (with n - 1) over sqrt(n) and their mean: too low where the few samples that
+        matter were not among them, and NaN for one sample.
 
     Raises:
         TypeError, ValueError: as `elbo`.
