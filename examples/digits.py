@@ -12,6 +12,14 @@ def digits(device: torch.device | str | None = None) -> Tensor:
     return torch.tensor(load_digits().data / 16, dtype=torch.float32, device=device)
 
 
+def black_and_white(device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """Black and white images to train with, `[1500, 64]`, and 297 to hold out, always the same ones: what is more than half
+    black is 1, the rest 0, so that a Bernoulli likelihood is one of the data."""
+    images = digits() > 0.5
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))].float().to(device)
+    return images[297:], images[:297]
+
+
 class VAE(nn.Module):
     """A multilayer perceptron each way. `decode` gives what the likelihood is parametrized by: logits, unless `probabilities`.
 

@@ -4,6 +4,7 @@ On a GPU one kernel each way. Elsewhere, and where calls are traced or transform
 """
 
 import math
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ def sample_log_ratio(
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> SampleLogRatio:
-    """A sample as from `reparameterize`, with log q(z | x) and log p(z), each the sum over a sample's latents.
+    """A sample as from `reparameterize` of contiguous latents, with log q(z | x) and log p(z), sums over each sample's latents.
 
     The mean of `log_q - log_p` over many samples is the KL; that of one sample is an estimate of it, for posteriors and priors
     whose KL has no closed form. It goes into `loss(..., kl=log_q - log_p, reduction="none")`.
@@ -72,16 +73,18 @@ def sample_log_ratio(
     z, log_q, log_p = log_ratio(mu, second, posterior, prior, noise, count)
     if flow is not None:
         z, log_det = _check_flow(flow(z), z)
-        log_q = log_q - log_det
-        log_p = log_density(z.to(log_p.dtype).unflatten(0, (count, len(mu))), prior, log_p.dtype)
+        dtype = torch.promote_types(log_q.dtype, result_dtype(z, log_det))
+        log_q = log_q.to(dtype) - log_det
+        log_p = log_density(z.to(dtype).unflatten(0, (count, len(mu))), prior, dtype)
     if n_samples is None:
         return SampleLogRatio(z, log_q, log_p)
     return SampleLogRatio(*(t.unflatten(0, (count, len(mu))) for t in (z, log_q, log_p)))
 
 
 def check_count(name: str, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    value = operator.index(value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value

@@ -4,7 +4,9 @@ The samples are decoded a chunk at a time. Forward keeps no chunk's graph. Backw
 random states and the autocast of the first time, and differentiates each with the upstream gradient, which is known by then.
 """
 
+import contextlib
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ from .likelihoods import Gaussian, Likelihood
 from .log_ratio import Held, check_count, check_noise, draw_rows, log_ratio
 from .posteriors import Posterior, Prior, check_gaussian, check_prior, result_dtype
 from .reconstruction import count
-from .replay import Modules, Replay
+from .replay import CHANGED, Modules, Replay, autocast_without_cache
 from .terms import ELBOTerms, Term, add_terms, check_reconstruction, check_terms, divergence_of, times
 from .tracing import is_differentiated, is_traced, never_compiled
 
@@ -60,8 +62,7 @@ class Given(NamedTuple):
 
 def check_sampling(n_samples, bound, estimator, chunk) -> tuple[int, int]:
     """`n_samples` and `chunk`, which is no larger."""
-    check_count("n_samples", n_samples)
-    check_count("chunk", chunk)
+    n_samples, chunk = check_count("n_samples", n_samples), check_count("chunk", chunk)
     for name, value, names in (("bound", bound, BOUNDS), ("estimator", estimator, ESTIMATORS)):
         if not isinstance(value, str) or value not in names:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}; got {value!r}")
@@ -76,17 +77,17 @@ def many_samples(
     decoder, x, mu, logvar, beta, *, posterior, prior, weighting, reduction, generator, monitor, bound, **options
 ) -> ELBOTerms:
     """`elbo` of several samples, or by another bound. The arguments come as the user gave them, but for `check_sampling`'s."""
-    recon_reduction, kl_reduction = check_terms(mu, logvar, None, posterior, prior, weighting, reduction, monitor)
     weighted = bound == "iwae"
+    call, given, prior = prepared(
+        decoder, x, mu, logvar, beta if weighted else 1.0, posterior=posterior, prior=prior, bound=bound, generator=generator,
+        **options,
+    )  # fmt: skip
+    recon_reduction, kl_reduction = check_terms(mu, logvar, None, posterior, prior, weighting, reduction, monitor)
     if weighted:
         if weighting is not None:
             raise ValueError("weighting is for the KL of bound='elbo': bound='iwae' has each sample's log densities instead")
         if recon_reduction == "mean" or recon_reduction != kl_reduction:
             raise ValueError(f"reduction must be 'sum', 'batchmean' or 'none' for bound='iwae', got {reduction!r}")
-    call, given, prior = prepared(
-        decoder, x, mu, logvar, beta if weighted else 1.0, posterior=posterior, prior=prior, bound=bound, generator=generator,
-        **options,
-    )  # fmt: skip
     with torch.set_grad_enabled(torch.is_grad_enabled() and not weighted):
         kl, kl_term, statistics = divergence_of(
             given.mu, given.second, 1.0 if weighted else beta, call.posterior, prior, weighting, kl_reduction, monitor
@@ -133,27 +134,40 @@ def _estimate(call: Call, given: Given, generator: torch.Generator | None) -> tu
     eager = not is_traced(*given)
     if call.estimator == "dreg" and not eager:
         raise RuntimeError("estimator 'dreg' scales gradients in backward: it can be neither compiled nor transformed")
-    held = None if call.estimator == "standard" else Held()
-    run = None
-    if eager and len(call.chunks) > 1 and torch.is_grad_enabled() and not _has_other_inputs(call, given):
+    helds = [None if call.estimator == "standard" else Held() for _ in call.chunks]
+    run = leaves = None
+    several = eager and len(call.chunks) > 1 and torch.is_grad_enabled()
+    if several and not _has_other_inputs(call, given):
+        if given.mu.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a CUDA graph cannot go back to earlier random states: capture elbo with chunk=n_samples")
         run = Run(Replay(given.mu, generator), Modules(call.decoder))
-    leaves, rows, recon, term = _first_chunk(call, given, generator, held, run)
-    rows, recon = [rows], [recon]
-    with torch.set_grad_enabled(torch.is_grad_enabled() and leaves is None):
-        for where in call.chunks[1:]:
-            z, log_q, log_p = _sample(call, given, where, generator, held)
-            found = _score(call, given, where, call.decoder(z), log_q, log_p)
-            rows.append(found[0])
-            recon.append(found[1].sum(0))
-            del z, log_q, log_p, found
-        rows, recon = torch.cat(rows), torch.stack(recon).sum(0) / call.n_samples
+    with autocast_without_cache(given.mu.device.type) if eager else contextlib.nullcontext():
+        leaves, rows, recon, term = _first_chunk(call, given, generator, helds[0], run)
+        if several and leaves is None:
+            warnings.warn(GRAPHS_KEPT, stacklevel=4)
+        rows, recon = [rows], [recon]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and leaves is None):
+            for where, held in list(zip(call.chunks, helds, strict=True))[1:]:
+                z, log_q, log_p = _sample(call, given, where, generator, held)
+                found = _score(call, given, where, call.decoder(z), log_q, log_p)
+                rows.append(found[0])
+                recon.append(found[1].sum(0))
+                del z, log_q, log_p, found
+    rows, recon = torch.cat(rows), torch.stack(recon).sum(0) / call.n_samples
     if leaves is not None:
-        value = Samples.apply(call, run, rows, *given, *leaves)
-    else:
-        value = _combined(call, rows)
-        if call.estimator == "dreg":
-            held.scale = _scale_to_encoder(rows, given.beta)
-    return value, recon, term
+        return Samples.apply(call, run, rows, *given, *leaves), recon, term
+    if call.estimator == "dreg":
+        scale = _scale_to_encoder(rows, given.beta)
+        for where, held in zip(call.chunks, helds, strict=True):
+            held.scale = scale[where].flatten()
+    return _combined(call, rows), recon, term
+
+
+GRAPHS_KEPT = (
+    "fastelbo.elbo keeps the graphs of all samples, so memory grows with n_samples: decoder, noise or likelihood want gradients"
+    " by a tensor that is computed elsewhere or has hooks, or the decoder has an autograd Function written in Python, or is"
+    " sharded. chunk=n_samples does the same in one call"
+)
 
 
 def _has_other_inputs(call: Call, given: Given) -> bool:
@@ -181,7 +195,7 @@ def _first_chunk(call: Call, given: Given, generator, held: Held | None, run: Ru
     prediction = call.decoder(z)
     leaves = _leaves(prediction, edge)
     if leaves is not None:
-        run.modules.check(_outputs(prediction), edge.node)
+        run.modules.first_run(_outputs(prediction), edge.node)
     with torch.set_grad_enabled(leaves is None):
         rows, recon, term = _score(call, given, where, prediction, log_q, log_p)
     return leaves, rows, recon.sum(0), term
@@ -205,17 +219,18 @@ def _with_edge(z: Tensor):
     return z, torch.autograd.graph.get_gradient_edge(z)
 
 
-def _outputs(prediction) -> list[Tensor]:
-    """What of a decoder's output has a graph."""
+def _outputs(prediction, leaf: bool = False) -> list[Tensor]:
+    """What of a decoder's output has a graph; or what is a leaf of one, as a scale that is learned by itself."""
     values = prediction if isinstance(prediction, tuple | list) else [prediction]
-    return [t for t in values if isinstance(t, Tensor) and t.requires_grad]
+    return [t for t in values if isinstance(t, Tensor) and t.requires_grad and t.is_leaf == leaf]
 
 
 def _leaves(prediction, edge) -> list[Tensor] | None:
-    outputs = _outputs(prediction)
-    if any(t.is_leaf for t in outputs):  # nothing was computed: the graph is not the decoder's
+    own = _outputs(prediction, leaf=True)
+    found = decoder_leaves(_outputs(prediction), edge, rebuilt=True)
+    if found is None or any(leaf._backward_hooks for leaf in own):
         return None
-    return decoder_leaves(outputs, edge, rebuilt=True)
+    return list({id(leaf): leaf for leaf in (*found, *own)}.values())
 
 
 def _score(
@@ -241,7 +256,7 @@ def _score(
         )
 
     term = term_of(0)
-    kl = torch.zeros(rows, device=given.x.device) if log_q is None else log_q - log_p
+    kl = torch.zeros(rows, dtype=torch.float32, device=given.x.device) if log_q is None else log_q - log_p
     weighted = times(given.beta, kl)
     if samples == 1 or term.row is not None:
         whole = term if samples == 1 else term._replace(parameters=values)
@@ -304,11 +319,9 @@ class Samples(torch.autograd.Function):
                 "a tensor that the decoder of fastelbo.elbo uses was given a hook after the call, which would run for every"
                 " chunk: register it before, or pass chunk=n_samples"
             )
+        ctx.run.modules.second_run()
         if any(leaf._version != version for leaf, version in zip(leaves, ctx.versions, strict=True)):
-            raise RuntimeError(
-                "a tensor that the decoder of fastelbo.elbo uses was written to between the call and its backward pass, which"
-                " runs the decoder again: step the optimizer afterwards, or pass chunk=n_samples"
-            )
+            raise RuntimeError(CHANGED)
         rows, *saved = ctx.saved_tensors
         _, _, _, *needs = ctx.needs_input_grad
         given = Given(*(n if t is None else t for t, n in zip(saved, ctx.numbers, strict=True)))
@@ -320,10 +333,11 @@ class Samples(torch.autograd.Function):
             factors = (upstream / call.n_samples).expand_as(rows)
         scale = _scale_to_encoder(rows, given.beta) if call.estimator == "dreg" else None
         totals = [None] * len(wrt)
-        with ctx.run.replay.again() as generator, ctx.run.modules.statistics_held(), torch.enable_grad():
+        replay, modules = ctx.run
+        with replay.again(), modules.statistics_held(), torch.enable_grad():
             for where in call.chunks:
                 held = None if call.estimator == "standard" else Held(None if scale is None else scale[where].flatten())
-                found = _differentiated(call, aliases, where, factors[where], held, generator, leaves, wrt)
+                found = _differentiated(call, aliases, where, factors[where], held, replay.generator, leaves, wrt)
                 totals = [_sum(*pair) for pair in zip(totals, found, strict=True)]
                 del found
         found = iter([t if t is None else t.to(value.dtype) for t, value in zip(totals, wrt, strict=True)])
@@ -343,8 +357,8 @@ def _differentiated(call: Call, given: Given, where: slice, factors, held, gener
     found = _leaves(prediction, edge)
     if found is None or not {id(leaf) for leaf in found} <= {id(leaf) for leaf in leaves}:
         raise RuntimeError(
-            "the decoder of fastelbo.elbo uses a tensor now that its first sample did not use: it must use the same at every"
-            " call, or chunk=n_samples be passed, which runs it once"
+            "the decoder of fastelbo.elbo uses a tensor now that its first sample did not use, or one that was computed before"
+            " and kept: it must use the same at every call, or chunk=n_samples be passed, which runs it once"
         )
     rows, _, _ = _score(call, given, where, prediction, log_q, log_p, factors)
     if not rows.requires_grad:
@@ -421,11 +435,12 @@ def log_likelihood(
     )  # fmt: skip
     chunks = call.chunks
     if progress:
-        chunks = _tqdm()(chunks)
+        chunks = _tqdm()(chunks, unit="chunk")
     total = squares = None  # logarithms of the sums of the weights and of their squares
     for where in chunks:
-        z, log_q, log_p = _sample(call, given, where, generator, None)
-        rows, _, _ = _score(call, given, where, decoder(z), log_q, log_p)
+        with contextlib.nullcontext() if is_traced(*given) else autocast_without_cache(given.mu.device.type):
+            z, log_q, log_p = _sample(call, given, where, generator, None)
+            rows, _, _ = _score(call, given, where, decoder(z), log_q, log_p)
         log_w = -rows.double()
         sums = torch.logsumexp(log_w, 0), torch.logsumexp(2 * log_w, 0)
         total, squares = sums if total is None else (torch.logaddexp(total, sums[0]), torch.logaddexp(squares, sums[1]))

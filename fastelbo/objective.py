@@ -161,17 +161,18 @@ def elbo(
     of K = `n_samples`, and `recon` and `kl` are the ELBO's terms of the same samples, which show how much tighter it is,
     without gradient. Memory does not grow with `n_samples`: `chunk` samples at a time go through the decoder, in forward
     without a graph, and again in backward, as under `torch.utils.checkpoint`, with the same dropout masks. Running statistics
-    of batch normalizations move in forward alone; of a decoder whose call changes something else, an error says so. With
-    `chunk=n_samples` it runs once, and its graph is kept.
+    of batch normalizations move in forward alone; where the decoder's call changes another buffer of a module to which it
+    refers, an error says so. Of random numbers, those of Torch's own generators and of `generator` are had again. With
+    `chunk=n_samples` the decoder runs once, and its graph is kept.
 
     The decoder's own graph is released with the backward pass. To use something else from inside it in another loss, or to
     differentiate twice, compose `sample_kl`, the decoder and `loss(..., kl=kl)`; that is also what happens here, with the
     same results, under `torch.compile` and `torch.func`, with a likelihood of several parameters, another posterior or prior, a
     weighting, weights or a monitor, and where the decoder uses a tensor that is neither a leaf nor computed in it, a leaf with
     hooks or one that the encoder uses too, or an autograd Function written in Python, as reentrant checkpoints and FSDP do.
-    With several samples, the graphs of all are kept where that is so: under `torch.compile` and `torch.func`, with `eps` that
-    requires grad, and where the decoder uses such tensors or Functions; weights that it shares with the encoder are no such
-    tensors then, and compiled modules no such Functions.
+    Where the graph of several samples cannot be built again, all of it is kept: under `torch.compile` and `torch.func`, and,
+    with a warning, where `eps` requires grad or the decoder uses such tensors or Functions; weights that it shares with the
+    encoder, and compiled modules, are no such ones.
 
     Args:
         decoder: a module, bound method or function from z, of the shape of `mu`, to `recon_x`: a prediction of the shape of
@@ -183,9 +184,10 @@ def elbo(
         bound: `"elbo"`, or `"iwae"`, which takes no `weighting` and the reductions `"sum"`, `"batchmean"` and `"none"`.
         estimator: of the gradient of `"iwae"`. `"standard"`: the derivative of the loss. `"stl"`: sticking the landing (Roeder
             et al., 2017): of log q, only what comes by way of z; biased for K > 1. `"dreg"`: doubly reparameterized (Tucker et
-            al., 2019): without bias, and its signal does not fade as K grows. Where q is the posterior, these two have no
-            variance.
-        chunk: samples that go through the decoder at a time, as `[chunk * B, ...]`: more is faster, in more memory.
+            al., 2019): without bias, and its signal does not fade as K grows. Where q is the posterior, the encoder's
+            gradients by these two are 0 for all noise. They have no second derivatives, and `"dreg"` cannot be compiled.
+        chunk: samples that go through the decoder at a time, as `[chunk * B, ...]`: more is faster, in more memory. It has a
+            part in which noise and masks are drawn for a seed, and a batch normalization sees a whole chunk.
 
     Returns:
         `ELBOTerms(loss, recon, kl)`, as `loss`.
@@ -198,14 +200,13 @@ def elbo(
     """
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
-    if (n_samples, bound, estimator, chunk) != (1, "elbo", "standard", 1):
-        n_samples, chunk = check_sampling(n_samples, bound, estimator, chunk)
-        if n_samples > 1 or bound != "elbo":
-            return many_samples(
-                decoder, x, mu, logvar, beta, likelihood=likelihood, posterior=posterior, prior=prior, weighting=weighting,
-                weight=weight, reduction=reduction, eps=eps, generator=generator, scale=scale, target_scale=target_scale,
-                monitor=monitor, n_samples=n_samples, bound=bound, estimator=estimator, chunk=chunk,
-            )  # fmt: skip
+    n_samples, chunk = check_sampling(n_samples, bound, estimator, chunk)
+    if n_samples > 1 or bound != "elbo":
+        return many_samples(
+            decoder, x, mu, logvar, beta, likelihood=likelihood, posterior=posterior, prior=prior, weighting=weighting,
+            weight=weight, reduction=reduction, eps=eps, generator=generator, scale=scale, target_scale=target_scale,
+            monitor=monitor, n_samples=n_samples, bound=bound, estimator=estimator, chunk=chunk,
+        )  # fmt: skip
     if not _is_plain(None, mu, beta, likelihood, posterior, prior, weighting, weight, scale, monitor):
         return _composed(
             decoder, x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, reduction, eps, generator, scale,

@@ -4,67 +4,87 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from types import CodeType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .graph import graph_nodes
 
 
+@contextlib.contextmanager
+def autocast_without_cache(kind: str) -> Iterator[None]:
+    """Autocast as it is, but each use of a weight casts it: a cast that is kept belongs to the graph of the run that made it,
+    and one that was made without a graph would have none for whoever comes next."""
+    with contextlib.ExitStack() as stack:
+        for device in {kind, "cpu"}:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False))
+        yield
+
+
 class Replay:
     """The random states and the autocast of this moment, to be had again, as `torch.utils.checkpoint` does it."""
 
-    def __init__(self, like: torch.Tensor, generator: torch.Generator | None) -> None:
+    def __init__(self, like: Tensor, generator: torch.Generator | None) -> None:
         self.kind = like.device.type
         self.cpu_state = torch.get_rng_state()
         self.devices, self.states = get_device_states(like)
-        self.generator = None if generator is None else generator.clone_state()
-        self.autocast = [
-            {
-                "device_type": kind,
-                "enabled": torch.is_autocast_enabled(kind),
-                "dtype": torch.get_autocast_dtype(kind),
-                "cache_enabled": False,  # a cast weight that is kept belongs to the graph of the run that cast it
-            }
-            for kind in {self.kind, "cpu"}
-        ]
+        self.generator, self.state = generator, None if generator is None else generator.get_state()
+        self.autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in {self.kind, "cpu"}}
 
     @contextlib.contextmanager
-    def again(self) -> Iterator[torch.Generator | None]:
-        """Gives the generator of that moment, if there was one. Afterwards all is as it was before."""
+    def again(self) -> Iterator[None]:
+        """Afterwards all is as it was before."""
         with contextlib.ExitStack() as stack:
             kind = {} if self.kind == "cpu" else {"device_type": self.kind}
             stack.enter_context(torch.random.fork_rng(self.devices, **kind))
             torch.set_rng_state(self.cpu_state)
             set_device_states(self.devices, self.states, **kind)
-            for options in self.autocast:
-                stack.enter_context(torch.autocast(**options))
-            yield None if self.generator is None else self.generator.clone_state()
+            if self.generator is not None:
+                stack.callback(self.generator.set_state, self.generator.get_state())
+                self.generator.set_state(self.state)
+            for device, (enabled, dtype) in self.autocast.items():
+                if enabled or torch.is_autocast_enabled(device):  # compiled code would see even that it is switched off twice
+                    stack.enter_context(torch.autocast(device, dtype, enabled=enabled, cache_enabled=False))
+            yield
 
 
 class Modules:
-    """The modules that a decoder consists of, as far as can be seen: it is one, or a method or closure of some."""
+    """The modules that a decoder consists of, as far as can be seen: it is one, or refers to some."""
 
     def __init__(self, decoder: Callable) -> None:
         self.modules = list(dict.fromkeys(module for root in _roots(decoder) for module in root.modules()))
-        self.versions = {
-            f"{type(module).__name__}.{name}": (buffer, buffer._version)
+        self.buffers = [
+            (module, name, buffer, buffer._version)
             for module in self.modules
             if not isinstance(module, _NormBase)
             for name, buffer in module.named_buffers(recurse=False)
             if not buffer.is_inference()
-        }
+        ]
+        self.modes, self.constants = [], []
 
-    def check(self, outputs: Iterable[torch.Tensor], stop) -> None:
-        """Raise, after a first run that ended in `outputs`, for what a second run would change or find changed."""
-        changed = [name for name, (buffer, version) in self.versions.items() if buffer._version != version]
+    def first_run(self, outputs: Iterable[Tensor], stop) -> None:
+        """To be called after a first run that ended in `outputs`: raises for what a second run would change or find changed."""
+        changed = [
+            f"{type(module).__name__}.{name}"
+            for module, name, buffer, version in self.buffers
+            if buffer._version != version or module._buffers.get(name) is not buffer
+        ]
         if changed:
             raise RuntimeError(
                 "decoder must be the same at every call, to be run again in backward, but its call changes"
                 f" {', '.join(changed)}: put it in eval mode, or pass chunk=n_samples, which runs it once"
             )
+        self._check_norms(outputs, stop)
+        self.modes = [(module, module.training) for module in self.modules]
+        fixed = (p for module in self.modules for p in module.parameters(recurse=False) if not p.requires_grad)
+        used = (b for m in self.modules if not (m.training and isinstance(m, _NormBase)) for b in m.buffers(recurse=False))
+        self.constants = [(t, t._version) for t in (*fixed, *used) if not t.is_inference()]
+
+    def _check_norms(self, outputs: Iterable[Tensor], stop) -> None:
         norms = [module for module in self.modules if isinstance(module, _NormBase) and module.track_running_stats]
         if not all(isinstance(module, _BatchNorm) for module in norms):
             return  # an instance normalization's graph has copies of its statistics
@@ -78,6 +98,18 @@ class Modules:
                         " move again, and whose module is out of sight: pass as decoder the module or a method of it, put it in"
                         " eval mode, or pass chunk=n_samples, which runs it once"
                     )
+
+    def second_run(self) -> None:
+        """To be called before a second run: raises for what has been changed since the first one."""
+        for module, training in self.modes:
+            if module.training != training:
+                was, now = ("train", "eval")[not training], ("train", "eval")[not module.training]
+                raise RuntimeError(
+                    f"the decoder of fastelbo.elbo was in {was} mode and is in {now} mode now, in backward, which runs it"
+                    " again: switch afterwards, or pass chunk=n_samples"
+                )
+        if any(t._version != version for t, version in self.constants):
+            raise RuntimeError(CHANGED)
 
     @contextlib.contextmanager
     def statistics_held(self) -> Iterator[None]:
@@ -95,16 +127,49 @@ class Modules:
                 setattr(module, name, value)
 
 
-def _roots(decoder, seen: frozenset = frozenset()) -> Iterator[nn.Module]:
-    """The modules that a callable is, or to which it refers by name."""
-    if isinstance(decoder, nn.Module):
-        yield decoder
-    elif isinstance(decoder, functools.partial):
-        for value in (decoder.func, *decoder.args, *decoder.keywords.values()):
-            yield from _roots(value, seen)
-    elif inspect.ismethod(decoder):
-        yield from _roots(decoder.__self__, seen)
-    elif inspect.isfunction(decoder) and decoder not in seen:
-        found = inspect.getclosurevars(decoder)
-        for value in (*found.nonlocals.values(), *found.globals.values()):
-            yield from _roots(value, seen | {decoder})
+CHANGED = (
+    "a tensor that the decoder of fastelbo.elbo uses was written to between the call and its backward pass, which runs the"
+    " decoder again: step the optimizer afterwards, or pass chunk=n_samples"
+)
+
+# Of what a decoder refers to, how far is looked: from a closure to an object to a list in it, and no longer lists than that.
+DEPTH, LENGTH = 4, 256
+
+
+def _roots(value, depth: int = 0) -> Iterator[nn.Module]:
+    """The modules that something is or refers to."""
+    if isinstance(value, nn.Module):
+        yield value
+        return
+    if depth == DEPTH:
+        return
+    if isinstance(value, functools.partial):
+        found = value.func, *value.args, *value.keywords.values()
+    elif inspect.ismethod(value):
+        found = (value.__self__, value.__func__)
+    elif inspect.isfunction(value):
+        cells = (cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell))
+        found = *cells, *(value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__)
+    elif isinstance(value, list | tuple | set | dict):
+        found = () if len(value) > LENGTH else value.values() if isinstance(value, dict) else value
+    elif inspect.ismodule(value) or inspect.isclass(value) or isinstance(value, Tensor):
+        found = ()
+    else:
+        found = list(vars(value).values()) if hasattr(value, "__dict__") else ()
+    for inner in found:
+        yield from _roots(inner, depth + 1)
+
+
+def _is_filled(cell) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:  # of a name that is assigned later
+        return False
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """What a function and those within it take from outside by name."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributions import NegativeBinomial, Normal, kl_divergence
+from torch.distributions import Bernoulli, NegativeBinomial, Normal, kl_divergence
 
 import fastelbo
 from conftest import BACKEND, DEVICE
@@ -28,7 +28,7 @@ def _one_thread():
 
 
 class Checked:
-    """Stands for an example's `negative_elbo`, and holds each call of it against `plain`, which has the same arguments."""
+    """Stands for an example's objective, and holds each call of it against `plain`, which has the same positional arguments."""
 
     def __init__(self, fused, plain) -> None:
         self.fused, self.plain, self.calls = fused, plain, 0
@@ -36,7 +36,7 @@ class Checked:
 
     def __call__(self, model, x, *arguments, **options):
         twin = copy.deepcopy(model).double()
-        arguments64 = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
+        arguments64 = [doubled(a) for a in arguments]
         truth = self._seeded(self.plain, twin, x, *arguments64)
         terms = self._seeded(self.fused, model, x, *arguments, **options)
         for value, expected in zip(terms, truth, strict=True):
@@ -57,18 +57,24 @@ class Checked:
         return function(*arguments, **options)
 
 
+def doubled(argument):
+    if isinstance(argument, list):
+        return [doubled(a) for a in argument]
+    return argument.double() if isinstance(argument, torch.Tensor) else argument
+
+
 def noise_like(mu):
     """What `fastelbo.elbo` draws for float32 latents with the same seed."""
     zeros = torch.zeros_like(mu, dtype=torch.float32)
     return fastelbo.reparameterize(zeros, zeros).double()
 
 
-def run(monkeypatch, name: str, plain, *options) -> Checked:
+def run(monkeypatch, name: str, plain, *options, objective: str = "negative_elbo") -> Checked:
     """A script from its start to its end."""
     monkeypatch.syspath_prepend(EXAMPLES)
     example = importlib.import_module(name)
-    checked = Checked(example.negative_elbo, plain)
-    monkeypatch.setattr(example, "negative_elbo", checked)
+    checked = Checked(getattr(example, objective), plain)
+    monkeypatch.setattr(example, objective, checked)
     monkeypatch.setattr(sys, "argv", [name, "--device", str(DEVICE), *map(str, options)])
     example.main()
     return checked
@@ -172,27 +178,128 @@ def test_sequences(monkeypatch, capsys):
     assert f"+ KL {kl:.3f}" in reported
 
 
-def plain_hierarchical(model, levels, eps1, eps2, beta=1.0):
+def plain_hierarchical(model, levels, noise, beta=1.0):
     x, batch = levels.double() / 8 - 1, len(levels)
-    q2 = normal(*model.posterior2(x))
-    z2 = q2.mean + q2.stddev * eps2
-    q1, p1 = normal(*model.posterior1(x, z2)), normal(*model.prior1(z2))
-    mean, log_scale = model.decoder(q1.mean + q1.stddev * eps1)
+    d = [x]
+    for up in model.up:
+        d.append(up(d[-1]))
+    q = normal(*model.evidence[-1](d[-1]))
+    z, kl = q.mean + q.stddev * noise[-1], [standard_kl(q).sum() / batch]
+    for i in reversed(range(len(noise) - 1)):
+        below, prior = normal(*model.evidence[i](d[i + 1])), normal(*model.prior[i](z))
+        # The precision-weighted mean and variance of Sonderby et al.
+        weights = torch.stack([below.stddev, prior.stddev]) ** -2
+        mean = (torch.stack([below.mean, prior.mean]) * weights).sum(0) / weights.sum(0)
+        q = Normal(mean, weights.sum(0) ** -0.5)
+        z, kl = q.mean + q.stddev * noise[i], [kl_divergence(q, prior).sum() / batch, *kl]
+    mean, log_scale = model.decoder(z)
     # Between the levels, i/8 - 1, and far below and above them: infinity has no derivative by the scale.
     ends = torch.tensor([-1e3, *((2 * i - 15) / 16 for i in range(16)), 1e3], dtype=torch.float64, device=x.device)
     below, above = (torch.sigmoid((ends[levels.long() + i] - mean) / log_scale.exp()) for i in (0, 1))
     recon = -torch.log(above - below).sum() / batch
-    kl1, kl2 = kl_divergence(q1, p1).sum() / batch, standard_kl(q2).sum() / batch
-    return recon + beta * (kl1 + kl2), recon, kl1, kl2
+    return recon + beta * sum(kl), recon, torch.stack(kl)
 
 
-def test_hierarchical(monkeypatch, capsys):
+@pytest.mark.parametrize("latents", [(16, 8, 4), (6,), (5, 4, 3, 2)])
+def test_hierarchical(monkeypatch, capsys, latents):
     pytest.importorskip("sklearn")
-    checked = run(monkeypatch, "train_hierarchical", plain_hierarchical, "--steps", 20, "--warm-up", 15)
+    options = "--steps", 20, "--warm-up", 15, "--latents", *latents
+    checked = run(monkeypatch, "train_hierarchical", plain_hierarchical, *options)
     assert_fall(checked, 1, 0.05)
     fused, naive = (
         [float(term.split()[-1]) for term in line.split(": ")[1].split(", ")]
         for line in capsys.readouterr().out.splitlines()
         if line.startswith("first batch")
     )
+    assert len(fused) == 2 + len(latents)
     assert fused == pytest.approx(naive, rel=1e-5)
+
+
+def standard_log_density(z):
+    return Normal(torch.zeros_like(z), 1.0).log_prob(z).sum(-1)
+
+
+def plain_iwae(model, x, bound, samples=1, chunk=1, estimator="standard"):
+    x, batch = x.double(), len(x)
+    q = normal(*model.encode(x))
+    counts = [min(chunk, samples - i) for i in range(0, samples, chunk)]
+    z = q.mean + q.stddev * torch.cat([noise_like(q.mean.expand(n, *q.mean.shape)) for n in counts])
+
+    def log_joint(z):
+        log_p = Bernoulli(logits=model.decode(z)).log_prob(x).sum(-1)
+        return log_p, log_p + standard_log_density(z)
+
+    log_p, log_pz = log_joint(z)
+    recon, kl = -log_p.sum() / (samples * batch), standard_kl(q).sum() / batch
+    if bound == "elbo":
+        return recon + kl, recon, kl
+    loss = -(log_pz - q.log_prob(z).sum(-1)).exp().mean(0).log().sum() / batch
+    if estimator != "standard" and torch.is_grad_enabled():
+        # As the papers have it: what reaches the encoder by way of z, of the weights' logarithms, stands there times the
+        # normalized weights (Roeder et al.) or their squares (Tucker et al.). The decoder's gradient is the bound's.
+        leaf, fixed = z.detach().requires_grad_(), Normal(q.mean.detach(), q.stddev.detach())
+        log_w = log_joint(leaf)[1] - fixed.log_prob(leaf).sum(-1)
+        (path,) = torch.autograd.grad(log_w.sum(), leaf, retain_graph=True)
+        shares = log_w.detach().softmax(0)
+        by_z = (shares ** {"stl": 1, "dreg": 2}[estimator]).unsqueeze(-1) * path
+        surrogate = -((by_z * z).sum() + (shares * log_w).sum()) / batch
+        loss = loss.detach() + surrogate - surrogate.detach()
+    return loss, recon.detach(), kl.detach()
+
+
+def exact_log_likelihood(model, x):
+    """log p(x) of a model with two latents, by the rectangle rule on a grid."""
+    line = torch.linspace(-7, 7, 281, dtype=torch.float64, device=x.device)
+    z, area = torch.cartesian_prod(line, line), (line[1] - line[0]) ** 2
+    logits = model.decode(z)
+    log_p = logits @ x.double().T - F.softplus(logits).sum(1, keepdim=True)
+    return (log_p + standard_log_density(z).unsqueeze(1) + area.log()).logsumexp(0)
+
+
+@pytest.mark.parametrize("estimator", ["standard", "stl", "dreg"])
+def test_iwae(monkeypatch, capsys, estimator):
+    pytest.importorskip("sklearn")
+    options = "--samples", 7, "--chunk", 3, "--estimator", estimator, "--steps", 40, "--batch-size", 32, "--latent", 2
+    evaluation = "--learning-rate", 5e-3, "--evaluation-samples", 500
+    checked = run(monkeypatch, "train_iwae", plain_iwae, *options, *evaluation, objective="negative_bound")
+    assert_fall(checked, 2, 0.2)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    x = sys.modules["digits"].black_and_white(DEVICE)[1]
+    for (name, *columns), model in zip(rows, checked.losses, strict=True):
+        elbo, bound, log_p, _, error, active, _ = (float(c.replace("+-", "0")) for c in columns)
+        with torch.no_grad():
+            exact = exact_log_likelihood(model.double(), x).mean().item()
+            means, _ = model.encode(x.double())
+        assert elbo < bound < exact, name
+        assert 0 < error < 0.02 and abs(log_p - exact) < 5 * error, f"{name}: {log_p} +- {error}, and not {exact}"
+        assert active == (means.var(0) > 0.01).sum()
+
+
+def plain_flow(model, x):
+    x = x.double()
+    features = model.encoder(x)
+    q = normal(model.to_mu(features), model.to_logvar(features))
+    z0 = q.mean + q.stddev * noise_like(q.mean)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda z, f: model.flow(z[None], f[None])[0][0]))(z0, features)
+    log_q = q.log_prob(z0).sum(1) - torch.linalg.slogdet(jacobian).logabsdet
+    z, _ = model.flow(z0, features)
+    recon, kl = -Bernoulli(logits=model.decode(z)).log_prob(x).sum(1), log_q - standard_log_density(z)
+    return (recon + kl).mean(), recon.mean(), kl.mean()
+
+
+@pytest.mark.parametrize("latent", [2, 5])
+def test_flow(monkeypatch, capsys, latent):
+    pytest.importorskip("sklearn")
+    options = "--steps", 30, "--batch-size", 32, "--learning-rate", 5e-3, "--flow-layers", 0, 3, "--latent", latent
+    checked = run(monkeypatch, "train_flow", plain_flow, *options, "--evaluation-samples", 500)
+    assert_fall(checked, 2, 0.2)
+    rows = [[float(c) for c in line.split()] for line in capsys.readouterr().out.splitlines()[-2:]]
+    x = sys.modules["digits"].black_and_white(DEVICE)[1]
+    for (layers, elbo, recon, kl, log_p, _), model in zip(rows, checked.losses, strict=True):
+        assert layers == len(model.flow.couplings)
+        assert elbo == pytest.approx(-recon - kl, abs=0.002)
+        assert elbo < log_p
+        if latent == 2:
+            with torch.no_grad():
+                exact = exact_log_likelihood(model.double(), x).mean().item()
+            assert log_p == pytest.approx(exact, abs=0.01)

@@ -3,9 +3,11 @@
 That values and gradients are the right ones is in test_truth.py; here they are held against one call with its graph kept.
 """
 
+import contextlib
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -201,6 +203,24 @@ def test_noise_and_dropout_agree(chunk, own_generator, device):
         assert not torch.equal(seen[0][:B], seen[1][:B])  # each sample has its own
 
 
+@pytest.mark.parametrize("default", (False, True))
+def test_a_generator_that_the_decoder_uses_too(default, device):
+    """It goes on from the noise to the decoder, in backward as in forward."""
+    generator = torch.default_generator if default and device.type == "cpu" else torch.Generator(device).manual_seed(1)
+    net, x, (mu, logvar) = network(device), target(device), latents(device)
+
+    def noisy(z):
+        return net(z) + torch.randn(len(z), FEATURES, device=device, generator=generator)
+
+    recorder = Recorder(noisy)
+    loss = iwae(recorder, x, mu, logvar, generator=generator)
+    state = generator.get_state()
+    gradients(loss, mu)
+    assert torch.equal(generator.get_state(), state)
+    for seen in (recorder.inputs, recorder.outputs):
+        assert all(torch.equal(a, b) for a, b in zip(seen[:K], seen[K:], strict=True))
+
+
 def test_gradient_under_dropout(device):
     """Of the very masks that forward drew: those that a loop over the samples draws."""
     net, x, (mu, logvar), eps = network(device, nn.Dropout(0.5)), target(device), latents(device), torch.randn(K, B, LATENT)
@@ -227,14 +247,26 @@ def closures(net):
         def decode(self, z):
             return self.net(z)
 
-    model = Model()
+    class Plain:
+        def __init__(self):
+            self.net = net
+
+        def decode(self, z):
+            return self.net(z)
+
+        __call__ = decode
+
+    model, plain, nets = Model(), Plain(), {"nets": [net]}
     return {
         "module": net,
         "method": model.decode,
         "lambda": lambda z: net(z),
         "lambda over a method": lambda z: model.decode(z),
         "partial": functools.partial(lambda z, other: other(z), other=net),
-        "wrapped": functools.partial(functools.partial(net)),
+        "callable": plain,
+        "method of no module": plain.decode,
+        "lambda over an object": lambda z: next(inner(z) for inner in (plain.decode,)),
+        "lambda over a list": lambda z: nets["nets"][0](z),
     }
 
 
@@ -268,13 +300,14 @@ def test_statistics_of_instance_normalization(device):
 @on_the_host
 def test_statistics_out_of_sight(device):
     class Decoder:
-        def __init__(self):
-            self.net = network(device, nn.BatchNorm1d(16))
+        __slots__ = ("net",)
 
         def __call__(self, z):
             return self.net(z)
 
-    decoder, x, (mu, logvar) = Decoder(), target(device), latents(device)
+    decoder = Decoder()
+    decoder.net = network(device, nn.BatchNorm1d(16))
+    x, (mu, logvar) = target(device), latents(device)
     with pytest.raises(RuntimeError, match=r"batch normalization in training mode .* out of sight"):
         iwae(decoder, x, mu, logvar)
     gradients(iwae(decoder, x, mu, logvar, chunk=K), mu)
@@ -293,6 +326,47 @@ def test_a_decoder_that_changes_itself(device):
     gradients(iwae(net.eval(), x, mu, logvar), mu)
 
 
+class Counter(nn.Module):
+    """Counts its calls in a buffer, in place or not, and multiplies by the count."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("calls", torch.ones(()))
+
+    def forward(self, z):
+        if self.in_place:
+            self.calls += 1
+        else:
+            self.calls = self.calls + 1
+        return self.calls.clone() * z
+
+
+@on_the_host
+@pytest.mark.parametrize("in_place", (False, True))
+def test_a_decoder_that_counts(in_place, device):
+    """Of two modules of one class, the first one changes."""
+    net, x, (mu, logvar) = network(device), target(device), latents(device)
+    counters = nn.ModuleList([Counter(in_place), Counter(in_place)]).to(device)
+    with pytest.raises(RuntimeError, match=r"its call changes Counter\.calls"):
+        iwae(lambda z: counters[0](net(z)), x, mu, logvar)
+
+
+@on_the_host
+def test_a_decoder_that_is_changed_before_backward(device):
+    net, x, (mu, logvar) = network(device, nn.Dropout(0.5)), target(device), latents(device)
+    loss = iwae(net, x, mu, logvar)
+    net.eval()
+    with pytest.raises(RuntimeError, match="was in train mode and is in eval mode now, in backward"):
+        loss.backward()
+    net[0].weight.requires_grad_(False)
+    loss = iwae(net, x, mu, logvar)
+    with torch.no_grad():
+        net[0].weight += 1
+    with pytest.raises(RuntimeError, match="written to between the call and its backward pass"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_autocast(dtype, device):
     """Backward, outside of it, decodes as forward did."""
@@ -305,6 +379,19 @@ def test_autocast(dtype, device):
         results.append([loss, *gradients(loss, mu, logvar, *recorder.parameters())])
     assert {out.dtype for out in recorder.outputs} == {dtype}
     torch.testing.assert_close(*results, rtol=2e-2, atol=1e-2)
+
+
+@on_the_host
+def test_autocast_with_weights_that_were_cast_before(device):
+    """Their casts belong to another graph; and those that are made here are nobody else's."""
+    net, x, (mu, logvar) = network(device), target(device), latents(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        net(mu)
+        loss = iwae(net, x, mu, logvar, reduction="none")
+    assert loss.grad_fn.name() == "SamplesBackward"
+    with torch.autocast(device.type, torch.bfloat16):
+        fastelbo.log_likelihood(net, x, mu, logvar, likelihood="bernoulli_logits", n_samples=2)
+        assert all(g.abs().max() > 0 for g in gradients(net(mu).sum(), *net.parameters()))
 
 
 def test_float16_loss_scale(device):
@@ -348,14 +435,15 @@ def test_gradient_is_computed_once(device, monkeypatch):
 # What the decoder may be made of.
 
 
-def agrees(decoder, device, wrt=(), expected="SamplesBackward", **options):
-    """With its graph rebuilt, and with it kept."""
+def agrees(decoder, device, wrt=(), kept=False, **options):
+    """In two chunks, whose graphs are rebuilt or all `kept`, and in one."""
     x, (mu, logvar), eps = target(device), latents(device), torch.randn(K, B, LATENT, device=device)
     results = []
     for chunk in (2, K):
-        loss = iwae(decoder, x, mu, logvar, eps, chunk=chunk, reduction="none", **options)
-        if chunk == 2:
-            assert loss.grad_fn.name() == expected
+        warned = pytest.warns(UserWarning, match="keeps the graphs") if kept and chunk == 2 else contextlib.nullcontext()
+        with warned:
+            loss = iwae(decoder, x, mu, logvar, eps, chunk=chunk, reduction="none", **options)
+        assert (loss.grad_fn.name() == "SamplesBackward") == (chunk == 2 and not kept)
         upstream = torch.arange(1.0, B + 1, device=device)
         results.append([loss, *gradients(loss, mu, logvar, *wrt, grad_outputs=upstream)])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
@@ -372,22 +460,41 @@ def test_likelihood_that_is_learned(device):
     """Its own tensor is no input of a Function: the graph is kept."""
     ratio = torch.tensor(2.0, device=device, requires_grad=True)
     likelihood, net = fastelbo.likelihoods.BernoulliLogits(ratio), network(device)
-    agrees(net, device, (ratio, *net.parameters()), "RsubBackward1", likelihood=likelihood)
+    agrees(net, device, (ratio, *net.parameters()), kept=True, likelihood=likelihood)
+
+
+@pytest.mark.parametrize("estimator", ("standard", "stl", "dreg"))
+def test_closure_over_features_of_the_encoder(estimator, device):
+    """Their graph belongs to the outer one: it is kept."""
+    net, x, (mu, logvar), eps = network(device), target(device), latents(device), torch.randn(K, B, LATENT, device=device)
+    encoder = torch.randn(FEATURES, device=device, requires_grad=True)
+    features, results = 2 * encoder, []
+    for chunk in (1, 3, K):
+        warned = pytest.warns(UserWarning, match="keeps the graphs") if chunk < K else contextlib.nullcontext()
+        with warned:
+            loss = iwae(lambda z: net(z) + features, x, mu, logvar, eps, chunk=chunk, estimator=estimator)
+        results.append(gradients(loss, mu, logvar, encoder, *net.parameters(), retain_graph=True))
+    torch.testing.assert_close(results[0], results[2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results[1], results[2], rtol=1e-4, atol=1e-5)
 
 
 @on_the_host
-def test_closure_over_features_of_the_encoder(device):
-    """Their graph belongs to the outer one: it is kept."""
-    net, features = network(device), torch.randn(FEATURES, device=device, requires_grad=True)
-    shift = 2 * features
+def test_output_that_is_a_leaf(device):
+    """A scale that is learned by itself."""
+    net, log_scale = network(device), torch.zeros(FEATURES, device=device, requires_grad=True)
+    likelihood = fastelbo.likelihoods.Gaussian("log_scale")
+    agrees(lambda z: (net(z), log_scale), device, (log_scale, *net.parameters()), likelihood=likelihood)
+
+
+@on_the_host
+def test_closure_over_a_name_that_is_assigned_later(device):
+    net = network(device)
 
     def decoder(z):
-        return net(z) + shift
+        return net(z) if z is not None else later
 
-    x, (mu, logvar), eps = target(device), latents(device), torch.randn(K, B, LATENT, device=device)
-    losses = [iwae(decoder, x, mu, logvar, eps, chunk=chunk) for chunk in (1, K)]
-    found = [gradients(loss, mu, features, *net.parameters(), retain_graph=True) for loss in losses]
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    agrees(decoder, device, tuple(net.parameters()))
+    later = None
 
 
 @on_the_host
@@ -448,14 +555,14 @@ def test_function_in_python(device):
             return 2 * gradient
 
     net = network(device)
-    agrees(lambda z: Double.apply(net(z)), device, tuple(net.parameters()), "RsubBackward1")
+    agrees(lambda z: Double.apply(net(z)), device, tuple(net.parameters()), kept=True)
 
 
 @on_the_host
 def test_hooks_on_leaves(device):
     net, seen = network(device), []
     net[0].weight.register_hook(seen.append)
-    agrees(net, device, tuple(net.parameters()), "RsubBackward1")
+    agrees(net, device, tuple(net.parameters()), kept=True)
     assert len(seen) == 2  # once a backward pass
     late, x, (mu, logvar) = network(device), target(device), latents(device)
     loss = iwae(late, x, mu, logvar)
@@ -552,8 +659,9 @@ def test_any_input_alone(needs, device):
 def test_noise_that_requires_grad(device):
     net, x, (mu, logvar) = network(device), target(device), latents(device)
     eps = torch.randn(K, B, LATENT, device=device, requires_grad=True)
-    results = [gradients(iwae(net, x, mu, logvar, eps, chunk=chunk), eps, mu) for chunk in (1, K)]
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    with pytest.warns(UserWarning, match="keeps the graphs of all samples"):
+        losses = [iwae(net, x, mu, logvar, eps, chunk=chunk) for chunk in (1, K)]
+    torch.testing.assert_close(*(gradients(loss, eps, mu) for loss in losses), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", ({"bound": "elbo"}, {}, {"estimator": "stl"}), ids=str)
@@ -630,6 +738,23 @@ def test_progress_bar(device, capsys):
     assert "3/3" in capsys.readouterr().err
 
 
+def test_dtypes(device):
+    net, x, (mu, logvar) = network(device), target(device), latents(device)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for bound in ("elbo", "iwae"):
+            terms = fastelbo.elbo(net, x, mu, logvar, likelihood="mse", bound=bound, n_samples=2)
+            assert {t.dtype for t in terms} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    found = fastelbo.sample_log_ratio(mu, logvar, flow=lambda z: (2 * z.double(), z.sum(1)))
+    assert found.log_q.dtype == found.log_p.dtype == torch.float64
+    torch.testing.assert_close(found.log_p, torch.distributions.Normal(0.0, 1.0).log_prob(found.z).sum(1))
+    options = {"likelihood": "mse", "bound": "iwae", "n_samples": np.int64(2)}
+    loss = fastelbo.elbo(lambda z: net(z.float()), x, mu.double(), logvar, **options).loss
+    assert loss.dtype == torch.float64
+
+
 def test_sample_log_ratio_draws_as_reparameterize(device):
     mu, logvar = latents(device)
     torch.manual_seed(5)
@@ -652,6 +777,7 @@ def test_sample_log_ratio_draws_as_reparameterize(device):
     (
         ({"n_samples": 0}, ValueError, "n_samples must be at least 1, got 0"),
         ({"n_samples": 2.0}, TypeError, "n_samples must be an integer, got float"),
+        ({"n_samples": 1.0, "bound": "elbo"}, TypeError, "n_samples must be an integer, got float"),
         ({"chunk": 0}, ValueError, "chunk must be at least 1, got 0"),
         ({"chunk": True}, TypeError, "chunk must be an integer, got bool"),
         ({"bound": "vae"}, ValueError, "bound must be one of 'elbo', 'iwae'; got 'vae'"),
