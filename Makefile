@@ -1,4 +1,4 @@
-# Everything sets itself up: `make demo` and `make test` need Python 3.10 or newer, and nothing else.
+# Everything sets itself up: `make demo`, `make demo-iwae` and `make test` need Python 3.10 or newer, and nothing else.
 #
 # They install into VENV, with the torch that TORCH pins: `make demo TORCH=torch==2.12.0` takes another. To use an environment
 # that has torch and triton already, leave it empty: `make demo TORCH= PYTHON=path/to/python` installs the rest into that one.
@@ -16,10 +16,13 @@ RUN := $(PYTHON)
 READY := own
 endif
 
-.PHONY: demo test test-torch test-triton lint test-integrations bench budget gpu own clean
+.PHONY: demo demo-iwae test test-torch test-triton lint test-integrations bench budget gpu own clean
 
 demo: $(READY)
 	$(RUN) examples/train_digits.py
+
+demo-iwae: $(READY)
+	$(RUN) examples/train_iwae.py
 
 # Both backends pass the same tests, side by side: Torch, and Triton through its interpreter, which a process chooses before it
 # imports triton.
