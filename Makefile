@@ -16,7 +16,7 @@ RUN := $(PYTHON)
 READY := own
 endif
 
-.PHONY: demo demo-iwae test test-torch test-triton lint test-integrations bench budget gpu own clean
+.PHONY: demo demo-iwae test test-torch test-triton test-triton-a-l test-triton-m-z lint test-integrations bench budget gpu own clean
 
 demo: $(READY)
 	$(RUN) examples/train_digits.py
@@ -32,8 +32,11 @@ test: lint
 test-torch: $(READY)
 	$(RUN) -m pytest
 
-test-triton: $(READY)
-	TRITON_INTERPRET=1 FASTELBO_BACKEND=triton $(RUN) -m pytest
+# In two parts, since the interpreter takes twice as long as Torch.
+test-triton: test-triton-a-l test-triton-m-z
+
+test-triton-a-l test-triton-m-z: test-triton-%: $(READY)
+	TRITON_INTERPRET=1 FASTELBO_BACKEND=triton $(RUN) -m pytest tests/test_[$*]*.py
 
 lint: $(READY)
 	$(RUN) -m ruff check .
