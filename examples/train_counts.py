@@ -22,6 +22,7 @@ import argparse
 from typing import NamedTuple
 
 import torch
+from options import make_parser
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
@@ -128,17 +129,12 @@ def true_nats(cells: Cells) -> Tensor:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, steps=1500, batch_size=128, learning_rate=3e-3)
     parser.add_argument("--likelihood", nargs="+", choices=LIKELIHOODS, default=LIKELIHOODS, help="which to train, in turn")
     parser.add_argument("--cells", type=int, default=4000, help="a fifth of which is held out")
     parser.add_argument("--genes", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--warm-up", type=int, default=500, help="steps in which beta rises from 0 to 1")
-    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--latent", type=int, default=8, help="dimensions of z")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
 

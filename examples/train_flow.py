@@ -20,6 +20,7 @@ from functools import partial
 
 import torch
 from digits import VAE, black_and_white
+from options import make_parser
 from torch import Tensor, nn
 
 import fastelbo
@@ -103,15 +104,10 @@ def report(options: argparse.Namespace, layers: int, model: FlowVAE, x: Tensor, 
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, steps=2000, batch_size=64, learning_rate=1e-3)
     parser.add_argument("--flow-layers", type=int, nargs="+", default=[0, 4], help="couplings of each model, trained in turn")
     parser.add_argument("--evaluation-samples", type=int, default=500, help="of each held-out digit")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--latent", type=int, default=16, help="dimensions of z, at least 2")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
 

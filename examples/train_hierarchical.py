@@ -23,6 +23,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from options import make_parser
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, Normal, SigmoidTransform, TransformedDistribution, Uniform, kl_divergence
@@ -161,14 +162,9 @@ def report(model: LadderVAE, digits: Tensor) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser = make_parser(__doc__, steps=2000, batch_size=128, learning_rate=1e-3)
     parser.add_argument("--warm-up", type=int, default=1000, help="steps in which beta rises from 0 to 1")
-    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--latents", type=int, nargs="+", default=[16, 8, 4], help="dimensions of z_1, z_2, ...")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
 

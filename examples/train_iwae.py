@@ -19,6 +19,7 @@ import time
 
 import torch
 from digits import VAE, black_and_white
+from options import make_parser
 from torch import Tensor
 
 import fastelbo
@@ -69,17 +70,12 @@ def report(options: argparse.Namespace, name: str, model: VAE, x: Tensor, second
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, steps=1500, batch_size=64, learning_rate=1e-3)
     parser.add_argument("--samples", type=int, default=50, help="K")
     parser.add_argument("--estimator", choices=ESTIMATORS, default="dreg", help="of the gradients: see fastelbo.elbo")
     parser.add_argument("--chunk", type=int, default=10, help="samples in one call of the decoder")
     parser.add_argument("--evaluation-samples", type=int, default=5000, help="of each held-out digit, for log p(x)")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--latent", type=int, default=16, help="dimensions of z")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
 

@@ -17,6 +17,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from options import make_parser
 from torch import Tensor, nn
 
 import fastelbo
@@ -125,15 +126,10 @@ def report(remedy: str, model: SequenceVAE, text: Tensor) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, steps=320, batch_size=64, learning_rate=3e-3)
     parser.add_argument("--remedy", nargs="+", choices=REMEDIES, default=REMEDIES, help="which to train, in turn")
     parser.add_argument("--free-bits", type=float, default=0.5, help="nats for each dimension of z")
-    parser.add_argument("--steps", type=int, default=320)
-    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--latent", type=int, default=8, help="dimensions of z")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
 

@@ -15,6 +15,7 @@ import argparse
 
 import torch
 from digits import VAE, digits
+from options import make_parser
 from torch import Tensor, nn
 
 import fastelbo
@@ -94,14 +95,9 @@ def report(kind: str, model: SigmaVAE, images: Tensor, held_out: Tensor) -> None
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, steps=1500, batch_size=128, learning_rate=1e-3)
     parser.add_argument("--sigma", nargs="+", choices=LIKELIHOODS, default=list(LIKELIHOODS), help="which to train, in turn")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--latent", type=int, default=16, help="dimensions of z")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
 
