@@ -1,5 +1,6 @@
 """Checks of what users pass: every error names the argument, what came and what was expected."""
 
+import operator
 from math import nan
 from numbers import Real
 
@@ -73,6 +74,31 @@ def check_generator(generator, mu: Tensor) -> None:
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if generator.device != mu.device:
         raise ValueError(f"generator must be on the device of mu: got {generator.device} and {mu.device}")
+
+
+def check_noise(eps, generator, mu: Tensor, n_samples: int | None = None) -> None:
+    """Noise that is given: of the shape of `mu`, or behind a dimension of several samples."""
+    if generator is not None:
+        raise ValueError("give eps or generator, not both")
+    check_prediction("eps", eps)
+    if n_samples is None:
+        check_alike("eps", eps, "mu", mu)
+        return
+    if eps.shape != (n_samples, *mu.shape):
+        raise ValueError(
+            f"eps must have the shape of mu behind a dimension of n_samples: got {tuple(eps.shape)}"
+            f" and not {(n_samples, *mu.shape)}"
+        )
+    check_device("eps", eps, "mu", mu)
+
+
+def check_count(name: str, value) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    value = operator.index(value)
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
 
 
 def check_batch(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

@@ -4,7 +4,6 @@ On a GPU one kernel each way. Elsewhere, and where calls are traced or transform
 """
 
 import math
-import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from . import formula, posteriors, torch_backend
-from .arguments import check_alike, check_device, check_prediction
+from .arguments import check_alike, check_count, check_noise, check_prediction
 from .backend import backend_for
 from .posteriors import Posterior, Prior, check_gaussian, check_prior, result_dtype
 from .sampling import draw
@@ -68,7 +67,7 @@ def sample_log_ratio(
         raise TypeError(f"flow must be callable, got {type(flow).__name__}")
     count = 1 if n_samples is None else check_count("n_samples", n_samples)
     if eps is not None:
-        check_noise(eps, mu, n_samples, generator)
+        check_noise(eps, generator, mu, n_samples)
     noise = draw_rows(mu, second, count, eps, generator)
     z, log_q, log_p = log_ratio(mu, second, posterior, prior, noise, count)
     if flow is not None:
@@ -79,31 +78,6 @@ def sample_log_ratio(
     if n_samples is None:
         return SampleLogRatio(z, log_q, log_p)
     return SampleLogRatio(*(t.unflatten(0, (count, len(mu))) for t in (z, log_q, log_p)))
-
-
-def check_count(name: str, value) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    value = operator.index(value)
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
-
-
-def check_noise(eps, mu: Tensor, n_samples: int | None, generator) -> None:
-    """Noise for several samples: `[n_samples, *mu.shape]`; for None of the shape of `mu`."""
-    if generator is not None:
-        raise ValueError("give eps or generator, not both")
-    check_prediction("eps", eps)
-    if n_samples is None:
-        check_alike("eps", eps, "mu", mu)
-        return
-    if eps.shape != (n_samples, *mu.shape):
-        raise ValueError(
-            f"eps must have the shape of mu behind a dimension of n_samples: got {tuple(eps.shape)}"
-            f" and not {(n_samples, *mu.shape)}"
-        )
-    check_device("eps", eps, "mu", mu)
 
 
 def _check_flow(found, z0: Tensor) -> tuple[Tensor, Tensor]:

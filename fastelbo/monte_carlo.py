@@ -14,10 +14,20 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .arguments import check_batch, check_device, check_generator, check_number, check_real, check_target, find_likelihood
+from .arguments import (
+    check_batch,
+    check_count,
+    check_device,
+    check_generator,
+    check_noise,
+    check_number,
+    check_real,
+    check_target,
+    find_likelihood,
+)
 from .graph import decoder_leaves
 from .likelihoods import Gaussian, Likelihood
-from .log_ratio import Held, check_count, check_noise, draw_rows, log_ratio
+from .log_ratio import Held, draw_rows, log_ratio
 from .posteriors import Posterior, Prior, check_gaussian, check_prior, result_dtype
 from .reconstruction import count
 from .replay import CHANGED, Modules, Replay, autocast_without_cache
@@ -123,7 +133,7 @@ def prepared(
     check_batch("x", x, "mu", mu)
     check_generator(generator, mu)
     if eps is not None:
-        check_noise(eps, mu, n_samples, generator)
+        check_noise(eps, generator, mu, n_samples)
     prior_mu, prior_second, prior_parameter = prior or (None, None, None)
     call = Call(decoder, n_samples, chunk, bound, estimator, posterior, prior_parameter, likelihood, target_scale)
     return call, Given(mu, second, prior_mu, prior_second, x, weight, scale, beta, eps), prior

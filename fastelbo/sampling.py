@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from . import traced
-from .arguments import check_alike, check_generator, check_latents, check_prediction, check_reduction, factor_of
+from .arguments import check_generator, check_latents, check_noise, check_reduction, factor_of
 from .autograd import Sample, sample_forward
 from .backend import backend_for
 from .divergence import KINDS, Reduced, reduced
@@ -97,10 +97,7 @@ def sample_kl(
 def draw(mu: Tensor, logvar: Tensor, eps: Tensor | None, generator: torch.Generator | None, *, formula: bool = False) -> Tensor:
     """The noise of a call, in whatever form the backend keeps it; the normals themselves if a formula will take them."""
     if eps is not None:
-        if generator is not None:
-            raise ValueError("give eps or generator, not both")
-        check_prediction("eps", eps)
-        check_alike("eps", eps, "mu", mu)
+        check_noise(eps, generator, mu)
         return eps
     check_generator(generator, mu)
     if formula:

@@ -8,6 +8,7 @@ import torch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.set_num_threads(1)  # tensors are small here, and a second thread waits for the process that tests the other backend
 BACKEND = os.environ.get("FASTELBO_BACKEND") or ("triton" if DEVICE.type == "cuda" else "torch")
+INTERPRETED = BACKEND == "triton" and DEVICE.type == "cpu"
 
 
 @pytest.fixture

@@ -12,19 +12,10 @@ import torch.nn.functional as F
 from torch.distributions import Bernoulli, NegativeBinomial, Normal, kl_divergence
 
 import fastelbo
-from conftest import BACKEND, DEVICE
+from conftest import DEVICE, INTERPRETED
 
-pytestmark = pytest.mark.skipif(BACKEND == "triton" and DEVICE.type == "cpu", reason="interpreted kernels take too long")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels take too long")
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors so small gain nothing from a second, which costs much where other processes want the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Checked:

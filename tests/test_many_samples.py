@@ -16,13 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 import fastelbo
 from bench.measure import peak_bytes
-from conftest import BACKEND, DEVICE
+from conftest import INTERPRETED
 from likelihood_cases import CASES
 from support import ContiguousWhenUnpacked, gradients
 
 B, LATENT, FEATURES, K = 3, 4, 10, 4
 
-INTERPRETED = BACKEND == "triton" and DEVICE.type == "cpu"
 # Some of the likelihoods: one that the loss kernel computes, and one or two of each kernel that takes a sample at a time.
 SOME = ("poisson_log", "gaussian, logvar", "negative_binomial", "categorical", "pos_weight of features")
 on_the_host = pytest.mark.skipif(INTERPRETED, reason="what it is about is the same for both backends, and Torch's is faster")

@@ -8,12 +8,11 @@ from torch.distributions import MultivariateNormal, Normal
 from torch.distributions import kl_divergence as torch_kl
 
 import fastelbo
-from conftest import BACKEND
+from conftest import INTERPRETED
 from ppca import PPCA, make_ppca, maximization, maximum_likelihood, relative_variance, sigma_points
 from support import gradients
 
 # The interpreter runs a program for each sample of each datum, in 10 ms or so.
-INTERPRETED = BACKEND == "triton" and not torch.cuda.is_available()
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="takes too many samples to interpret")
 
 B, LATENT, FEATURES = 3, 2, 5
