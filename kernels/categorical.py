@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .launch import FINISH, INTERPRETED, MANY_REGISTERS, TRITON_DTYPE, arrivals, as_bytes, launch
-from .numerics import exp_below, log
+from .numerics import exp_below, log_of_positive
 from .operands import is_wrong, reciprocal, scalar
 from .positions import blocks_of, divisor_arguments, place, programs_of
 from .reduction import arrive_last, ordered_sum
@@ -31,7 +31,7 @@ def log_of_sum(u, r):
     """log(u + r) for u in [0, 1] and r >= 0, as exact for u = 1 as log1p; NaN where the sum is not positive."""
     s = u + r
     # What the sum rounds away matters only where the logarithm is small.
-    y = log(s) + tl.where(r <= 1.0, r - (s - u), 0.0)
+    y = log_of_positive(s) + tl.where(r <= 1.0, r - (s - u), 0.0)
     return tl.where(s > 0.0, y, float("nan"))
 
 
@@ -74,10 +74,12 @@ def slope_tile(e, k, label, of_label, of_others):
 
 
 @triton.jit
-def dense_slope_tile(logit, e, t, m, of_label, of_others, total, factor):
-    """At a largest logit, total / (1 + r) - t is written so that it keeps its digits where r is small."""
+def dense_slope_tile(logit, e, t, m, r, of_label, of_others, total, factor):
+    """At a largest logit, whose e is 1, total / (1 + r) - t is written as total - t - r total / (1 + r) where r is small, which
+    keeps its digits there, and loses them where r is large."""
     of_largest = (total[:, None] - t) * factor[:, None] + of_label[:, None]
-    return tl.where(logit == m[:, None], of_largest, e * of_others[:, None] - t * factor[:, None])
+    confident = (logit == m[:, None]) & (r <= 1.0)[:, None]
+    return tl.where(confident, of_largest, e * of_others[:, None] - t * factor[:, None])
 
 
 @triton.jit
@@ -182,7 +184,7 @@ def categorical_kernel(
                 of_label = tl.where(keep, -r * of_others, 0.0)
                 if SINGLE:
                     if DENSE:
-                        slope = dense_slope_tile(logit, e, t, m, of_label, of_others, total, factors)
+                        slope = dense_slope_tile(logit, e, t, m, r, of_label, of_others, total, factors)
                     else:
                         slope = slope_tile(e, k, label, of_label, of_others)
                     mask = inside[:, None] & (k < classes)[None, :]
@@ -195,7 +197,7 @@ def categorical_kernel(
                         e = exp_below(logit - m[:, None])
                         if DENSE:
                             t = target_tile(x, offsets, mask, ts, DTYPE)
-                            slope = dense_slope_tile(logit, e, t, m, of_label, of_others, total, factors)
+                            slope = dense_slope_tile(logit, e, t, m, r, of_label, of_others, total, factors)
                         else:
                             slope = slope_tile(e, start + k, label, of_label, of_others)
                         mask = inside[:, None] & (start + k < classes)[None, :]

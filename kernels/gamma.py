@@ -7,7 +7,7 @@ Each is Stirling's leading term, a correction that falls as 1/x, and for small x
 import triton
 import triton.language as tl
 
-from .numerics import log
+from .numerics import log_of_positive
 
 
 @triton.jit
@@ -33,8 +33,8 @@ def polynomial_and_slope(x, y, COEFFICIENTS: tl.constexpr):
 @triton.jit
 def log_one_plus(x, inverse):
     """log(1 + x) for x >= 0, given about 1 / (1 + x): the first order of what 1 + x rounds away is added again."""
-    u = tl.maximum(1.0 + x, 1.0)  # it is no less; the compiler now knows, and leaves out what `log` does for subnormals
-    return log(u) + (x - (u - 1.0)) * inverse
+    u = tl.maximum(1.0 + x, 1.0)  # it is no less; the compiler now knows, and leaves out what is done for subnormals
+    return log_of_positive(u) + (x - (u - 1.0)) * inverse
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def lgamma_and_digamma(x):
         )  # fmt: skip
         base = tl.where(low, x - 0.5 * (step + 1.0), x)
         u = 1.0 / base
-        log_base = log(base)
+        log_base = log_of_positive(base)
         v = tl.minimum(u * u, 1 / 9)
         r = polynomial(v, (0.00069671416383788129, -0.0027727269525947403, 0.083333265879402741))
         s = polynomial(v, (0.0032649024328009538, -0.0082916645027795307, 0.083332605525181701))
@@ -145,7 +145,7 @@ def log_gamma_ratio(a, n):
     b = a + n
     u, w = 1.0 / a, 1.0 / b
     quotient = n * u
-    log_b, log_quotient = log(tl.maximum(b, 1.0)), log_one_plus(quotient, a * w)
+    log_b, log_quotient = log_of_positive(tl.maximum(b, 1.0)), log_one_plus(quotient, a * w)
     if a.dtype == tl.float64:
         _, r = polynomial_and_slope(
             w, u, (1 / 156, 0.0, -691 / 360360, 0.0, 1 / 1188, 0.0, -1 / 1680, 0.0, 1 / 1260, 0.0, -1 / 360, 0.0, 1 / 12)

@@ -20,12 +20,12 @@ from .reduction import arrive_last, fold, ordered_sum
 def recon_tile(
     prediction, target, gradient, offsets, mask, factor, scale, target_scale, LIKELIHOOD: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """Negative log-likelihood of a tile; stores the gradient times `factor` unless `gradient` is None."""
+    """Negative log-likelihood of a tile; stores `factor` times the gradient unless `gradient` is None."""
     p = tl.load(prediction + offsets, mask=mask, other=0.0).to(DTYPE)
     t = tl.load(target + offsets, mask=mask, other=0).to(DTYPE) * target_scale
-    nll, slope, _, _ = LIKELIHOOD(p, tl.log(scale), 1.0 / scale, t, scale)
+    nll, slope, _, _ = LIKELIHOOD(p, tl.log(scale), 1.0 / scale, t, scale, factor)
     if gradient is not None:
-        tl.store(gradient + offsets, (slope * factor).to(gradient.dtype.element_ty), mask=mask)
+        tl.store(gradient + offsets, slope.to(gradient.dtype.element_ty), mask=mask)
     return tl.where(mask, nll, 0.0)
 
 

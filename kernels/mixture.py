@@ -4,12 +4,6 @@ same kernel.
 The parameters are seen as `[outer, P, inner]`, in the order of PixelCNN++ (see `fastelbo.mixture`), and the target as `[outer,
 channels, inner]`. A tile is `[positions, components]`, with all components of a position, so that of three channels or one each
 parameter is read once: what its gradient needs stays in registers. Other channels are read twice, one after the other.
-
-With a and b the upper and lower end of the target's bin, in scales from the mean, a bin other than the first and last holds
-
-    P = sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a))
-
-whose logarithm is a sum of negative terms: nothing cancels, however little the bin holds.
 """
 
 import math
@@ -19,7 +13,8 @@ import triton
 import triton.language as tl
 
 from .launch import FINISH, INTERPRETED, TRITON_DTYPE, arrivals, as_bytes, launch
-from .numerics import exp_and_expm1, exp_below, log
+from .likelihoods import log_bin
+from .numerics import exp_and_expm1, exp_below, log_of_positive
 from .operands import is_wrong, reciprocal, scalar
 from .positions import blocks_of, divisor_arguments, place, programs_of
 from .reduction import arrive_last, ordered_sum
@@ -32,42 +27,6 @@ def tanh_and_slope(x):
     q = 1.0 / (1.0 + e)
     t = -expm1 * q
     return tl.where(x < 0.0, -t, t), 4.0 * e * (q * q)
-
-
-@triton.jit
-def log_bin(distance, log_scale, lowest, highest, half):
-    """log P of a bin, and its derivatives by the mean and the log scale. `distance`: of the bin's centre from the mean.
-
-    The three logarithms are taken as one, of u = (1 - exp(b - a)) / ((1 + exp(-|a|)) (1 + exp(-|b|))).
-    """
-    low = log_scale < -7.0  # written so that NaN passes through
-    log_scale = tl.where(low, -7.0, log_scale)
-    # So wide a scale only makes the bin's share less, by which a and b are 0 to all digits: nothing need underflow.
-    bounded = tl.where(log_scale > 60.0, 60.0, log_scale)
-    inverse = exp_below(-bounded)
-    at_end = lowest | highest
-    # An end at infinity is one at which exponentials and their products are 0.
-    a = tl.where(highest, 1e4, (distance + half) * inverse)
-    b = tl.where(lowest, -1e4, (distance - half) * inverse)
-    width = tl.where(at_end, 1e4, 2.0 * half * inverse)
-    e_a = exp_below(-tl.abs(a))
-    e_b = exp_below(-tl.abs(b))
-    e, expm1 = exp_and_expm1(-width)
-    share = 1.0 / ((1.0 + e_a) * (1.0 + e_b))
-    q_a = tl.where(a >= 0.0, e_a, 1.0) * ((1.0 + e_b) * share)  # sigmoid(-a)
-    q_b = tl.where(b >= 0.0, 1.0, e_b) * ((1.0 + e_a) * share)  # sigmoid(b)
-    rest = (e + e_a + e_b + e_a * e_b) * share  # 1 - u
-    full = rest < 0.5
-    u = tl.where(full, 1.0 - rest, -expm1 * share)
-    log_u = log(u) + tl.where(full, (1.0 - u) - rest, 0.0)  # what 1 - rest rounds away
-    a_or_0 = tl.minimum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    b_or_0 = tl.maximum(b, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    to_log_scale = (q_b * b - q_a * a) + width * e / expm1
-    return (
-        (log_u + (a_or_0 - b_or_0)) + tl.where(at_end, 0.0, bounded - log_scale),
-        (q_b - q_a) * inverse,
-        tl.where(low, 0.0, to_log_scale),
-    )
 
 
 @triton.jit
@@ -91,12 +50,17 @@ def pixel_column(x, offsets, inside, steps, half, INTEGER: tl.constexpr, DTYPE: 
 
 @triton.jit
 def channel(v, mean, shift, log_scale, lowest, highest, steps, half, INTEGER: tl.constexpr):
-    """`log_bin` of a target `v`, as `pixel_column` has it, at mean + shift. A target near the mean cancels exactly."""
+    """The logarithm of what a logistic around mean + shift holds of the bin of a target `v`, as `pixel_column` has it, and its
+    derivatives by the mean and the log scale. A target near the mean cancels exactly."""
     if INTEGER:
         distance = (v - mean * steps) * half - shift  # one rounding, if the product and the sum are fused
     else:
         distance = (v - mean) - shift
-    return log_bin(distance, log_scale, lowest, highest, half)
+    low = log_scale < -7.0  # written so that NaN passes through
+    log_scale = tl.where(low, -7.0, log_scale)
+    inverse = exp_below(-log_scale)
+    log_p, slope, to_log_scale = log_bin(distance, log_scale, inverse, lowest, highest, half)
+    return log_p, slope * inverse, tl.where(low, 0.0, to_log_scale)
 
 
 @triton.jit
@@ -195,7 +159,7 @@ def mixture_kernel(
             posterior = exp_below(joint - top[:, None])
             posterior_sum = tl.sum(posterior, 1)
             if partials is not None:
-                nll = log(prior_sum) - (top + log(posterior_sum))
+                nll = log_of_positive(prior_sum) - (top + log_of_positive(posterior_sum))
                 nll = tl.where((prior_sum > 0.0) & (posterior_sum > 0.0), nll, float("nan"))
                 sums += tl.where(keep, factors * nll, 0.0)
             if gradient is not None:

@@ -72,14 +72,17 @@ def exp_and_softplus(x):
 
 
 @triton.jit
-def log(x):
-    """log(x) for x > 0; some finite number below -100 where x is 0, and anything where it is negative or NaN."""
+def log_of_positive(x):
+    """log(x) for 0 < x < inf; some finite number below -100 where x is 0, of either sign; anything elsewhere, NaN included.
+
+    What is left out are five instructions of `log`, which most callers know not to need.
+    """
     if x.dtype == tl.float64:
         return tl.log(x)
     else:
         # x = 2^k (1 + f) with f in [-1/3, 1/3).
         subnormal = x < 1.1754943508222875e-38
-        bits = tl.where(subnormal, x * 8388608.0, x).to(tl.int32, bitcast=True)
+        bits = tl.where(subnormal, tl.abs(x) * 8388608.0, x).to(tl.int32, bitcast=True)  # a zero without its sign
         exponent = (bits - 0x3F2AAAAB) & -0x800000
         k = exponent.to(tl.float32) * 1.1920928955078125e-07 - tl.where(subnormal, 23.0, 0.0)
         f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
@@ -89,7 +92,21 @@ def log(x):
 
 
 @triton.jit
+def log(x):
+    """log(x) to about one rounding, subnormal numbers included: -inf for 0 of either sign, inf for inf, NaN for what is
+    negative or NaN."""
+    if x.dtype == tl.float64:
+        return tl.log(x)
+    else:
+        # As unsigned integers, all that is negative, infinite or NaN comes after the finite numbers.
+        finite = x.to(tl.uint32, bitcast=True) < 0x7F800000
+        y = tl.where(finite, log_of_positive(x), x * float("inf") + float("inf"))
+        return tl.where(x == 0.0, float("-inf"), y)
+
+
+@triton.jit
 def log1p(x):
-    """log(1 + x) for x in [-1, 1], with the limits of `log`: the first order of what 1 + x rounds away is added again."""
+    """log(1 + x) for x in (-1, 1], with `log_of_positive` elsewhere, but that NaN is NaN: the first order of what 1 + x rounds
+    away is added again."""
     u = 1.0 + x
-    return log(u) + (x - (u - 1.0))
+    return log_of_positive(u) + (x - (u - 1.0))

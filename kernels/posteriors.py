@@ -12,15 +12,6 @@ from .numerics import exp_and_expm1, log
 
 
 @triton.jit
-def positive_log(x):
-    """log(x), -inf for 0, inf for inf, and NaN for what is below or is NaN."""
-    inside = (x > 0.0) & (x < float("inf"))
-    return tl.where(
-        inside, log(tl.where(inside, x, 1.0)), tl.where(x == 0.0, float("-inf"), tl.where(x > 0.0, x, float("nan")))
-    )
-
-
-@triton.jit
 def positive_inverse(x):
     """1 / x, inf for 0 and NaN for what is below or is NaN."""
     return tl.where(x > 0.0, 1.0 / tl.where(x > 0.0, x, 1.0), tl.where(x == 0.0, float("inf"), float("nan")))
@@ -41,13 +32,13 @@ def log_std(raw):
 @triton.jit
 def std(raw):
     raw = tl.where(raw < 0.0, float("nan"), raw)
-    return raw, 1.0, 2.0 * positive_log(raw), (raw - 1.0) * (raw + 1.0), positive_inverse(raw)
+    return raw, 1.0, 2.0 * log(raw), (raw - 1.0) * (raw + 1.0), positive_inverse(raw)
 
 
 @triton.jit
 def var(raw):
     std = tl.sqrt(tl.where(raw < 0.0, float("nan"), raw))
-    return std, 0.5 * positive_inverse(std), positive_log(raw), raw - 1.0, 0.5 * positive_inverse(raw)
+    return std, 0.5 * positive_inverse(std), log(raw), raw - 1.0, 0.5 * positive_inverse(raw)
 
 
 # A prior, from its second parameter and the posterior's sigma and logvar: `(1 / sigma, d, delta, excess)`: `delta` is the
@@ -65,7 +56,7 @@ def logvar_prior(raw, std, logvar):
 @triton.jit
 def std_prior(raw, std, logvar):
     inverse = positive_inverse(raw)
-    delta = logvar - 2.0 * positive_log(raw)
+    delta = logvar - 2.0 * log(raw)
     _, excess = exp_and_expm1(delta)
     return inverse, inverse, delta, excess
 
@@ -75,4 +66,4 @@ def std_of_std_prior(raw, std, logvar):
     """Both terms from one quotient: what its rounding does to them cancels, where the two deviations are nearly alike."""
     inverse = positive_inverse(raw)
     ratio = std / tl.where(raw > 0.0, raw, inverse)
-    return inverse, inverse, 2.0 * positive_log(ratio), (ratio - 1.0) * (ratio + 1.0)
+    return inverse, inverse, 2.0 * log(ratio), (ratio - 1.0) * (ratio + 1.0)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import likelihoods
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, arrivals, as_bytes, launch, pointer_and_value, tile_size
-from .numerics import exp_and_expm1, log
+from .numerics import exp_and_expm1, log_of_positive
 from .operands import is_wrong, row_bounds, scalar
 from .reduction import arrive_last, fold, ordered_sum
 
@@ -54,7 +54,8 @@ def load_operand(
 @triton.jit
 def from_scale(scale, soft_min):
     """Logarithm and reciprocal of a scale, and the derivative of the logarithm by what is given."""
-    log_scale = tl.where(scale > 0.0, log(scale), float("nan"))
+    scale = tl.where(scale > 0.0, scale, float("nan"))
+    log_scale = tl.where(scale < float("inf"), log_of_positive(scale), scale)
     if soft_min is None:
         return log_scale, 1.0 / scale, 1.0 / scale
     else:
@@ -108,26 +109,31 @@ def reconstruction_tile(
     if THIRD != ABSENT:
         c = load_operand(third, o, mask, row_start, None, third_inner, third_groups, THIRD, WIDE, DTYPE)
         c += tl.zeros(o.shape, dtype=DTYPE)
-    nll, to_first, to_second, to_third = LIKELIHOOD(a, b, c, t, constant)
-    if SCALE is not None:
-        to_second *= chain
-    keep = mask
+    keep, upstream = mask, factor
     if WEIGHT != ABSENT:
         w = load_operand(weight, o, mask, row_start, weight_apart, weight_inner, weight_groups, WEIGHT, WIDE, DTYPE)
         w += tl.zeros(o.shape, dtype=DTYPE)  # a tile, where the row has one
         # A weight of 0 leaves out what may be NaN.
         keep = mask & (w != 0.0)
+        upstream = w * factor
+    nll, to_first, to_second, to_third = LIKELIHOOD(a, b, c, t, constant, upstream)
+    if WEIGHT != ABSENT:
         nll *= w
-        to_first, to_second, to_third = to_first * w, to_second * w, to_third * w
+    if SECOND_WHOLE:
+        to_second *= upstream
+    elif WEIGHT != ABSENT:
+        to_second *= w
+    if THIRD_WHOLE:
+        to_third *= upstream
+    elif WEIGHT != ABSENT:
+        to_third *= w
+    if SCALE is not None:
+        to_second *= chain
     if grad_first is not None:
-        tl.store(grad_first + o, tl.where(keep, to_first * factor, 0.0).to(grad_first.dtype.element_ty), mask=mask)
+        tl.store(grad_first + o, tl.where(keep, to_first, 0.0).to(grad_first.dtype.element_ty), mask=mask)
     if grad_second is not None:
-        if SECOND_WHOLE:
-            to_second *= factor
         tl.store(grad_second + o, tl.where(keep, to_second, 0.0).to(grad_second.dtype.element_ty), mask=mask)
     if grad_third is not None:
-        if THIRD_WHOLE:
-            to_third *= factor
         tl.store(grad_third + o, tl.where(keep, to_third, 0.0).to(grad_third.dtype.element_ty), mask=mask)
     nll = tl.where(keep, nll, 0.0)
     return nll, tl.where(keep, to_second, 0.0) if SUMS_SECOND else nll, tl.where(keep, to_third, 0.0) if SUMS_THIRD else nll

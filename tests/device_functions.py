@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fastelbo.kernels.noise import box_muller, normals
-from fastelbo.kernels.numerics import log, log1p
+from fastelbo.kernels.numerics import log, log1p, log_of_positive
 
 
 @triton.jit
@@ -22,11 +22,6 @@ def pair_kernel(x, out0, out1, FUNCTION: tl.constexpr, SIZE: tl.constexpr):
     a, b = FUNCTION(tl.load(x + o))
     tl.store(out0 + o, a)
     tl.store(out1 + o, b)
-
-
-@triton.jit
-def logarithms(x):
-    return log(x), log1p(x)
 
 
 @triton.jit
@@ -56,6 +51,16 @@ def run_pair(function, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty_like(x), torch.empty_like(x)
     pair_kernel[(x.numel() // SIZE,)](x, *out, FUNCTION=function, SIZE=SIZE)
     return out
+
+
+@triton.jit
+def logarithms(x, unused):
+    return log(x), log_of_positive(x), log1p(x)
+
+
+def run_logarithms(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log, log_of_positive and log1p of as many elements as a multiple of SIZE."""
+    return run_triple(logarithms, x, x)
 
 
 @triton.jit

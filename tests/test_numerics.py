@@ -8,7 +8,7 @@ from conftest import BACKEND
 if BACKEND != "triton":
     pytest.skip("the Torch backend uses Torch's own functions", allow_module_level=True)
 
-from device_functions import SIZE, logarithms, run_box_muller, run_pair
+from device_functions import SIZE, run_box_muller, run_logarithms, run_pair
 from fastelbo.kernels.numerics import exp_and_expm1, exp_and_softplus
 
 
@@ -62,19 +62,28 @@ def test_exp_and_softplus(dtype, device):
 def test_logarithms(dtype, device):
     eps = torch.finfo(dtype).eps
     positive = torch.cat([torch.logspace(-44.5, 0, 50 * SIZE, dtype=dtype), torch.linspace(0.5, 1, 50 * SIZE, dtype=dtype)])
-    log, log1p = (t.cpu() for t in run_pair(logarithms, positive.to(device)))
+    log, of_positive, log1p = (t.cpu() for t in run_logarithms(positive.to(device)))
+    assert torch.equal(log, of_positive)
     assert relative_error(log, torch.log(positive.double())) <= 1.5 * eps
     assert relative_error(log1p, torch.log1p(positive.double())) <= 3 * eps
     negative = torch.where(positive == 1, 0, -positive)
-    _, log1p = run_pair(logarithms, negative.to(device))
+    _, _, log1p = run_logarithms(negative.to(device))
     assert relative_error(log1p.cpu(), torch.log1p(negative.double())) <= 3 * eps
 
 
-def test_logarithms_of_zero_are_below_the_clamp(device):
-    log, _ = run_pair(logarithms, padded(torch.tensor([0.0])).to(device))
-    _, log1p = run_pair(logarithms, padded(torch.tensor([-1.0])).to(device))
-    assert log[0] < -100
-    assert log1p[0] < -100
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_logarithms_at_the_ends(dtype, device):
+    """`log` is Torch's there. Of 0, of either sign, the others make no infinity, but what is below all clamps; NaN stays NaN in
+    log1p."""
+    inf, nan, tiny = float("inf"), float("nan"), torch.finfo(dtype).tiny
+    x = torch.tensor([0.0, -0.0, inf, nan, -nan, -1.0, -tiny / 4, -inf, tiny, tiny / 4, torch.finfo(dtype).max], dtype=dtype)
+    log, _, _ = run_logarithms(padded(x).to(device))
+    torch.testing.assert_close(log[: len(x)].cpu(), torch.log(x), rtol=2 * torch.finfo(dtype).eps, atol=0, equal_nan=True)
+    _, of_positive, log1p = run_logarithms(padded(torch.tensor([0.0, -0.0, nan, -1.0], dtype=dtype)).to(device))
+    assert (of_positive[:2] < -100).all()
+    assert log1p[0] == log1p[1] == 0
+    assert log1p[2].isnan()
+    assert log1p[3] < -100
 
 
 def test_box_muller_at_the_extreme_integers(device):
