@@ -109,13 +109,14 @@ class Elbo(torch.autograd.Function):
 
     The decoder has run already. `inner` holds its output and the edge of z in the graph in between, in a tuple, so that this
     graph does not become part of the outer one: it is differentiated in backward, by z and by its `leaves`, which are inputs.
+    The tensors come dense, x as the prediction is.
     """
 
     @staticmethod
     @never_compiled
     def forward(ctx, settings: Settings, inner, noise, x, mu, logvar, kl, beta, *leaves):
         ctx.inner, ctx.leaves = inner, leaves
-        prediction, x = dense(inner[0].detach(), x)
+        (prediction,) = dense(inner[0].detach())
         wants_beta = ctx.needs_input_grad[7]
         terms = _forward(ctx, settings, prediction, x, None, None, kl, beta, True, wants_beta, None, mu, logvar, noise)
         ctx.latent_layout = layout_of(mu)

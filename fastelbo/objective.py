@@ -25,7 +25,7 @@ from .autograd import Elbo, Settings
 from .diagnostics import Monitor
 from .divergence import Weighting
 from .graph import decoder_leaves
-from .layout import dense
+from .layout import dense, in_layout, layout_of
 from .likelihoods import Likelihood
 from .monte_carlo import check_sampling, many_samples
 from .plain import PLAIN
@@ -241,8 +241,9 @@ def elbo(
         leaves = decoder_leaves([prediction], edge)
         if leaves is not None:
             settings = settings._replace(weights=(settings.weights[0], kl_weight))
-            (mu, logvar), kl = dense(mu, logvar), kl.detach()
-            terms = Elbo.apply(settings, (prediction, edge), noise, x, mu, logvar, kl, beta, *leaves)
+            # Here and not in the Function, whose gradients are by the tensors that it is given.
+            (mu, logvar), (x,) = dense(mu, logvar), in_layout(layout_of(prediction), x)
+            terms = Elbo.apply(settings, (prediction, edge), noise, x, mu, logvar, kl.detach(), beta, *leaves)
             return finish(settings, "decoder(z)", prediction, x, terms)
     return plain_terms(settings, "decoder(z)", prediction, x, None, None, kl, beta)
 

@@ -268,6 +268,37 @@ def test_target_and_beta_that_require_grad(device):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("beta_too", (False, True), ids=("", "beta"))
+@pytest.mark.parametrize(
+    "lay",
+    (
+        lambda x: x.contiguous(),
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda x: x.repeat_interleave(2, 3)[..., ::2],
+        lambda x: x[:1].expand_as(x),
+    ),
+    ids=("contiguous", "channels last", "transposed", "strided", "expanded"),
+)
+@pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels last"))
+def test_a_target_in_another_layout_keeps_its_gradient(last, lay, beta_too, device):
+    results = []
+    for way in (by_elbo, composed, naive):
+        torch.manual_seed(0)
+        mu, logvar = latents(device)
+        net = nn.Sequential(nn.Linear(LATENT, 24), nn.Unflatten(1, (2, 3, 4))).to(device)
+        x = lay(torch.rand(B, 2, 3, 4)).to(device).detach().requires_grad_()
+        beta = torch.tensor(0.2, device=device, requires_grad=beta_too)
+
+        def decoder(z, net=net):
+            return net(z).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+        way(decoder, x, mu, logvar, torch.ones_like(mu), beta, likelihood="mse")[0].backward()
+        results.append([x.grad, mu.grad, *(p.grad for p in net.parameters()), *([beta.grad] * beta_too)])
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
+
+
 def test_noise_that_requires_grad(device):
     results = []
     for way in (by_elbo, composed, naive):
