@@ -23,13 +23,14 @@ from .arguments import (
     check_number,
     check_real,
     check_target,
+    check_weight,
     find_likelihood,
 )
 from .graph import decoder_leaves
 from .likelihoods import Gaussian, Likelihood
 from .log_ratio import Held, draw_rows, log_ratio
 from .posteriors import Posterior, Prior, check_gaussian, check_prior, result_dtype
-from .reconstruction import count
+from .reconstruction import class_dim, count
 from .replay import CHANGED, Modules, Replay, autocast_without_cache
 from .terms import ELBOTerms, Term, add_terms, check_reconstruction, check_terms, divergence_of, times
 from .tracing import is_differentiated, is_traced, never_compiled
@@ -103,6 +104,8 @@ def many_samples(
             given.mu, given.second, 1.0 if weighted else beta, call.posterior, prior, weighting, kl_reduction, monitor
         )
     value, recon, term = _estimate(call, given, generator)
+    # Anew, since a chunk is scored without gradient, and a mean divides by the weights' sum.
+    term = term._replace(weight=check_weight(given.weight, x, class_dim(call.likelihood, term.parameters, x)))
     if monitor is not None:
         elements = count(term.request._replace(reduction="mean"), term.parameters, x, term.weight)
         monitor.record(len(x), recon.sum(), elements, statistics)

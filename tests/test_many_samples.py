@@ -109,6 +109,36 @@ def test_weights_and_reductions(device):
         torch.testing.assert_close(iwae(net, x, mu, logvar, eps, weight=weight, reduction=reduction), expected)
 
 
+@pytest.mark.parametrize("likelihood", ("bernoulli_logits", "categorical"))
+@pytest.mark.parametrize("reduction", ("sum", "batchmean", "mean"))
+def test_learned_weights(reduction, likelihood, device):
+    """A mean divides by their sum, through which a gradient goes as well."""
+    net, (mu, logvar) = network(device), latents(device)
+    x = target(device) if likelihood == "bernoulli_logits" else torch.tensor([0, 3, 9], device=device)
+    weight = torch.rand(x.shape, device=device, requires_grad=True)
+    options = {
+        "n_samples": K,
+        "eps": torch.randn(K, B, LATENT, device=device),
+        "likelihood": likelihood,
+        "reduction": reduction,
+    }
+    results = []
+    for chunk in (1, 3, K):
+        loss = fastelbo.elbo(net, x, mu, logvar, 0.3, weight=weight, chunk=chunk, **options).loss
+        results.append([loss.detach(), *gradients(loss, weight, mu, *net.parameters())])
+    samples = fastelbo.sample_log_ratio(mu, logvar, n_samples=K, eps=options["eps"]).z
+    if likelihood == "categorical":
+        terms = torch.stack([F.cross_entropy(net(z), x, reduction="none") for z in samples])
+    else:
+        terms = torch.stack([F.binary_cross_entropy_with_logits(net(z), x, reduction="none") for z in samples])
+    divisor = {"sum": 1.0, "batchmean": B, "mean": weight.sum()}[reduction]
+    kl = fastelbo.kl_divergence(mu, logvar, reduction=reduction)
+    exact = (terms * weight).sum() / (K * divisor) + 0.3 * kl
+    expected = [exact.detach(), *gradients(exact, weight, mu, *net.parameters())]
+    for found in results:
+        torch.testing.assert_close(found, expected)
+
+
 def test_iwae_has_the_terms_of_the_elbo(device):
     net, x, (mu, logvar), eps = network(device), target(device), latents(device), torch.randn(K, B, LATENT, device=device)
     monitors = [fastelbo.diagnostics.Monitor() for _ in range(2)]
