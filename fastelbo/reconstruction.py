@@ -132,6 +132,7 @@ def _optimal(request: Request, parameters, x: Tensor, weight: Tensor | None) -> 
     error = reconstruct(squares, [mean], x, weight)
     number = count(request._replace(reduction="mean"), [mean], x, weight)
     square = error.sum() / number
+    square = torch.where(square.isnan() & (error.sum() == 0), 1.0, square)  # any, where nothing counts: the sum is 0
     if likelihood.soft_min is not None:  # which bounds it without a derivative of log(0)
         square = square.clamp_min(torch.finfo(square.dtype).tiny)
     log_scale, inverse = Gaussian("logvar", likelihood.soft_min).log_and_inverse(torch.log(square))
@@ -139,7 +140,7 @@ def _optimal(request: Request, parameters, x: Tensor, weight: Tensor | None) -> 
         own = (
             torch.full_like(error, x.numel() / max(x.shape[0], 1))
             if weight is None
-            else (weight.to(request.dtype).expand(x.shape).reshape(len(x), -1).sum(1))
+            else weight.to(request.dtype).expand(x.shape).reshape(x.shape[0], math.prod(x.shape[1:])).sum(1)
         )
     else:
         own = number
