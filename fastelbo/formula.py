@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .numerics import excess_of_logvar
 from .plain import PLAIN
 
 
@@ -34,7 +35,7 @@ def repeated(x: Tensor, recon_x: Tensor) -> Tensor:
 def divergence(mu: Tensor, logvar: Tensor, weight: float, per_sample: bool, dtype: torch.dtype) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(0, 1)) in nats, reduced."""
     mu, logvar = mu.to(dtype), logvar.to(dtype)
-    return _reduce(0.5 * (mu.square() + (torch.expm1(logvar) - logvar)), weight, per_sample)
+    return _reduce(0.5 * (mu.square() + excess_of_logvar(logvar)), weight, per_sample)
 
 
 def sample(mu: Tensor, logvar: Tensor, eps: Tensor, dtype: torch.dtype) -> Tensor:

@@ -35,8 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import mixture
-from .numerics import log1mexp, log_factorial, log_gamma_ratio, softplus
+from .numerics import log_bin, log_factorial, log_gamma_ratio, softplus
 from .plain import PLAIN
+from .tracing import is_traced
 
 SCALES = ("scale", "log_scale", "logvar")
 
@@ -204,14 +205,12 @@ class DiscretizedLogistic(_Scaled):
 
     def nll(self, parameters, x):
         mean, scale = parameters
-        _, inverse = self.log_and_inverse(scale)
+        log_scale, inverse = self.log_and_inverse(scale)
         half = 1 / (self.levels - 1)
-        lowest, highest = x < half - 1, x > 1 - half
-        # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a))
-        upper = torch.where(highest, 0.0, softplus((mean - x - half) * inverse))
-        lower = torch.where(lowest, 0.0, softplus((x - half - mean) * inverse))
-        nll = upper + lower - torch.where(lowest | highest, 0.0, log1mexp(2 * half * inverse))
-        return torch.where(x.abs() > 1 + half, torch.nan, nll)
+        lower, upper = (x - mean - half) * inverse, (x - mean + half) * inverse
+        log_width = math.log(2 * half) - log_scale
+        log_p = log_bin(lower, upper, 2 * half * inverse, log_width, x < half - 1, x > 1 - half)
+        return torch.where(x.abs() > 1 + half, torch.nan, -log_p)
 
 
 @dataclass(frozen=True)
@@ -243,6 +242,8 @@ class Categorical(Likelihood):
         ignored = x == self.ignore_index
         # NaN for labels that are none, as nothing can be raised where the values are not seen.
         outside = ~ignored & ((x < 0) | (x >= logits.shape[1]))
+        if x.device.type != "cpu" or is_traced(x) or ignored.any():
+            logits = torch.where(ignored.unsqueeze(1), 0.0, logits)  # or the gradient by a NaN that does not count would be NaN
         nll = F.cross_entropy(logits, torch.where(ignored | outside, 0, x), reduction="none")
         return torch.where(outside, torch.nan, torch.where(ignored, 0.0, nll))
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .numerics import log1mexp
+from .numerics import log_bin
 
 LOWEST_LOG_SCALE = -7.0
 
@@ -45,16 +45,6 @@ def nll(prediction: Tensor, x: Tensor, *, levels: int, dim: int) -> Tensor:
     inverse = torch.exp(-log_scales)
     upper, lower = (x - means + half) * inverse, (x - means - half) * inverse
     lowest, highest = x < half - 1, x > 1 - half
-    # sigmoid(upper) - sigmoid(lower) = sigmoid(upper) sigmoid(-lower) (1 - exp(lower - upper))
-    log_p = torch.where(highest, 0.0, F.logsigmoid(upper)) + torch.where(lowest, 0.0, F.logsigmoid(-lower))
-    log_p = log_p + torch.where(lowest | highest, 0.0, _log_mass(2 * half * inverse, math.log(2 * half) - log_scales))
+    log_p = log_bin(lower, upper, 2 * half * inverse, math.log(2 * half) - log_scales, lowest, highest)
     nll = -torch.logsumexp(F.log_softmax(logits, 1) + log_p.sum(1), 1)
     return torch.where((x.abs() > 1 + half).any(1).squeeze(1), torch.nan, nll)
-
-
-def _log_mass(width: Tensor, log_width: Tensor) -> Tensor:
-    """log(1 - exp(-width)), in which a width that underflows keeps its logarithm."""
-    small = width < 0.1
-    w = torch.where(small, width, 0.0).square()
-    near = log_width - 0.5 * width + w * (1 / 24 - w * (1 / 2880 - w * (1 / 181440 - w * (1 / 9676800))))
-    return torch.where(small, near, log1mexp(torch.where(small, 1.0, width)))

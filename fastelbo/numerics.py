@@ -1,6 +1,7 @@
 """Formulas of Torch operations that keep their digits, in value and in derivatives, where the textbook's do not."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,46 @@ def softplus(x: Tensor) -> Tensor:
     return -F.logsigmoid(-x)
 
 
+def with_derivative(function: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function, element by element, with that derivative in place of autograd's, in which terms would cancel.
+
+    Not under torch.compile, which takes no Function with a `jvp`, and warns where it traces one at all: there it is autograd's.
+    """
+
+    class Function(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return function(x)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return upstream * derivative(*ctx.saved_tensors)
+
+        @staticmethod
+        def jvp(ctx, tangent):
+            return tangent * derivative(*ctx.saved_tensors)
+
+    def call(x: Tensor) -> Tensor:
+        return function(x) if torch.compiler.is_compiling() else Function.apply(x)
+
+    return call
+
+
+# What a variance is more than its logarithm, less 1: of a Gaussian's KL from N(0, 1), twice what is not the mean's. Its minimum
+# of 0 is where the variance is 1, and there the derivatives of its terms cancel. From the logarithm, the deviation and the
+# variance itself:
+excess_of_logvar = with_derivative(lambda x: torch.expm1(x) - x, torch.expm1)
+excess_of_std = with_derivative(lambda x: (x - 1) * (x + 1) - 2 * torch.log(x), lambda x: 2 * ((x - 1) * (x + 1) / x))
+excess_of_var = with_derivative(lambda x: x - 1 - torch.log(x), lambda x: (x - 1) / x)
+
+
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - exp(-x)) for x > 0 (Maechler, Accurately computing log(1 - exp(-|a|)), 2012)."""
     small = x < math.log(2)
@@ -19,10 +60,42 @@ def log1mexp(x: Tensor) -> Tensor:
     return torch.where(small, near, torch.log1p(-torch.exp(-torch.where(small, 1.0, x))))
 
 
+def log_bin(lower: Tensor, upper: Tensor, width: Tensor, log_width: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """The logarithm of what a standard logistic distribution holds between `lower` and `upper`, which are `width` apart; of the
+    `lowest` bin from -infinity, of the `highest` to infinity.
+
+    sigmoid(upper) - sigmoid(lower) = sigmoid(upper) sigmoid(-lower) (1 - exp(-width)): nothing cancels, however little that is.
+    """
+    log_p = torch.where(highest, 0.0, F.logsigmoid(upper)) + torch.where(lowest, 0.0, F.logsigmoid(-lower))
+    return log_p + torch.where(lowest | highest, 0.0, _log_mass(width, log_width))
+
+
+def _log_mass(width: Tensor, log_width: Tensor) -> Tensor:
+    """log(1 - exp(-width)), in which a width that underflows keeps its logarithm."""
+    small = width < 0.1
+    w = torch.where(small, width, 0.0).square()
+    near = log_width - 0.5 * width + w * (1 / 24 - w * (1 / 2880 - w * (1 / 181440 - w * (1 / 9676800))))
+    return torch.where(small, near, log1mexp(torch.where(small, 1.0, width)))
+
+
 def log_gamma_ratio(a: Tensor, n: Tensor) -> Tensor:
-    """lgamma(a + n) - lgamma(a). Two float32 values of the size of a log(a) leave nothing of a small difference."""
-    wide = a.double()  # once, so that the derivatives of both terms meet in float64 too
-    return (torch.lgamma(wide + n.double()) - torch.lgamma(wide)).to(torch.promote_types(a.dtype, n.dtype))
+    """lgamma(a + n) - lgamma(a). Two values of the size of a log(a) leave nothing of a small difference, in float64 neither."""
+    dtype = torch.promote_types(a.dtype, n.dtype)
+    a, n = a.double(), n.double()
+    low = a < 16.0
+    near = torch.where(low, a, 1.0)
+    # Stirling's series (Abramowitz and Stegun 6.1.40) of both, with what they share left out.
+    far = torch.where(low, 16.0, a)
+    top = far + n
+    beyond = n * (torch.log(top) - 1) + (far - 0.5) * torch.log1p(n / far) + (_stirling(top) - _stirling(far))
+    return torch.where(low, torch.lgamma(near + n) - torch.lgamma(near), beyond).to(dtype)
+
+
+def _stirling(x: Tensor) -> Tensor:
+    """What log Gamma(x) is more than (x - 1/2) log(x) - x + log(2 pi) / 2, for x of 16 or more."""
+    u = 1 / x
+    v = u * u
+    return u * (1 / 12 + v * (-1 / 360 + v * (1 / 1260 + v * (-1 / 1680 + v * (1 / 1188 - v * (691 / 360360))))))
 
 
 def log_factorial(n: Tensor) -> Tensor:

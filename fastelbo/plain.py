@@ -133,8 +133,9 @@ def _poisson_log(log_rate: Tensor, x: Tensor, scale: Number) -> Tensor:
 
 
 def _continuous_bernoulli(p: Tensor, x: Tensor, scale: Number) -> Tensor:
+    p = p * torch.where((p >= 0) & (p <= 1), 1.0, torch.nan)  # with a gradient of NaN, too
     eps = torch.finfo(p.dtype).eps  # by which `torch.distributions.ContinuousBernoulli` keeps them from 0 and 1
-    p = p.clamp(eps, 1 - eps)
+    p = torch.where(p < eps, eps, torch.where(p > 1 - eps, 1 - eps, p))  # as clamp, but that the gradient by NaN is not 0
     return _continuous_bernoulli_logits(torch.log(p) - torch.log1p(-p), x, scale)
 
 
@@ -151,8 +152,9 @@ def _fused(nll: Callable) -> Callable:
             leaf = p.detach().requires_grad_(factor is not None)
             values = nll(leaf, x.detach(), scale)
         if factor is not None:
-            a.copy_(torch.autograd.grad(values, leaf, torch.ones_like(values))[0])
-            _times(a, factor)
+            # Not afterwards: a derivative may overflow, as that by a rate of 1e-39.
+            upstream = factor.expand_as(values) if isinstance(factor, Tensor) else torch.full_like(values, factor)
+            a.copy_(torch.autograd.grad(values, leaf, upstream)[0])
         return None if dim is False else values.detach().sum(dim)
 
     return fused

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from .arguments import check_device, check_latents, check_prediction, check_real
+from .numerics import excess_of_logvar, excess_of_std, excess_of_var
 
 PARAMETERS = ("logvar", "log_std", "std", "var")
 
@@ -156,12 +157,8 @@ def kl_elements(mu: Tensor, second: Tensor, prior: Prior | None, posterior: Post
     mu, raw = mu.to(dtype), clamped(second, posterior, dtype)
     parameter = posterior.parameter
     if prior is None:
-        logvar = log_variance(raw, parameter)
-        if parameter == "std":
-            excess = (raw - 1) * (raw + 1)
-        else:
-            excess = raw - 1 if parameter == "var" else torch.expm1(logvar)
-        return 0.5 * (mu.square() + (excess - logvar))
+        excess = {"std": excess_of_std, "var": excess_of_var}.get(parameter)
+        return 0.5 * (mu.square() + (excess(raw) if excess else excess_of_logvar(log_variance(raw, parameter))))
     prior_raw = prior.second.to(dtype)
     distance = mu - prior.mu.to(dtype)
     if prior.parameter == "logvar":
@@ -171,12 +168,10 @@ def kl_elements(mu: Tensor, second: Tensor, prior: Prior | None, posterior: Post
         distance = distance / prior_raw
     if prior.parameter == "std" and parameter in ("std", "var"):
         # Both terms from one quotient: what its rounding does to them cancels, where the two deviations are nearly alike.
-        ratio = std(raw, parameter) / prior_raw
-        excess, delta = (ratio - 1) * (ratio + 1), 2 * torch.log(ratio)
+        excess = excess_of_std(std(raw, parameter) / prior_raw)
     else:
-        delta = log_variance(raw, parameter) - log_variance(prior_raw, prior.parameter)
-        excess = torch.expm1(delta)
-    return 0.5 * (distance.square() + (excess - delta))
+        excess = excess_of_logvar(log_variance(raw, parameter) - log_variance(prior_raw, prior.parameter))
+    return 0.5 * (distance.square() + excess)
 
 
 def sample(mu: Tensor, second: Tensor, eps: Tensor, posterior: Posterior, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ from fastelbo.likelihoods import (
     Laplace,
     Multinomial,
 )
+from fastelbo.plain import PLAIN
 from likelihood_cases import CASES, SHAPE, recon_x, reduce
 from support import assert_no_worse, gradients
 
@@ -247,23 +248,25 @@ def test_an_all_masked_batch(device):
 
 
 EDGES = {
-    "counts": ("negative_binomial", [0.0, 1.0, 1e6], ([1e-6, 1.0, 1e6], [1e-6, 1.0, 1e6])),
+    "counts": ("negative_binomial", [0.0, 1.0, 1e6], ([1e-6, 1.0, 1e6], [1e-6, 1.0, 20.0, 1e6])),
+    "nearly Poisson counts": ("negative_binomial", [0.0, 7.0], ([2.0], [1e8, 1e13, 1e14, 1e20])),
     "zeros": ("zero_inflated_negative_binomial", [0.0, 1e6], ([1e-6, 1.0, 1e6], [1e-6, 1e6], [-50.0, 0.0, 50.0])),
     "rates": ("poisson", [0.0, 1.0, 1e6], ([1e-6, 1.0, 1e6],)),
     "log rates": ("poisson_log", [0.0, 1e6], ([-50.0, 0.0, 14.0],)),
     "scales": (Gaussian("scale"), [-1.0, 0.0, 1.0], ([0.0, 1.0], [1e-6, 1.0, 1e6])),
     "absolute": (Laplace("log_scale"), [-1.0, 0.5], ([0.0, 1.0], [math.log(1e-6), math.log(1e6)])),
     "soft scales": (Gaussian("log_scale", -6.0), [-1.0, 0.5], ([0.0, 1.0], [-50.0, 50.0])),
-    "bins": (DiscretizedLogistic("scale"), [-1.0, 1 / 255, 1.0], ([-1.0, 0.1, 1.0], [1e-6, 0.01, 1e6])),
+    "bins": (DiscretizedLogistic("scale"), [-1.0, 1 / 255, 1.0], ([-1.0, 0.1, 1.0], [1e-6, 0.01, 1e6, 1e38])),
+    "bins of wide scales": (DiscretizedLogistic(), [-1.0, 0.1, 1.0], ([-1.0, 0.0, 1.0], [60.0, 84.0, 88.0, 104.0, 200.0])),
     "logits": ("continuous_bernoulli_logits", [0.0, 0.3, 1.0], ([-50.0, -1e-3, 0.0, 1e-3, 0.49, 0.51, 50.0],)),
     "weighted logits": (BernoulliLogits(5.0), [0.0, 0.3, 1.0], ([-50.0, 0.0, 50.0],)),
 }
 
 
 def exact(likelihood, x, parameters):
-    """By mpmath with 60 digits: the value and the derivatives by the parameters."""
+    """By mpmath with 100 digits: the value and the derivatives by the parameters."""
     mp = pytest.importorskip("mpmath")
-    mp.mp.dps = 60
+    mp.mp.dps = 100
 
     def softplus(v):
         return mp.log1p(mp.exp(v))
@@ -310,8 +313,8 @@ def exact(likelihood, x, parameters):
     x = mp.mpf(x)
     slopes = []
     for i, p in enumerate(point):
-        # A difference in 60 digits has 25 that count.
-        step = mp.mpf(10) ** -28 * max(abs(p), mp.mpf("1e-3"))
+        # A difference in 100 digits has 45 that count; fewer where a large dispersion cancels 20.
+        step = mp.mpf(10) ** -48 * max(abs(p), mp.mpf("1e-3"))
         up, down = ([*point[:i], p + s, *point[i + 1 :]] for s in (step, -step))
         slopes.append((function(*up) - function(*down)) / (2 * step))
     return float(function(*point)), [float(s) for s in slopes]
@@ -332,10 +335,8 @@ def test_edges(name, dtype, device):
     for i, (target, *point) in enumerate(points.double().tolist()):
         value, slopes = exact(likelihood, target, point)
         # Of the terms: what a count adds, and what a parameter's logarithm can.
-        counts = name in ("counts", "zeros", "rates", "log rates")
+        counts = name in ("counts", "nearly Poisson counts", "zeros", "rates", "log rates")
         size = abs(value) + (40 * (1 + target) if counts else 20)
-        if dtype == torch.float64 and name in ("counts", "zeros"):  # in Torch, a difference of two lgamma
-            size += abs(math.lgamma(target + point[1]))
         assert abs(values[i].item() - value) <= eps * size, (name, target, point, values[i].item(), value)
         for j, slope in enumerate(slopes):
             if isinstance(likelihood, Laplace) and j == 0 and target == point[0]:
@@ -347,6 +348,89 @@ def test_edges(name, dtype, device):
                 # The terms that cancel; in Torch in float64, two digamma as well.
                 near += target / (point[0] + point[1]) + 1 / point[1] + (20 if dtype == torch.float64 else 0)
             assert abs(ours[j][i].item() - slope) <= eps * near, (name, target, point, j, ours[j][i].item(), slope)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+def test_a_zero_without_a_sign_or_with_one(dtype, device):
+    """ReLU, clamp and hardtanh make -0.0, of which a kernel could see the sign bit alone."""
+    probability = torch.tensor([[0.0, -0.0, 1.0, -0.0]], dtype=dtype, device=device)
+    x = torch.tensor([[1.0, 1.0, 0.0, 0.0]], device=device)
+    for weight in (None, torch.ones_like(x)):
+        for reduction, expected in (("sum", 300.0), ("mean", 75.0), ("none", 300.0)):
+            assert recon([probability], x, "bernoulli", reduction, weight=weight).item() == expected
+    rates = recon([-torch.zeros(1, 2, device=device)], torch.tensor([[0.0, 3.0]], device=device), "poisson", "none")
+    assert rates.item() == math.inf
+
+
+@pytest.mark.parametrize(
+    "likelihood", ("gaussian", "laplace", Gaussian("log_scale"), Gaussian("logvar"), Laplace("logvar")), ids=str
+)
+def test_an_infinite_scale_is_an_infinite_loss(likelihood, device):
+    mean, x = torch.zeros(1, 2, device=device), torch.ones(1, 2, device=device)
+    assert recon((mean, torch.tensor([[1.0, math.inf]], device=device)), x, likelihood).item() == math.inf
+
+
+def test_a_tiny_rate_takes_the_upstream_factor_first(device):
+    """5 / 1e-39 overflows float32. What arrives, 0 or 1/1000 of it, does not."""
+    for value, x, reduction, upstream, expected in (
+        (1e-39, 5.0, "sum", 0.0, 0.0),
+        (1e-37, 200.0, "mean", 1.0, -2e36),
+        (1e-37, 200.0, "none", 1e-3, -2e36),
+    ):
+        rate = torch.full((1, 1000), value, device=device, requires_grad=True)
+        got = recon([rate], torch.full_like(rate, x).detach(), "poisson", reduction)
+        for weight in (None, torch.ones(1, 1000, device=device)):
+            got = recon([rate], torch.full_like(rate, x).detach(), "poisson", reduction, weight=weight)
+            for _ in range(2):  # computed in backward, and stored in forward
+                slope = gradients(got, rate, grad_outputs=torch.full_like(got, upstream), retain_graph=True)[0]
+                torch.testing.assert_close(slope, torch.full_like(slope, expected), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("weighted", (False, True), ids=("", "weighted"))
+def test_what_is_no_probability_has_a_gradient_of_nan(weighted, device):
+    probability = torch.tensor([[0.5, torch.nan, 0.0, 1.0, 0.2]], device=device, requires_grad=True)
+    x = torch.tensor([[0.5, 0.5, 0.5, 0.5, 1.0]], device=device)
+    weight = torch.ones_like(x) if weighted else None
+    got = recon([probability], x, "continuous_bernoulli", "none", weight=weight)
+    assert got.isnan().all()
+    (slope,) = gradients(got, probability, grad_outputs=torch.ones_like(got))
+    assert slope.isnan().tolist() == [[False, True, False, False, False]]
+    assert slope[0, 2] == slope[0, 3] == 0  # clamped, as torch.distributions does
+    for value in (1.5, -0.1):
+        outside = torch.tensor([[value]], requires_grad=True)
+        nll = PLAIN["continuous_bernoulli"].nll(outside, torch.ones(1, 1), 1.0)
+        assert nll.isnan()
+        assert gradients(nll, outside)[0].isnan()
+
+
+@pytest.mark.parametrize("dim", (1, -1))
+@pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf), ids=str)
+def test_ignored_labels_have_no_gradient(bad, dim, device):
+    """Whatever their logits are."""
+    logits, labels = torch.randn(2, 3, 4), torch.randint(0, 3, (2, 4))
+    labels[:, 1] = -100
+    expected = logits.clone().requires_grad_()
+    F.cross_entropy(expected, labels).backward()
+    logits[:, :, 1] = bad
+    logits = logits.movedim(1, dim).to(device).requires_grad_()
+    got = recon([logits], labels.to(device), Categorical(dim=dim), "mean")
+    slope = gradients(got, logits)[0].movedim(dim, 1).cpu()
+    torch.testing.assert_close(slope, expected.grad)
+
+
+def test_targets_of_nearly_uniform_logits(device):
+    """Where the largest of 5000 has hardly more than its share, its gradient is no small difference of large terms."""
+    logits = 0.1 * torch.randn(1, 5000)
+    x = torch.zeros(1, 5000)
+    x[0, ::7] = 1.0
+    largest = logits.argmax()
+    x[0, largest] = 0.0
+    wide = logits.double().requires_grad_()
+    exact = gradients((-F.log_softmax(wide, 1) * x).sum(), wide)[0]
+    logits = logits.to(device).requires_grad_()
+    slope = gradients(recon([logits], x.to(device), Multinomial()), logits)[0].cpu()
+    assert abs(slope[0, largest] / exact[0, largest] - 1) < 1e-6
+    torch.testing.assert_close(slope.double(), exact, rtol=2e-6, atol=0)
 
 
 def test_nan_stays_visible(device):
@@ -599,6 +683,21 @@ def test_one_dispersion_for_all(shape, device):
     expected = recon((mean, theta.expand(3, 5).contiguous()), x, "negative_binomial")
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(gradients(got, theta), gradients(expected, theta))
+
+
+@pytest.mark.parametrize("weight", (None, 0.0), ids=("no data", "no weight"))
+def test_the_optimal_scale_of_nothing(weight, device):
+    """The sum of nothing is 0, as everywhere; its mean is NaN, as Torch's."""
+    shape = (0, 4) if weight is None else (3, 4)
+    mean, x = torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device)
+    for w in (None,) if weight is None else (torch.zeros(shape, device=device), torch.zeros(3, 1, device=device)):
+        for reduction in ("sum", "none"):
+            got = recon([mean], x, Gaussian("optimal"), reduction, weight=w)
+            assert got.shape == (x.shape[:1] if reduction == "none" else ())
+            assert (got == 0).all()
+            assert (gradients(got.sum(), mean)[0] == 0).all()
+        assert recon([mean], x, Gaussian("optimal"), "mean", weight=w).isnan()
+    assert recon([mean], x, Gaussian("optimal"), "none", weight=torch.ones(shape, device=device)).shape == shape[:1]
 
 
 def test_a_perfect_reconstruction_with_an_optimal_scale(device):

@@ -217,6 +217,35 @@ def test_a_posterior_near_its_prior(posterior, device):
         assert error(scale, Normal(zero, scale)) < 1.5e-9
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # which torch.func itself uses
+@pytest.mark.parametrize("mode", ("backward", "create_graph", "forward", "vmap"))
+@pytest.mark.parametrize("options", ({}, {"prior": True}, {"clamp": (-30.0, 20.0)}), ids=("", "prior", "clamp"))
+@pytest.mark.parametrize("posterior", FROM_STD)
+def test_a_collapsed_posterior_keeps_its_gradient(posterior, options, mode, device):
+    """At a variance of 1 + 1e-6 the derivatives of the KL's terms are 1 and -1."""
+    change = torch.tensor([[1e-6, -3e-6, 2e-5, 1e-3, 0.1, -0.1]], dtype=torch.float64)
+    second = {"logvar": change, "log_std": 0.5 * change, "std": torch.exp(0.5 * change), "var": torch.exp(change)}[posterior]
+    second = second.float()
+    wide = second.double().requires_grad_()
+    logvar = {"logvar": wide, "log_std": 2 * wide, "std": 2 * torch.log(wide), "var": torch.log(wide)}[posterior]
+    slope = gradients(logvar.sum(), wide)[0] * 0.5 * torch.expm1(logvar.detach())
+
+    def kl(second):
+        mu = torch.zeros_like(second)
+        prior = (mu, mu) if "prior" in options else None
+        return kl_divergence(mu, second, prior, posterior=Posterior(posterior, options.get("clamp")), reduction="element")
+
+    second = second.to(device)
+    if mode == "forward":
+        got = torch.func.jvp(kl, (second,), (torch.ones_like(second),))[1]
+    elif mode == "vmap":
+        got = torch.func.vmap(torch.func.grad(lambda s: kl(s.view(1, 1)).sum()))(second.view(6)).view(1, 6)
+    else:
+        second.requires_grad_()
+        got = gradients(kl(second).sum(), second, create_graph=mode == "create_graph")[0]
+    torch.testing.assert_close(got.detach().cpu().double(), slope, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("posterior", FROM_STD)
 def test_clamp(posterior, device):
     low, high = (-1.0, 0.5) if posterior in ("logvar", "log_std") else (0.5, 1.5)
