@@ -27,9 +27,8 @@ def objective(recon_x, x, mu, logvar, kl, beta, *, likelihood, scale, target_sca
 
 def repeated(x: Tensor, recon_x: Tensor) -> Tensor:
     """The target, as often as the prediction has samples of it."""
-    if len(x) == len(recon_x):
-        return x
-    return x.expand(len(recon_x) // len(x), *x.shape).flatten(0, 1)
+    rows, batch = recon_x.shape[0], x.shape[0]  # which `len` would make constants of torch.export
+    return x if rows == batch else x.expand(rows // batch, *x.shape).flatten(0, 1)
 
 
 def divergence(mu: Tensor, logvar: Tensor, weight: float, per_sample: bool, dtype: torch.dtype) -> Tensor:

@@ -74,10 +74,10 @@ def sample_log_ratio(
         z, log_det = _check_flow(flow(z), z)
         dtype = torch.promote_types(log_q.dtype, result_dtype(z, log_det))
         log_q = log_q.to(dtype) - log_det
-        log_p = log_density(z.to(dtype).unflatten(0, (count, len(mu))), prior, dtype)
+        log_p = log_density(z.to(dtype).unflatten(0, (count, mu.shape[0])), prior, dtype)
     if n_samples is None:
         return SampleLogRatio(z, log_q, log_p)
-    return SampleLogRatio(*(t.unflatten(0, (count, len(mu))) for t in (z, log_q, log_p)))
+    return SampleLogRatio(*(t.unflatten(0, (count, mu.shape[0])) for t in (z, log_q, log_p)))
 
 
 def _check_flow(found, z0: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,7 +108,7 @@ def many_samples(
     term = term._replace(weight=check_weight(given.weight, x, class_dim(call.likelihood, term.parameters, x)))
     if monitor is not None:
         elements = count(term.request._replace(reduction="mean"), term.parameters, x, term.weight)
-        monitor.record(len(x), recon.sum(), elements, statistics)
+        monitor.record(x.shape[0], recon.sum(), elements, statistics)
     dtype = result_dtype(value, kl)
     value, recon, kl = value.to(dtype), recon.to(dtype), kl.to(dtype, copy=True)
     if recon_reduction != "none":
@@ -253,7 +253,7 @@ def _score(
 
     `known`, `[samples, B]`: the upstream factors of the former, if backward is next.
     """
-    samples, batch = where.stop - where.start, len(given.x)
+    samples, batch = where.stop - where.start, given.x.shape[0]
     rows = samples * batch
     several = isinstance(prediction, tuple | list)
     values = list(prediction) if several else [prediction]

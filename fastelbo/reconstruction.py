@@ -74,7 +74,7 @@ def count(request: Request, parameters: Sequence[Tensor], x: Tensor, weight: Ten
     """What the sum is divided by: the number of elements, or of positions, for a mean; that of their weights."""
     likelihood, dtype = request.likelihood, request.dtype
     if request.reduction == "batchmean":
-        return float(x.shape[0])
+        return torch.sym_float(x.shape[0])
     if request.reduction != "mean":
         return 1.0
     shape = positions(likelihood, parameters, x)
@@ -83,8 +83,8 @@ def count(request: Request, parameters: Sequence[Tensor], x: Tensor, weight: Ten
         counted = x.long() != likelihood.ignore_index
         return (counted if weight is None else counted * weight.to(dtype)).sum(dtype=dtype)
     if weight is None:
-        return float(shape.numel() * channels)
-    return weight.to(dtype).sum() * (shape.numel() * channels / max(weight.numel(), 1))
+        return torch.sym_float(math.prod(shape) * channels)
+    return weight.to(dtype).sum() * (math.prod(shape) * channels / max(weight.numel(), 1))
 
 
 def _formula(request: Request, parameters, x: Tensor, weight: Tensor | None, divisor: float | Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def _formula(request: Request, parameters, x: Tensor, weight: Tensor | None, div
     if request.reduction == "none":
         return values.flatten(1).sum(1) if values.dim() > 1 else values
     total = values.sum()
-    return total if isinstance(divisor, float) and divisor == 1 else total / divisor
+    return total if request.reduction == "sum" else total / divisor
 
 
 def _target(request: Request, parameters, x: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class Reconstruction(torch.autograd.Function):
         stores = any(wanted and p.shape == first.shape for p, wanted in zip(parameters, wants, strict=True))
         ctx.key, ctx.used = None, request.known if stores else None
         if stores and request.known is None:
-            rows = len(x) if request.reduction == "none" else 1
+            rows = x.shape[0] if request.reduction == "none" else 1
             shapes = tuple((p.shape, p.dtype) for p in parameters)
             ctx.key = (x.device, shapes, type(request.likelihood).__name__, *request[1:4], weight is None)
             ctx.used = guess(ctx.key, rows, request.dtype, x.device)
