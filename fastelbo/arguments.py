@@ -1,13 +1,12 @@
 """Checks of what users pass: every error names the argument, what came and what was expected."""
 
-import operator
 from math import nan
-from numbers import Real
 
 import torch
 from torch import Tensor
 
 from .likelihoods import BY_NAME, BernoulliLogits, Categorical, DiscretizedLogisticMixture, Likelihood
+from .scalars import check_integer, check_real
 from .tracing import is_traced
 
 REDUCTIONS = ("sum", "batchmean", "mean", "none")
@@ -92,10 +91,8 @@ def check_noise(eps, generator, mu: Tensor, n_samples: int | None = None) -> Non
     check_device("eps", eps, "mu", mu)
 
 
-def check_count(name: str, value) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    value = operator.index(value)
+def check_count(name: str, value, expected: str = "an integer") -> int:
+    value = check_integer(name, value, expected)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value
@@ -264,12 +261,6 @@ def factor_of(reduction: str, value: Tensor) -> float:
     else:
         return 1.0
     return 1 / count if count else nan
-
-
-def check_real(name: str, value, expected: str = "a number") -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-    return float(value)
 
 
 def check_number(name: str, value, like: Tensor) -> float | Tensor:

@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from . import formula, posteriors, torch_backend
-from .arguments import REDUCTIONS, check_device, check_number, check_real, check_reduction, factor_of
+from .arguments import REDUCTIONS, check_device, check_number, check_reduction, factor_of
 from .backend import backend_for
 from .layout import dense, in_layout, layout_of
 from .operators import ops
 from .posteriors import LOGVAR, Posterior, Prior, check_gaussian, check_posterior, check_prior, kl_elements, result_dtype
+from .scalars import check_real
 from .tracing import is_traced, needs_formula, never_compiled
 
 __all__ = ["Posterior", "Weighting", "check_posterior", "check_prior", "check_weighting", "divergence_terms", "kl_divergence"]

@@ -26,7 +26,7 @@ but for `"mse"` and `"l1"`, which are no densities, and `"multinomial"`, without
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,6 +37,7 @@ from torch import Tensor
 from . import mixture
 from .numerics import log_bin, log_factorial, log_gamma_ratio, softplus
 from .plain import PLAIN
+from .scalars import check_integer, check_real
 from .tracing import is_traced
 
 SCALES = ("scale", "log_scale", "logvar")
@@ -85,7 +86,7 @@ class BernoulliLogits(Likelihood):
 
     def __post_init__(self):
         if not isinstance(self.pos_weight, Tensor | None):
-            _check_real("BernoulliLogits.pos_weight", self.pos_weight)
+            _make_plain(self, "pos_weight", check_real)
 
     def plain(self, count):
         return self.name if self.pos_weight is None else None
@@ -111,7 +112,7 @@ class _Scaled(Likelihood):
     def __post_init__(self):
         _check_choice(f"{type(self).__name__}.scale", self.scale, self.scales())
         if self.soft_min is not None:
-            _check_real(f"{type(self).__name__}.soft_min", self.soft_min)
+            _make_plain(self, "soft_min", check_real)
 
     @classmethod
     def scales(cls):
@@ -232,7 +233,7 @@ class Categorical(Likelihood):
 
     def __post_init__(self):
         _check_dim(self)
-        _check_integer("Categorical.ignore_index", self.ignore_index)
+        _make_plain(self, "ignore_index", check_integer)
 
     def nll(self, parameters, x):
         (logits,) = parameters
@@ -347,32 +348,25 @@ class DiscretizedLogisticMixture(Likelihood):
 
 
 def _check_choice(name: str, value, choices: Sequence[str]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
-def _check_real(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-
-
-def _check_integer(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+def _make_plain(likelihood, field: str, check: Callable) -> None:
+    """Checks a number, and makes it Python's own: records are compared by value, printed and pickled."""
+    object.__setattr__(likelihood, field, check(f"{type(likelihood).__name__}.{field}", getattr(likelihood, field)))
 
 
 def _check_dim(likelihood) -> None:
-    name = f"{type(likelihood).__name__}.dim"
-    _check_integer(name, likelihood.dim)
+    _make_plain(likelihood, "dim", check_integer)
     if likelihood.dim == 0:
-        raise ValueError(f"{name} must not be 0, the dimension of the batch")
+        raise ValueError(f"{type(likelihood).__name__}.dim must not be 0, the dimension of the batch")
 
 
 def _check_levels(likelihood) -> None:
-    name = f"{type(likelihood).__name__}.levels"
-    _check_integer(name, likelihood.levels)
+    _make_plain(likelihood, "levels", check_integer)
     if likelihood.levels < 2:
-        raise ValueError(f"{name} must be at least 2, got {likelihood.levels}")
+        raise ValueError(f"{type(likelihood).__name__}.levels must be at least 2, got {likelihood.levels}")
 
 
 BY_NAME: dict[str, Likelihood] = {name: Named(name) for name in PLAIN} | {

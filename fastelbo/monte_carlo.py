@@ -21,7 +21,6 @@ from .arguments import (
     check_generator,
     check_noise,
     check_number,
-    check_real,
     check_target,
     check_weight,
     find_likelihood,
@@ -32,6 +31,7 @@ from .log_ratio import Held, draw_rows, log_ratio
 from .posteriors import Posterior, Prior, check_gaussian, check_prior, result_dtype
 from .reconstruction import class_dim, count
 from .replay import CHANGED, Modules, Replay, autocast_without_cache
+from .scalars import check_real
 from .terms import ELBOTerms, Term, add_terms, check_reconstruction, check_terms, divergence_of, times
 from .tracing import is_differentiated, is_traced, never_compiled
 

@@ -14,7 +14,6 @@ from .arguments import (
     check_latents,
     check_number,
     check_prediction,
-    check_real,
     check_scale,
     check_target,
     factor_of,
@@ -31,6 +30,7 @@ from .monte_carlo import check_sampling, many_samples
 from .plain import PLAIN
 from .posteriors import Posterior, check_gaussian, check_prior, result_dtype
 from .sampling import draw, sample, sample_of
+from .scalars import check_real
 from .terms import (
     ELBOTerms,
     add_terms,

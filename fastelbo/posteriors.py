@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from .arguments import check_device, check_latents, check_prediction, check_real
+from .arguments import check_device, check_latents, check_prediction
 from .numerics import excess_of_logvar, excess_of_std, excess_of_var
+from .scalars import check_real
 
 PARAMETERS = ("logvar", "log_std", "std", "var")
 

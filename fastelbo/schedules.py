@@ -10,12 +10,12 @@ the step lies, and neither compiles anew nor waits for the device. Or keep beta 
 
 from dataclasses import dataclass
 from math import cos, inf, isfinite, pi
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from .arguments import check_real
+from .arguments import check_count
+from .scalars import check_real
 
 SHAPES = ("linear", "cosine")
 
@@ -113,12 +113,7 @@ def cyclical(
     period, ratio = _positive("period", period), _positive("ratio", ratio)
     if ratio > 1:
         raise ValueError(f"ratio must be at most 1, got {ratio:g}")
-    if cycles is None:
-        cycles = inf
-    elif isinstance(cycles, bool) or not isinstance(cycles, Integral):
-        raise TypeError(f"cycles must be an integer or None, got {type(cycles).__name__}")
-    elif cycles < 1:
-        raise ValueError(f"cycles must be at least 1, got {cycles}")
+    cycles = inf if cycles is None else check_count("cycles", cycles, "an integer or None")
     if shape not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(map(repr, SHAPES))}; got {shape!r}")
     return Schedule(_finite("start", start), _finite("stop", stop), period * ratio, 0, period, cycles, shape)

@@ -14,7 +14,6 @@ from .arguments import (
     check_levels,
     check_nonnegative,
     check_parameters,
-    check_real,
     check_scale,
     check_target,
     check_unit_interval,
@@ -30,6 +29,7 @@ from .layout import dense
 from .plain import PLAIN, Plain
 from .posteriors import check_gaussian, check_prior, result_dtype
 from .reconstruction import Request, class_dim, count, reconstruct
+from .scalars import check_real
 from .tracing import is_traced
 
 

@@ -1,10 +1,15 @@
 """Bad input: a ValueError or TypeError that names the argument, what came and what was expected."""
 
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
 import fastelbo
 from conftest import DEVICE
+from fastelbo import likelihoods as lk
 
 GOOD = {
     "recon_x": torch.rand(4, 6, device=DEVICE),
@@ -184,3 +189,98 @@ def test_bytes_without_target_scale():
 def test_a_scale_on_the_gpu_that_is_not_positive_gives_nan():
     for scale in (0.0, -1.0):
         assert fastelbo.loss(**GOOD, likelihood="gaussian", scale=torch.tensor(scale, device=DEVICE)).loss.isnan()
+
+
+# Whatever takes a number, called with one.
+NUMBERS = {
+    "beta": lambda n: fastelbo.loss(**GOOD, beta=n).loss,
+    "elbo beta": lambda n: fastelbo.elbo(lambda z: GOOD["recon_x"], GOOD["x"], GOOD["mu"], GOOD["mu"], n, n_samples=2).loss,
+    "scale": lambda n: fastelbo.loss(**GOOD, likelihood="gaussian", scale=n).loss,
+    "target_scale": lambda n: fastelbo.loss(**GOOD, likelihood="mse", target_scale=n).loss,
+    "capacity": lambda n: fastelbo.loss(**GOOD, weighting=fastelbo.Weighting(capacity=n)).loss,
+    "free_bits": lambda n: fastelbo.loss(**GOOD, weighting=fastelbo.Weighting(free_bits=n)).loss,
+    "balance": lambda n: fastelbo.loss(**GOOD, prior=(KL, KL), weighting=fastelbo.Weighting(balance=(n, 1.0))).loss,
+    "clamp": lambda n: fastelbo.kl_divergence(GOOD["mu"], GOOD["mu"], posterior=fastelbo.Posterior("std", (n, 99.0))),
+    "soft_min": lambda n: fastelbo.loss(**GOOD, likelihood=lk.Gaussian("log_scale", n)).loss,
+    "pos_weight": lambda n: fastelbo.loss(**GOOD, likelihood=lk.BernoulliLogits(n)).loss,
+    "step": lambda n: torch.tensor(fastelbo.schedules.linear(100)(n)),
+    "steps": lambda n: torch.tensor(fastelbo.schedules.linear(n)(1)),
+    "module beta": lambda n: fastelbo.nn.ELBOLoss(beta=n).to(DEVICE)(**GOOD).loss,
+    "module scale": lambda n: fastelbo.nn.ELBOLoss("gaussian", scale=n).to(DEVICE)(**GOOD).loss,
+}
+LATENTS = [GOOD["x"], GOOD["mu"], GOOD["logvar"]]
+LOGITS, LABELS = rand(4, 5, 6), torch.ones(4, 6, dtype=torch.int64, device=DEVICE)
+INTEGERS = {
+    "n_samples": lambda n: fastelbo.elbo(lambda z: GOOD["recon_x"].repeat(n, 1), *LATENTS, n_samples=n, chunk=9).recon,
+    "chunk": lambda n: fastelbo.elbo(lambda z: GOOD["recon_x"].repeat(n, 1), *LATENTS, n_samples=2, chunk=n).recon,
+    "ratio n_samples": lambda n: torch.tensor(fastelbo.sample_log_ratio(*LATENTS[1:], n_samples=n).z.shape),
+    "dim": lambda n: fastelbo.loss(LOGITS, LOGITS, kl=KL, likelihood=lk.Categorical(n)).loss,
+    "ignore_index": lambda n: fastelbo.loss(LOGITS, LABELS, kl=KL, likelihood=lk.Categorical(ignore_index=n)).loss,
+    "levels": lambda n: fastelbo.loss((LOGITS, KL), LOGITS, kl=KL, likelihood=lk.DiscretizedLogistic(levels=n)).loss,
+    "cycles": lambda n: torch.tensor(fastelbo.schedules.cyclical(10, cycles=n)(11)),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_every_kind(name):
+    torch.manual_seed(0)
+    expected = NUMBERS[name](2.0)
+    for number in (2, Fraction(2), np.float16(2), np.float32(2), np.float64(2), np.longdouble(2), np.int64(2), np.uint8(2)):
+        torch.testing.assert_close(NUMBERS[name](number), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize(
+    "bad", ("1", True, np.bool_(True), 1j, np.complex64(1), Decimal(1), np.ones(1), float, [1.0]), ids=repr
+)
+def test_what_is_no_number(bad, name):
+    with pytest.raises(TypeError, match=rf"{name.split()[-1]}\S* must be a number.*, got {type(bad).__name__}"):
+        NUMBERS[name](bad)
+
+
+@pytest.mark.parametrize("bad", (10**400, -(10**400), Fraction(10**400, 3)), ids=("large", "negative", "fraction"))
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_no_float_holds(name, bad):
+    with pytest.raises(ValueError, match=rf"{name.split()[-1]}\S* must be a number.* that a float can hold"):
+        NUMBERS[name](bad)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_of_every_kind(name):
+    expected = INTEGERS[name](2)
+    for number in (np.int8(2), np.int64(2), np.uint64(2)):
+        torch.testing.assert_close(INTEGERS[name](number), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize(
+    "bad", (2.0, np.float32(2), True, np.bool_(True), torch.tensor(2), torch.tensor(2.0), int, "2"), ids=repr
+)
+def test_what_is_no_integer(bad, name):
+    with pytest.raises(TypeError, match=rf"{name.split()[-1]} must be an integer.*, got {type(bad).__name__}"):
+        INTEGERS[name](bad)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_that_are_too_large(name):
+    with pytest.raises(ValueError, match=rf"{name.split()[-1]} must be an integer.* of at most 64 bits, got one of 1329 bits"):
+        INTEGERS[name](10**400)
+
+
+def test_records_hold_plain_numbers():
+    """So that what is equal is printed, hashed and pickled alike."""
+    pairs = (
+        (lk.Gaussian(soft_min=np.float32(-6)), lk.Gaussian(soft_min=-6.0)),
+        (lk.Laplace("logvar", Fraction(-1, 2)), lk.Laplace("logvar", -0.5)),
+        (lk.Categorical(np.int64(-1), np.int8(5)), lk.Categorical(-1, 5)),
+        (lk.Multinomial(np.int32(2)), lk.Multinomial(2)),
+        (lk.DiscretizedLogistic(levels=np.uint16(32)), lk.DiscretizedLogistic(levels=32)),
+        (lk.DiscretizedLogisticMixture(np.int64(32), np.int64(-1)), lk.DiscretizedLogisticMixture(32, -1)),
+        (fastelbo.schedules.cyclical(np.int64(10), cycles=np.int64(3)), fastelbo.schedules.cyclical(10, cycles=3)),
+    )
+    for ours, theirs in pairs:
+        assert ours == theirs
+        assert repr(ours) == repr(theirs)
+    assert repr(lk.BernoulliLogits(np.float32(5))) == repr(lk.BernoulliLogits(5))
+    module = fastelbo.nn.ELBOLoss("gaussian", Fraction(1, 2), scale=np.float32(2), target_scale=Fraction(1, 4))
+    assert "beta=0.5, reduction='sum', scale=2.0, target_scale=0.25" in repr(module)

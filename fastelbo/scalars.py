@@ -1,0 +1,27 @@
+"""Numbers that users pass, Python's, numpy's or any other real type's, as Python's own."""
+
+from numbers import Integral, Real
+
+import torch
+
+
+def check_real(name: str, value, expected: str = "a number") -> float:
+    """A real number as a float; one that depends on a shape while `torch.export` traces, as that."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        if isinstance(value, torch.SymInt | torch.SymFloat):
+            return torch.sym_float(value)
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be {expected} that a float can hold, got one beyond 1.8e308") from None
+
+
+def check_integer(name: str, value, expected: str = "an integer") -> int:
+    """An integer of at most 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    value = int(value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be {expected} of at most 64 bits, got one of {value.bit_length()} bits")
+    return value
