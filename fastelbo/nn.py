@@ -4,20 +4,22 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from .arguments import check_real, check_scale, find_likelihood, split_reduction
+from .arguments import check_scale, find_likelihood, split_reduction
 from .diagnostics import Monitor
 from .divergence import Weighting
 from .likelihoods import Likelihood
 from .objective import Reduction, loss
 from .posteriors import Posterior, check_posterior
+from .scalars import check_real
 from .terms import ELBOTerms
 
 
 class ELBOLoss(nn.Module):
     """Negative ELBO with options fixed once: `criterion(recon_x, x, mu, logvar)` is `fastelbo.loss` with them.
 
-    `beta` is kept as a 0-d buffer of the default dtype: it moves with the module and is saved in its `state_dict`. Write to it
-    (`criterion.beta.fill_(0.5)`), or pass a beta to `forward`, to change it from step to step.
+    `beta` is kept as a 0-d float64 buffer: it moves with the module, keeps its digits whatever dtype that is cast to, and is
+    saved in its `state_dict`. Write to it (`criterion.beta.fill_(0.5)`), or pass a beta to `forward`, to change it from step to
+    step.
 
     Args:
         likelihood, reduction, target_scale, posterior, weighting: as in `fastelbo.loss`.
@@ -41,14 +43,23 @@ class ELBOLoss(nn.Module):
         found = find_likelihood(likelihood)
         split_reduction(reduction)
         if scale is not None:
-            check_scale(check_real("scale", scale), found)
-        check_real("target_scale", target_scale)
+            scale = check_scale(check_real("scale", scale), found)
         check_posterior(posterior)
         if weighting is not None and not isinstance(weighting, Weighting):
             raise TypeError(f"weighting must be a Weighting, got {type(weighting).__name__}")
-        self.likelihood, self.reduction, self.scale, self.target_scale = likelihood, reduction, scale, target_scale
+        self.likelihood, self.reduction, self.scale = likelihood, reduction, scale
+        self.target_scale = check_real("target_scale", target_scale)
         self.posterior, self.weighting = posterior, weighting
-        self.register_buffer("beta", torch.tensor(check_real("beta", beta)))
+        self.register_buffer("beta", torch.tensor(check_real("beta", beta), dtype=_widest(torch.get_default_device())))
+
+    def _apply(self, fn, recurse=True):
+        """What `to`, `half`, `double` and the like do to the module: they move beta, and do not cast it."""
+        device = fn(torch.zeros((), device=self.beta.device)).device
+        beta = self.beta = self.beta.to(_widest(device))
+        super()._apply(fn, recurse)
+        if self.beta.dtype != beta.dtype:
+            self.beta = beta.to(device)
+        return self
 
     def forward(
         self,
@@ -71,10 +82,18 @@ class ELBOLoss(nn.Module):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
+        beta = "?" if self.beta.is_meta else f"{self.beta.item():g}"
         shown = (
-            f"likelihood={self.likelihood!r}, beta={self.beta.item():g}, reduction={self.reduction!r},"
+            f"likelihood={self.likelihood!r}, beta={beta}, reduction={self.reduction!r},"
             f" scale={self.scale}, target_scale={self.target_scale:g}"
         )
         if self.posterior != "logvar":
             shown += f", posterior={self.posterior!r}"
         return shown if self.weighting is None else f"{shown}, weighting={self.weighting}"
+
+
+WITHOUT_FLOAT64 = ("mps",)
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64

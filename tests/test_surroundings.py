@@ -81,6 +81,72 @@ def test_copies_of_the_module(transport, device):
     assert all(torch.equal(a, b) for a, b in zip(twin(*inputs), expected, strict=True))
 
 
+CASTS = {
+    "half": lambda m: m.half(),
+    "bfloat16": lambda m: m.to(torch.bfloat16),
+    "float": lambda m: m.float(),
+    "double": lambda m: m.double(),
+    "both": lambda m: m.half().to(torch.float32),
+    "in a model": lambda m: torch.nn.Sequential(m).half()[0],
+}
+
+
+@pytest.mark.parametrize("transport", (lambda m: m, copy.deepcopy, through_pickle, through_a_file))
+@pytest.mark.parametrize("cast", CASTS)
+def test_beta_keeps_its_digits(cast, transport, device):
+    beta = 1e-8 / 3
+    criterion = CASTS[cast](
+        fastelbo.nn.ELBOLoss("gaussian", beta=beta, reduction="mean", scale=0.4, target_scale=0.5).to(device)
+    )
+    assert criterion.state_dict()["beta"].item() == transport(criterion).beta.item() == beta
+    criterion = CASTS[cast](transport(criterion))
+    criterion.beta.fill_(0.1)  # the module's own still
+    assert criterion.state_dict()["beta"].item() == 0.1
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("reduction", ("sum", "mean", "none"))
+def test_digits_of_beta_in_the_loss(reduction, dtype, device):
+    """All of them in float64; and in float32 the results and gradients stay what they are with a number."""
+    inputs = [t.detach().requires_grad_(t.requires_grad) for t in make_inputs("mse", (5, 9), (5, 3), dtype, device)]
+    criterion = fastelbo.nn.ELBOLoss("mse", beta=0.001, reduction=reduction).to(device, dtype)
+    wrt = inputs[0], *inputs[2:]
+    expected = fastelbo.loss(*inputs, 0.001, likelihood="mse", reduction=reduction)
+    expected = *expected, *gradients(expected.loss.sum(), *wrt)
+    criterion.beta.requires_grad_()  # on a CPU it would be read as a number else
+    got = criterion(*inputs)
+    got = *got, *gradients(got.loss.sum(), *wrt)
+    torch.testing.assert_close(got, expected, rtol=1e-15 if dtype == torch.float64 else 2e-7, atol=0)
+    zero = torch.zeros_like(inputs[0], dtype=torch.float64, requires_grad=True)
+    mu = torch.full((1, 1), 1e6, dtype=torch.float64, device=device)
+    loss = fastelbo.nn.ELBOLoss("mse", beta=0.001).to(device)(
+        zero, zero.detach(), mu.expand(5, 1), torch.zeros_like(mu).expand(5, 1)
+    )
+    assert loss.loss.item() == pytest.approx(5 * 0.001 * 0.5e12, rel=1e-15)
+
+
+def test_an_older_state_of_the_module(device):
+    """Which was of float32; loaded by a module that is cast, too."""
+    for criterion in (fastelbo.nn.ELBOLoss().to(device), fastelbo.nn.ELBOLoss().to(device).half()):
+        criterion.load_state_dict({"beta": torch.tensor(0.1)})
+        assert criterion.beta.item() == torch.tensor(0.1).item()
+        assert criterion.beta.dtype == torch.float64
+        assert criterion.beta.device.type == device.type
+
+
+def test_beta_moves_to_a_device_without_float64(monkeypatch):
+    """As MPS, for which `meta` stands here."""
+
+    def move(tensor):
+        assert tensor.dtype == torch.float32
+        return tensor.to("meta")
+
+    monkeypatch.setattr(fastelbo.nn, "WITHOUT_FLOAT64", ("meta",))
+    moved = fastelbo.nn.ELBOLoss(beta=0.1)._apply(move)
+    assert (moved.beta.device.type, moved.beta.dtype) == ("meta", torch.float32)
+    assert "beta=?" in repr(moved)
+
+
 def test_results_can_be_pickled(device):
     terms = fastelbo.loss(*(t.detach() for t in make_inputs("mse", (5, 9), (5, 3), device=device)), likelihood="mse")
     twin = pickle.loads(pickle.dumps(terms))
