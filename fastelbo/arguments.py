@@ -23,24 +23,36 @@ _INTEGERS = (
     torch.uint32,
     torch.uint64,
 )
+_REALS = FLOATS + _INTEGERS
 
 
 def check_prediction(name: str, value) -> None:
     """A floating-point tensor with a batch dimension."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+    check_floats(name, value)
     if value.dim() == 0:
         raise ValueError(f"{name} must have the batch as its first dimension, got a 0-d tensor")
 
 
-def check_target(name: str, value) -> None:
-    """A tensor of real numbers."""
+def check_floats(name: str, value) -> None:
+    """A dense floating-point tensor."""
+    check_dense(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+
+
+def check_reals(name: str, value) -> None:
+    """A dense tensor of real numbers."""
+    check_dense(name, value)
+    if value.dtype not in _REALS:
+        raise TypeError(f"{name} must be a tensor of booleans, integers or floats of 16 to 64 bits, got {value.dtype}")
+
+
+def check_dense(name: str, value) -> None:
+    """A tensor of elements with strides, not a sparse, nested or packed one."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in FLOATS + _INTEGERS:
-        raise TypeError(f"{name} must be a tensor of booleans, integers or floats of 16 to 64 bits, got {value.dtype}")
+    if value.layout != torch.strided or value.is_nested:  # of nested ones, only the jagged have a layout of their own
+        raise TypeError(f"{name} must be a dense tensor, got one that is {'nested' if value.is_nested else value.layout}")
 
 
 def check_alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -154,10 +166,7 @@ def _as_parameter(number: float | Tensor, like: Tensor) -> Tensor:
 
 def _check_smaller(name: str, value, other_name: str, other: Tensor) -> None:
     """A floating-point tensor that broadcasts to `other`."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+    check_floats(name, value)
     _check_broadcasts(name, value, other_name, other.shape)
     if value.dim() > 0 or value.device.type != "cpu":
         check_device(name, value, other_name, other)
@@ -220,7 +229,7 @@ def check_weight(weight, x: Tensor, dim: int | None) -> Tensor | None:
     """Weights that broadcast to `x`, with as many dimensions; without `dim`, its classes or channels, which share one."""
     if weight is None:
         return None
-    check_target("weight", weight)
+    check_reals("weight", weight)
     _check_broadcasts("weight", weight, "x", x.shape)
     check_device("weight", weight, "x", x)
     weight = weight.reshape((1,) * (x.dim() - weight.dim()) + weight.shape)
@@ -268,8 +277,7 @@ def check_number(name: str, value, like: Tensor) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
-        if value.is_complex():
-            raise TypeError(f"{name} must be real, got {value.dtype}")
+        check_reals(name, value)
         if value.device.type != "cpu" and value.device != like.device:
             raise ValueError(f"{name} must be on {like.device} or on the CPU, got {value.device}")
         if value.device.type == "cpu" and not value.requires_grad and not is_traced(value):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from . import formula, posteriors, torch_backend
-from .arguments import REDUCTIONS, check_device, check_number, check_reduction, factor_of
+from .arguments import REDUCTIONS, check_device, check_number, check_reals, check_reduction, factor_of
 from .backend import backend_for
 from .layout import dense, in_layout, layout_of
 from .operators import ops
@@ -374,8 +374,7 @@ def check_beta(beta, mu: Tensor) -> float | Tensor:
     """A number, a 0-d tensor, or a tensor that broadcasts to `mu.shape[1:]`: one for each latent dimension or group of them."""
     if not isinstance(beta, Tensor) or beta.dim() == 0:
         return check_number("beta", beta, mu)
-    if beta.is_complex():
-        raise TypeError(f"beta must be real, got {beta.dtype}")
+    check_reals("beta", beta)
     check_device("beta", beta, "mu", mu)
     try:
         return beta.expand(mu.shape[1:])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from . import formula, posteriors, torch_backend
-from .arguments import check_alike, check_count, check_noise, check_prediction
+from .arguments import check_alike, check_count, check_device, check_noise, check_prediction
 from .backend import backend_for
 from .posteriors import Posterior, Prior, check_gaussian, check_prior, result_dtype
 from .sampling import draw
@@ -87,6 +87,7 @@ def _check_flow(found, z0: Tensor) -> tuple[Tensor, Tensor]:
     check_prediction("flow(z)[0]", z)
     check_alike("flow(z)[0]", z, "z", z0)
     check_prediction("flow(z)[1]", log_det)
+    check_device("flow(z)[1]", log_det, "z", z0)
     if log_det.shape != z0.shape[:1]:
         raise ValueError(f"flow(z)[1] must have one log_det a row, {tuple(z0.shape[:1])}: got {tuple(log_det.shape)}")
     return z, log_det

@@ -17,11 +17,12 @@ from torch.distributions import Distribution
 from .arguments import (
     check_batch,
     check_count,
+    check_dense,
     check_device,
     check_generator,
     check_noise,
     check_number,
-    check_target,
+    check_reals,
     check_weight,
     find_likelihood,
 )
@@ -131,7 +132,7 @@ def prepared(
         raise ValueError("likelihood must not be a Gaussian of the scale 'optimal' here, which differs from sample to sample")
     beta = check_number("beta", beta, mu)
     target_scale = check_real("target_scale", target_scale)
-    check_target("x", x)
+    check_reals("x", x)
     check_device("x", x, "mu", mu)
     check_batch("x", x, "mu", mu)
     check_generator(generator, mu)
@@ -257,8 +258,10 @@ def _score(
     rows = samples * batch
     several = isinstance(prediction, tuple | list)
     values = list(prediction) if several else [prediction]
+    for i, value in enumerate(values):
+        check_dense(f"decoder(z)[{i}]" if several else "decoder(z)", value)
     first = values[0] if values else None
-    if isinstance(first, Tensor) and first.shape[:1] != (rows,):
+    if first is not None and first.shape[:1] != (rows,):
         raise ValueError(f"decoder(z) must have a row for each of the {rows} of z, got {tuple(first.shape)}")
 
     def term_of(i: int) -> Term:
@@ -281,9 +284,9 @@ def _score(
     return loss, recon.detach(), term._replace(parameters=[p.detach().to("meta") for p in term.parameters])
 
 
-def _is_whole(value, first: Tensor) -> bool:
+def _is_whole(value: Tensor, first: Tensor) -> bool:
     """Whether a parameter of a likelihood has a row for each of the first one's."""
-    return isinstance(value, Tensor) and value.dim() == first.dim() and value.shape[0] == first.shape[0]
+    return value.dim() == first.dim() and value.shape[0] == first.shape[0]
 
 
 def _combined(call: Call, rows: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ from .arguments import (
     check_alike,
     check_batch,
     check_device,
+    check_floats,
     check_latents,
     check_number,
     check_prediction,
+    check_reals,
     check_scale,
-    check_target,
     factor_of,
     find_likelihood,
     split_reduction,
@@ -108,7 +109,7 @@ def loss(
     """
     if _is_plain(recon_x, mu, beta, likelihood, posterior, prior, weighting, weight, scale, monitor):
         check_prediction("recon_x", recon_x)
-        check_target("x", x)
+        check_reals("x", x)
         options = _check_options(recon_x, beta, likelihood, scale, target_scale)
         settings, beta = _check_loss("recon_x", recon_x, x, mu, logvar, kl, options, reduction)
         return plain_terms(settings, "recon_x", recon_x, x, mu, logvar, kl, beta)
@@ -214,7 +215,7 @@ def elbo(
         )  # fmt: skip
     # All that can be checked before the decoder runs, which may draw noise and move statistics.
     check_latents(mu, logvar)
-    check_target("x", x)
+    check_reals("x", x)
     check_device("x", x, "mu", mu)
     check_batch("x", x, "mu", mu)
     options = _check_options(mu, beta, likelihood, scale, target_scale)
@@ -271,7 +272,7 @@ def _composed(
     mu, second, posterior = check_gaussian(mu, logvar, posterior)
     prior = check_prior(prior, mu)
     find_likelihood(likelihood)
-    check_target("x", x)
+    check_reals("x", x)
     check_device("x", x, "mu", mu)
     check_batch("x", x, "mu", mu)
     if weighting is None and monitor is None and not (isinstance(beta, Tensor) and beta.dim() > 0):
@@ -330,10 +331,7 @@ def _check_loss(name, recon_x, x, mu, logvar, kl, options: Options, reduction) -
 
 
 def _check_kl(kl, reduction: str, recon_x: Tensor) -> None:
-    if not isinstance(kl, Tensor):
-        raise TypeError(f"kl must be a tensor, got {type(kl).__name__}")
-    if not kl.is_floating_point():
-        raise TypeError(f"kl must be of a floating dtype, got {kl.dtype}")
+    check_floats("kl", kl)
     expected = recon_x.shape[:1] if reduction == "none" else ()
     if kl.shape != expected:
         raise ValueError(f"kl must have shape {tuple(expected)} for the reduction {reduction!r}, got {tuple(kl.shape)}")

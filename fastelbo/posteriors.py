@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from .arguments import check_device, check_latents, check_prediction
+from .arguments import check_device, check_floats, check_latents
 from .numerics import excess_of_logvar, excess_of_std, excess_of_var
 from .scalars import check_real
 
@@ -103,10 +103,7 @@ def _normal(name: str, distribution: Distribution) -> Normal:
 
 
 def _expanded(name: str, value, mu: Tensor) -> Tensor:
-    if not isinstance(value, Tensor) or value.dim() > 0:
-        check_prediction(name, value)
-    elif not value.is_floating_point():
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+    check_floats(name, value)
     check_device(name, value, "mu", mu)
     try:
         return value.expand(mu.shape)

@@ -14,7 +14,7 @@ from math import cos, inf, isfinite, pi
 import torch
 from torch import Tensor
 
-from .arguments import check_count
+from .arguments import check_count, check_reals
 from .scalars import check_real
 
 SHAPES = ("linear", "cosine")
@@ -52,8 +52,7 @@ class Schedule:
         return self.start * (1 - share) + self.stop * share
 
     def _of_tensor(self, step: Tensor) -> Tensor:
-        if step.is_complex():
-            raise TypeError(f"step must be real, got {step.dtype}")
+        check_reals("step", step)
         if not step.is_floating_point():
             step = step.long()  # unsigned ones would wrap around below the delay
         since = (step - self.delay).clamp(min=0)

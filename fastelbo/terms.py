@@ -14,8 +14,8 @@ from .arguments import (
     check_levels,
     check_nonnegative,
     check_parameters,
+    check_reals,
     check_scale,
-    check_target,
     check_unit_interval,
     check_weight,
     factor_of,
@@ -77,7 +77,7 @@ def given_or_not(**arguments) -> str:
 def check_reconstruction(name, recon_x, x, likelihood, weight, reduction, scale, target_scale) -> Term:
     likelihood = find_likelihood(likelihood)
     parameters = check_parameters(name, recon_x, likelihood, scale)
-    check_target("x", x)
+    check_reals("x", x)
     check_fits(name, parameters, x, likelihood)
     weight = check_weight(weight, x, class_dim(likelihood, parameters, x))
     request = Request(likelihood, check_real("target_scale", target_scale), reduction, result_dtype(*parameters))

@@ -360,7 +360,7 @@ MISUSE = (
     ({"beta": torch.ones(2)}, ValueError, r"beta must be a number, a 0-d tensor or a tensor that broadcasts to a sample of mu"),
     ({"beta": torch.ones(2, 3)}, ValueError, "beta must be a number, a 0-d tensor"),
     ({"beta": EACH.to("meta")}, ValueError, "beta must be on the device of mu"),
-    ({"beta": EACH.cfloat()}, TypeError, "beta must be real"),
+    ({"beta": EACH.cfloat()}, TypeError, "beta must be a tensor of booleans"),
     ({"beta": "a"}, TypeError, "beta must be a number or a 0-d tensor, got str"),
 )  # fmt: skip
 

@@ -171,7 +171,7 @@ BAD = [
     (lambda: schedules.cyclical(10, cycles=2.0), TypeError, "cycles must be an integer or None, got float"),
     (lambda: schedules.cyclical(10, shape="sigmoid"), ValueError, "shape must be one of 'linear', 'cosine'; got 'sigmoid'"),
     (lambda: schedules.linear(10)("3"), TypeError, "step must be a number or a tensor, got str"),
-    (lambda: schedules.linear(10)(torch.tensor(1j)), TypeError, "step must be real, got torch.complex64"),
+    (lambda: schedules.linear(10)(torch.tensor(1j)), TypeError, "step must be a tensor of booleans.*, got torch.complex64"),
 ]
 
 
