@@ -129,6 +129,11 @@ def find_likelihood(likelihood) -> Likelihood:
     return found
 
 
+def unwrapped(recon_x):
+    """The tensor alone of a tuple of one, which is what decoders return that always return a tuple."""
+    return recon_x[0] if isinstance(recon_x, tuple | list) and len(recon_x) == 1 else recon_x
+
+
 def check_parameters(name: str, recon_x, likelihood: Likelihood, scale) -> list[Tensor]:
     """The tensors that parametrize a likelihood, from a tensor or a tuple of them; the first has the full shape."""
     names = likelihood.parameters

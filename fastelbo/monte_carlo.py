@@ -25,6 +25,7 @@ from .arguments import (
     check_reals,
     check_weight,
     find_likelihood,
+    unwrapped,
 )
 from .graph import decoder_leaves
 from .likelihoods import Gaussian, Likelihood
@@ -256,6 +257,7 @@ def _score(
     """
     samples, batch = where.stop - where.start, given.x.shape[0]
     rows = samples * batch
+    prediction = unwrapped(prediction)
     several = isinstance(prediction, tuple | list)
     values = list(prediction) if several else [prediction]
     for i, value in enumerate(values):

@@ -20,6 +20,7 @@ from .arguments import (
     factor_of,
     find_likelihood,
     split_reduction,
+    unwrapped,
 )
 from .autograd import Elbo, Settings
 from .diagnostics import Monitor
@@ -72,7 +73,7 @@ def loss(
 
     Args:
         recon_x: the decoder's output, `[B, ...]`, float16, bfloat16, float32 or float64; for a likelihood of several parameters
-            the tuple of them.
+            the tuple of them. A tuple of one is that one.
         x: the target, of the shape of `recon_x` and any real dtype; integers and booleans are converted on the fly.
         mu: mean of the encoder's Gaussian, `[B, ...]`, of any such shape and floating dtype; or a `torch.distributions.Normal`,
             or an `Independent` of one, which stands for `mu` and `logvar`.
@@ -107,6 +108,7 @@ def loss(
             dispersions are negative, or labels or levels are none. On a GPU, looking would need a sync, and a tracer sees no
             values: a target of a Bernoulli likelihood outside [0, 1] gives a loss that means nothing there, the others NaN.
     """
+    recon_x = unwrapped(recon_x)
     if _is_plain(recon_x, mu, beta, likelihood, posterior, prior, weighting, weight, scale, monitor):
         check_prediction("recon_x", recon_x)
         check_reals("x", x)
@@ -225,7 +227,7 @@ def elbo(
     z, kl = sample(mu, logvar, noise, kl_weight, kl_reduction == "none", wants_kl=True)
     # Taken before the decoder runs, which may write to z.
     edge = torch.autograd.graph.get_gradient_edge(z) if z.requires_grad and not is_traced(x, z) else None
-    prediction = decoder(z)
+    prediction = unwrapped(decoder(z))
     if isinstance(prediction, tuple | list) and len(find_likelihood(likelihood).parameters) > 1:
         divergence = kl, times(options.beta, kl), None
         term = check_reconstruction("decoder(z)", prediction, x, likelihood, None, recon_reduction, scale, target_scale)

@@ -21,6 +21,7 @@ from .arguments import (
     factor_of,
     find_likelihood,
     split_reduction,
+    unwrapped,
 )
 from .autograd import Loss, Settings, loss_forward
 from .diagnostics import Monitor
@@ -75,7 +76,7 @@ def given_or_not(**arguments) -> str:
 
 
 def check_reconstruction(name, recon_x, x, likelihood, weight, reduction, scale, target_scale) -> Term:
-    likelihood = find_likelihood(likelihood)
+    likelihood, recon_x = find_likelihood(likelihood), unwrapped(recon_x)
     parameters = check_parameters(name, recon_x, likelihood, scale)
     check_reals("x", x)
     check_fits(name, parameters, x, likelihood)

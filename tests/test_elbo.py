@@ -439,6 +439,46 @@ def test_bad_decoders(device):
         fastelbo.elbo(lambda z: z, x[:3], mu, logvar)
 
 
+@pytest.mark.parametrize(
+    "likelihood, scale, kind", (("bernoulli_logits", None, tuple), ("mse", None, list), ("gaussian", 0.5, tuple))
+)
+def test_a_tuple_of_one(likelihood, scale, kind, device):
+    """Is the one, in every call, and as fused."""
+    (mu, logvar), net = latents(device), network(device)
+    x = torch.rand(B, FEATURES, device=device)
+    weight, eps = torch.rand(B, 1, device=device), torch.randn(6, *mu.shape, device=device)
+    options = {"likelihood": likelihood, "scale": scale}
+
+    def wrapped(z):
+        return kind([net(z)])
+
+    calls = {
+        "elbo": lambda decoder: fastelbo.elbo(decoder, x, mu, logvar, eps=eps[0], **options),
+        "loss": lambda decoder: fastelbo.loss(decoder(mu), x, mu, logvar, **options),
+        "module": lambda decoder: fastelbo.nn.ELBOLoss(**options).to(device)(decoder(mu), x, mu, logvar),
+        "kl": lambda decoder: fastelbo.loss(decoder(mu), x, kl=logvar.sum(), **options),
+        "weight": lambda decoder: fastelbo.elbo(decoder, x, mu, logvar, eps=eps[0], weight=weight, **options),
+        "posterior": lambda decoder: fastelbo.elbo(decoder, x, mu, logvar, eps=eps[0], posterior="log_std", **options),
+        "samples": lambda decoder: fastelbo.elbo(decoder, x, mu, logvar, n_samples=6, chunk=2, eps=eps, **options),
+        "iwae": lambda decoder: fastelbo.elbo(decoder, x, mu, logvar, n_samples=6, bound="iwae", eps=eps, **options),
+    }
+    for name, call in calls.items():
+        losses = [call(decoder).loss for decoder in (net, wrapped)]
+        assert losses[0].grad_fn.name() == losses[1].grad_fn.name(), name
+        found = [[loss.detach(), *gradients(loss, mu, logvar, *net.parameters())] for loss in losses]
+        torch.testing.assert_close(*found, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+    if likelihood != "mse":
+        estimates = [fastelbo.log_likelihood(d, x, mu, logvar, n_samples=6, eps=eps, **options) for d in (net, wrapped)]
+        torch.testing.assert_close(*estimates, rtol=0, atol=0)
+
+
+def test_a_tuple_of_several_is_a_whole_vaes(device):
+    mu, logvar = latents(device)
+    x = torch.rand(B, FEATURES, device=device)
+    with pytest.raises(TypeError, match="pass the decoder alone, not the whole VAE"):
+        fastelbo.elbo(lambda z: (x, mu, logvar), x, mu, logvar)
+
+
 def test_no_grad(device):
     mu, logvar = latents(device)
     net = network(device)
