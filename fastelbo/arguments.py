@@ -216,11 +216,12 @@ def _check_dim(likelihood: Likelihood, first: Tensor) -> int:
 
 
 def _check_mixture(name: str, first: Tensor, x: Tensor, likelihood: DiscretizedLogisticMixture) -> None:
-    dim = _check_dim(likelihood, first)
+    dim, last = _check_dim(likelihood, first), x.shape[:-1] == first.shape[:-1]
     if x.dim() != first.dim() or any(n != m for d, (n, m) in enumerate(zip(x.shape, first.shape, strict=True)) if d != dim):
         raise ValueError(
             f"x must have the shape of {name} but for dimension {dim}, its channels:"
             f" got {name} {tuple(first.shape)} and x {tuple(x.shape)}"
+            + ("; for channels that come last, use likelihoods.DiscretizedLogisticMixture(dim=-1)" if last else "")
         )
     channels, found = x.shape[dim], first.shape[dim]
     each = 10 if channels == 3 else 1 + 2 * channels
@@ -261,8 +262,8 @@ def split_reduction(reduction) -> tuple[str, str]:
     if len(reduction) != 2:
         raise ValueError(f"reduction must be a name or a pair (reconstruction, kl); got {reduction!r}")
     recon, kl = map(check_reduction, reduction)
-    if (recon == "none") != (kl == "none"):
-        raise ValueError(f"reduction 'none' cannot be paired with another; got {reduction!r}")
+    if "none" in (recon, kl):
+        raise ValueError(f"reduction 'none' cannot be paired: give the name alone; got {reduction!r}")
     return recon, kl
 
 

@@ -23,12 +23,13 @@ class Posterior(NamedTuple):
     Attributes:
         parameter: `"logvar"`: log sigma^2; `"log_std"`: log sigma; `"std"`: sigma; `"var"`: sigma^2. The last two have to be
             positive, which nothing looks at: sigma = 0 has an infinite KL, a negative one becomes NaN.
-        clamp: bounds that this output is clamped to; its gradient is zero outside of them. `(-30.0, 20.0)` is what latent
-            diffusion does to `logvar` (Rombach et al., 2022: `DiagonalGaussianDistribution`). NaN stays NaN.
+        clamp: bounds that this output is clamped to, None for one that is not; its gradient is zero outside of them.
+            `(-30.0, 20.0)` is what latent diffusion does to `logvar` (Rombach et al., 2022: `DiagonalGaussianDistribution`).
+            NaN stays NaN.
     """
 
     parameter: str = "logvar"
-    clamp: tuple[float, float] | None = None
+    clamp: tuple[float | None, float | None] | None = None
 
 
 LOGVAR = Posterior()
@@ -54,7 +55,11 @@ def check_posterior(posterior) -> Posterior:
     if clamp is not None:
         if not isinstance(clamp, tuple | list) or len(clamp) != 2:
             raise ValueError(f"posterior.clamp must be a pair (low, high); got {clamp!r}")
-        low, high = (check_real(f"posterior.clamp[{i}]", bound) for i, bound in enumerate(clamp))
+        ends = zip(clamp, (-inf, inf), strict=True)
+        low, high = (
+            end if bound is None else check_real(f"posterior.clamp[{i}]", bound, "a number or None")
+            for i, (bound, end) in enumerate(ends)
+        )
         if not low <= high:
             raise ValueError(f"posterior.clamp must be a pair (low, high) with low <= high; got {clamp!r}")
         clamp = None if (low, high) == (-inf, inf) else (low, high)

@@ -45,6 +45,7 @@ BAD = [
     ({"reduction": "avg"}, ValueError, "reduction must be one of 'sum'.*got 'avg'"),
     ({"reduction": ("sum",)}, ValueError, "reduction must be a name or a pair"),
     ({"reduction": ("none", "sum")}, ValueError, "'none' cannot be paired"),
+    ({"reduction": ("none", "none")}, ValueError, r"'none' cannot be paired.*got \('none', 'none'\)"),
     ({"reduction": ("sum", "avg")}, ValueError, "reduction must be one of"),
     ({"mu": None}, ValueError, "give mu and logvar, or kl: got mu None, logvar given"),
     ({"mu": None, "logvar": None}, ValueError, "give mu and logvar, or kl: got mu None, logvar None"),

@@ -536,6 +536,11 @@ def bad_calls(device):
             {},
             r"use likelihoods.Categorical\(dim=-1\)",
         ),
+        "channels last": (
+            (torch.rand(2, 4, 5, 100, device=device), torch.rand(2, 4, 5, 3, device=device), DiscretizedLogisticMixture()),
+            {},
+            r"use likelihoods.DiscretizedLogisticMixture\(dim=-1\)",
+        ),
         "levels beyond": (
             ((p, p), torch.full((3, 4), 16, device=device), DiscretizedLogistic(levels=16)),
             {},

@@ -265,6 +265,33 @@ def test_clamp(posterior, device):
         assert torch.equal(got[1] == 0, outside)
 
 
+@pytest.mark.parametrize("posterior", FROM_STD)
+@pytest.mark.parametrize("bounds", ((None, 0.7), (0.7, None), (None, None)), ids=str)
+def test_no_bound(bounds, posterior, device):
+    """None is no bound, though what it would bound be infinite; in value and gradient as torch.clamp."""
+    mu, second, *prior = make_latents(posterior, (9, 31), torch.float64, device)
+    eps = torch.randn_like(mu)
+    results = []
+    for options, given in (
+        ({"posterior": Posterior(posterior, bounds)}, second),
+        ({"posterior": posterior}, second if bounds == (None, None) else second.clamp(*bounds)),
+    ):
+        z, kl = fastelbo.sample_kl(mu, given, prior=prior, eps=eps, **options)
+        log_q = fastelbo.sample_log_ratio(mu, given, prior=prior, eps=eps, **options).log_q
+        each = kl_divergence(mu, given, reduction="dimension", **options)
+        total = z.sum() + kl + log_q.sum() + each.sum()
+        results.append((z, kl, log_q, each, *gradients(total, mu, second, *prior)))
+    torch.testing.assert_close(*results)
+    outside = torch.zeros_like(second, dtype=torch.bool)
+    for bound, beyond in zip(bounds, (torch.lt, torch.gt), strict=True):
+        if bound is not None:
+            outside = beyond(second, bound)
+            assert outside.any() and not outside.all()
+    assert torch.equal(results[0][5] == 0, outside)
+    infinite = torch.full((1, 1), torch.inf if bounds[1] is None else -torch.inf, dtype=torch.float64, device=device)
+    assert not kl_divergence(torch.zeros_like(infinite), infinite, posterior=Posterior("logvar", bounds)).isfinite()
+
+
 def test_latent_diffusions_clamp(device):
     """Its encoder's logvar may be anything: nothing overflows, and the KL is that of its DiagonalGaussianDistribution."""
     mu, logvar = torch.randn(4, 4, 8, 8, device=device), 100 * torch.randn(4, 4, 8, 8, device=device)
@@ -479,7 +506,7 @@ MISUSE = (
     ({"posterior": 3}, TypeError, "posterior must be a name or a Posterior, got int"),
     ({"posterior": Posterior("std", (1,))}, ValueError, r"posterior.clamp must be a pair \(low, high\)"),
     ({"posterior": Posterior("std", (2.0, 1.0))}, ValueError, "low <= high"),
-    ({"posterior": Posterior("std", ("a", 1.0))}, TypeError, r"posterior.clamp\[0\] must be a number, got str"),
+    ({"posterior": Posterior("std", ("a", 1.0))}, TypeError, r"posterior.clamp\[0\] must be a number or None, got str"),
     ({"prior": 3.0}, TypeError, r"prior must be None, a pair \(mu, logvar\) or a Normal, got float"),
     ({"prior": (A,)}, ValueError, r"prior must be a pair \(mu, logvar\) or a Normal; got 1 values"),
     ({"prior": (A, 1.0)}, TypeError, r"prior\[1\] must be a tensor, got float"),
