@@ -164,9 +164,11 @@ def check_parameters(name: str, recon_x, likelihood: Likelihood, scale) -> list[
 
 
 def _as_parameter(number: float | Tensor, like: Tensor) -> Tensor:
+    """A number has no say in the dtype of results, be it in a 0-d tensor."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if isinstance(number, Tensor):
-        return number.to(like.device)
-    return torch.full((), number, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32, device=like.device)
+        return number.to(like.device, number.dtype if number.dim() else dtype)
+    return torch.full((), number, dtype=dtype, device=like.device)
 
 
 def _check_smaller(name: str, value, other_name: str, other: Tensor) -> None:

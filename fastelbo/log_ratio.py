@@ -55,7 +55,7 @@ def sample_log_ratio(
 
     Returns:
         `SampleLogRatio(z, log_q, log_p)`, differentiable by all that went in. z has the wider dtype of `mu` and `logvar`; the
-        densities are float64 if an input is, otherwise float32.
+        densities are float64 if these, the prior or what the flow returns is, otherwise float32.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or has an unknown name; `n_samples` is

@@ -435,7 +435,7 @@ def log_likelihood(
         progress: show a progress bar, by tqdm.
 
     Returns:
-        `LogLikelihood(log_p, standard_error)`, float64 if an input is, otherwise float32. The standard error is the delta
+        `LogLikelihood(log_p, standard_error)`, of the dtype of `elbo`'s results. The standard error is the delta
         method's, the deviation of the weights (with n - 1) over sqrt(n) and their mean: too low where the few samples that
         matter were not among them, and NaN for one sample.
 

@@ -99,7 +99,9 @@ def loss(
         monitor: collects diagnostics of the call.
 
     Returns:
-        `ELBOTerms(loss, recon, kl)`: float64 if an input is, otherwise float32.
+        `ELBOTerms(loss, recon, kl)`: float64 if `recon_x`, another parameter of the likelihood (a `scale` or `pos_weight` with
+            dimensions is one), `mu`, `logvar`, the prior or `kl` is, otherwise float32. The dtypes of `x`, of weights and of
+            0-d tensors such as `beta` do not count.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.

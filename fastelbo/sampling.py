@@ -77,7 +77,8 @@ def sample_kl(
         reduction: of the KL: `"sum"`, `"batchmean"`, `"mean"` (over all elements) or `"none"` (one value a sample).
 
     Returns:
-        `SampleKL(z, kl)`. The KL is float64 if an input is, otherwise float32; it goes into `loss(..., kl=kl)`.
+        `SampleKL(z, kl)`. The KL is float64 if `mu`, `logvar` or the prior is, otherwise float32; it goes into
+        `loss(..., kl=kl)`.
 
     Raises:
         TypeError, ValueError: as `reparameterize`, or `prior` is none, or `reduction` is unknown.

@@ -235,6 +235,59 @@ def test_results_are_float32_for_short_floats_and_float64_for_one_double(device)
         assert gradients(terms.loss, recon_x)[0].dtype == dtypes[0]
 
 
+@pytest.mark.parametrize("compiled", (False, True), ids=("", "compiled"))
+def test_whose_dtype_counts(compiled, device):
+    """That of predictions, latents, priors and a given KL: a float64 of anything else leaves results in float32."""
+    p, x, mu, logvar = make_inputs("bernoulli", (5, 9), (5, 3), device=device)
+    w, eps, one = torch.rand(5, 9, device=device), torch.randn(5, 3, device=device), torch.ones((), device=device)
+    wide = {t: t.detach().double() for t in (p, x, mu, logvar, w, eps, one)}
+    learned = wide[one].clone().requires_grad_()
+
+    def decoder(z):
+        return z.sigmoid().repeat(1, 3)
+
+    def gaussian(scale, **options):
+        return fastelbo.loss(p, x, mu, logvar, likelihood="gaussian", scale=scale, **options).loss
+
+    double = {
+        "recon_x": lambda: fastelbo.loss(wide[p], x, mu, logvar).loss,
+        "recon_x, weighted": lambda: fastelbo.loss(wide[p], x, mu, logvar, weight=w).loss,
+        "recon_x[1]": lambda: fastelbo.loss((p, wide[w]), x, mu, logvar, likelihood="gaussian").loss,
+        "scale of elements": lambda: gaussian(wide[w]),
+        "mu": lambda: fastelbo.loss(p, x, wide[mu], logvar).loss,
+        "logvar": lambda: fastelbo.elbo(decoder, x, mu, wide[logvar], eps=eps).loss,
+        "prior": lambda: fastelbo.kl_divergence(mu, logvar, (mu, wide[logvar])),
+        "prior of a sample": lambda: fastelbo.sample_log_ratio(mu, logvar, prior=(wide[one], one), eps=eps).log_q,
+        "kl": lambda: fastelbo.loss(p, x, kl=wide[one]).recon,
+        "flow": lambda: fastelbo.sample_log_ratio(mu, logvar, flow=lambda z: (z, z.sum(1).double()), eps=eps).log_p,
+    }
+    single = {
+        "x": lambda: fastelbo.loss(p, wide[x], mu, logvar).loss,
+        "x of elbo": lambda: fastelbo.elbo(decoder, wide[x], mu, logvar, eps=eps).loss,
+        "weight": lambda: fastelbo.loss(p, x, mu, logvar, weight=wide[w], reduction="mean").loss,
+        "beta": lambda: fastelbo.loss(p, x, mu, logvar, wide[one]).loss,
+        "beta, learned": lambda: fastelbo.loss(p, x, mu, logvar, learned).loss,
+        "beta of dimensions": lambda: fastelbo.loss(p, x, mu, logvar, wide[eps][0]).loss,
+        "scale": lambda: gaussian(wide[one]),
+        "scale, weighted": lambda: gaussian(wide[one], weight=w),
+        "scale, learned": lambda: gaussian(learned),
+        "pos_weight": lambda: fastelbo.loss(p, x, mu, logvar, likelihood=fastelbo.likelihoods.BernoulliLogits(wide[one])).loss,
+        "capacity": lambda: fastelbo.loss(p, x, mu, logvar, weighting=fastelbo.Weighting(capacity=learned)).loss,
+        "eps": lambda: fastelbo.sample_kl(mu, logvar, eps=wide[eps]).kl,
+        "eps of log_likelihood": lambda: (
+            fastelbo.log_likelihood(
+                decoder, wide[x], mu, logvar, n_samples=1, eps=wide[eps][None], weight=wide[w]
+            ).standard_error
+        ),
+    }
+    for calls, expected in ((double, torch.float64), (single, torch.float32)):
+        for name, call in calls.items():
+            if compiled:
+                torch.compiler.reset()
+                call = torch.compile(call, backend="eager")
+            assert call().dtype == expected, name
+
+
 def test_module(device):
     inputs = make_inputs("mse", (5, 9), (5, 3), device=device)
     criterion = fastelbo.nn.ELBOLoss(likelihood="mse", beta=4.0, reduction="batchmean").to(device)
