@@ -158,7 +158,7 @@ def peak_bytes(call: Callable, device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
         call()
     changes = [event for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
@@ -167,8 +167,18 @@ def peak_bytes(call: Callable, device: torch.device) -> int:
 
 def count_kernels(call: Callable) -> int | None:
     """Kernels that a call launches; None where the profiler sees none."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in device_events(call)) or None
+
+
+def device_events(call: Callable) -> list[str]:
+    """The names of all kernels, copies and fills of a call on CUDA.
+
+    Regions of the host's code that have a name, such as an optimizer's step or a compiled function, stand among the device's
+    events too, as annotations.
+    """
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as prof:
         call()
         torch.cuda.synchronize()
-    names = [event.name for event in prof.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not name.startswith(("Memcpy", "Memset")) for name in names) or None
+    on_device = (event for event in prof.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return [event.name for event in on_device if not event.is_user_annotation]

@@ -5,6 +5,11 @@ import os
 import pytest
 import torch
 
+# On a GPU: cuBLAS reads it once, at its first product, and refuses deterministic algorithms without it; and 10 bits, as cuDNN
+# multiplies float32 by default, agree with nothing.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+torch.backends.cudnn.allow_tf32 = False
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.set_num_threads(1)  # tensors are small here, and a second thread waits for the process that tests the other backend
 BACKEND = os.environ.get("FASTELBO_BACKEND") or ("triton" if DEVICE.type == "cuda" else "torch")

@@ -1,9 +1,10 @@
-"""Kernels that apply single device functions element by element."""
+"""Kernels that apply single device functions element by element, compiled as the library's own are."""
 
 import torch
 import triton
 import triton.language as tl
 
+from fastelbo.kernels.launch import launch
 from fastelbo.kernels.noise import box_muller, normals
 from fastelbo.kernels.numerics import log, log1p, log_of_positive
 
@@ -35,21 +36,21 @@ SIZE = 1024
 
 def run_box_muller(i0: torch.Tensor, i1: torch.Tensor) -> torch.Tensor:
     out = torch.empty(2, len(i0), device=i0.device)
-    box_muller_kernel[(1,)](i0, i1, out[0], out[1], SIZE=len(i0))
+    launch(box_muller_kernel, 1, i0.device, i0, i1, out[0], out[1], SIZE=len(i0))
     return out
 
 
 def run_normals(seed: torch.Tensor, count: int, size: int, aligned: bool) -> torch.Tensor:
     """The first `count` normals, made in tiles of `size`."""
     out = torch.empty(count, device=seed.device)
-    normals_kernel[(count // size,)](seed, out, SIZE=size, ALIGNED=aligned)
+    launch(normals_kernel, count // size, seed.device, seed, out, SIZE=size, ALIGNED=aligned)
     return out
 
 
 def run_pair(function, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The two results of `function`, a device function, of as many elements as a multiple of SIZE."""
     out = torch.empty_like(x), torch.empty_like(x)
-    pair_kernel[(x.numel() // SIZE,)](x, *out, FUNCTION=function, SIZE=SIZE)
+    launch(pair_kernel, x.numel() // SIZE, x.device, x, *out, FUNCTION=function, SIZE=SIZE)
     return out
 
 
@@ -75,5 +76,5 @@ def triple_kernel(x, y, out0, out1, out2, FUNCTION: tl.constexpr, SIZE: tl.const
 def run_triple(function, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The three results of `function`, a device function of two arguments, of as many elements as a multiple of SIZE."""
     out = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
-    triple_kernel[(x.numel() // SIZE,)](x, y, *out, FUNCTION=function, SIZE=SIZE)
+    launch(triple_kernel, x.numel() // SIZE, x.device, x, y, *out, FUNCTION=function, SIZE=SIZE)
     return out

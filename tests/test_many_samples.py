@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastelbo
 from bench.measure import peak_bytes
-from conftest import INTERPRETED
+from conftest import DEVICE, INTERPRETED
 from likelihood_cases import CASES
 from support import ContiguousWhenUnpacked, gradients
 
@@ -169,14 +169,14 @@ def test_elbo_takes_what_the_kl_takes(device):
 # Memory.
 
 
-@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.11
 @pytest.mark.counts_launches
 @pytest.mark.parametrize("estimator", (None, "standard", "stl", "dreg"))
 def test_memory_does_not_grow(estimator, device):
     """But for the sums of the gradients by the parameters, which grow while each chunk has its own."""
     samples = (1, 4) if INTERPRETED else (1, 8, 64)
     decoder = nn.Sequential(nn.Linear(LATENT, 64), *[nn.SiLU(), nn.Linear(64, 64)] * 8, nn.Linear(64, 512)).to(device)
-    sums, batch = sum(4 * p.numel() for p in decoder.parameters()), 8 if INTERPRETED else 256
+    # On a GPU next to activations the 32 MB that cuBLAS may take for a product are to be little.
+    sums, batch = sum(4 * p.numel() for p in decoder.parameters()), 8 if INTERPRETED else 256 if device.type == "cpu" else 2**15
     x, mu = torch.rand(batch, 512, device=device), torch.randn(batch, LATENT, device=device, requires_grad=True)
     logvar = torch.zeros(batch, LATENT, device=device, requires_grad=True)
     options = {} if estimator is None else {"bound": "iwae", "estimator": estimator}
@@ -762,6 +762,7 @@ def test_log_likelihood_of_one_sample_and_of_weights_that_underflow(device):
 
 @on_the_host
 def test_progress_bar(device, capsys):
+    pytest.importorskip("tqdm")
     net, x, (mu, logvar) = network(device), target(device), latents(device)
     fastelbo.log_likelihood(net, x, mu, logvar, likelihood="bernoulli_logits", n_samples=6, chunk=2, progress=True)
     assert "3/3" in capsys.readouterr().err
@@ -817,7 +818,7 @@ def test_sample_log_ratio_draws_as_reparameterize(device):
         ({"weighting": fastelbo.Weighting(free_bits=0.1)}, ValueError, "weighting is for the KL of bound='elbo'"),
         ({"beta": torch.ones(LATENT)}, ValueError, "beta must be a number or a 0-d tensor"),
         ({"eps": torch.zeros(B, LATENT)}, ValueError, r"eps must have the shape of mu behind a dimension of n_samples"),
-        ({"eps": torch.zeros(K, B, LATENT), "generator": torch.Generator()}, ValueError, "give eps or generator, not both"),
+        ({"eps": torch.zeros(K, B, LATENT), "generator": torch.Generator(DEVICE)}, ValueError, "eps or generator, not both"),
         ({"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
         ({"decoder": 3}, TypeError, "decoder must be callable, got int"),
         ({"decoder": lambda z: z[:, :1]}, ValueError, r"decoder\(z\) must have the shape of x"),
@@ -829,6 +830,8 @@ def test_sample_log_ratio_draws_as_reparameterize(device):
     ),
 )  # fmt: skip
 def test_errors_name_the_argument(options, error, match, device):
+    if "must lie in" in match and device.type != "cpu":
+        pytest.skip("nobody looks at values on a GPU")
     arguments = {"decoder": network(device), "x": target(device), "beta": 1.0} | options
     mu, logvar = latents(device)
     rest = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items() if k not in ("decoder", "beta")}
