@@ -1,7 +1,6 @@
 """`python -m bench`: fastelbo timed next to the naive code, eager and under torch.compile, in one run."""
 
 import argparse
-import re
 import shutil
 import sys
 import tempfile
@@ -11,8 +10,6 @@ import pytest
 
 from . import report
 from .conftest import add_options, device_name
-
-HERE = Path(__file__).parent
 
 
 def main() -> int:
@@ -25,20 +22,22 @@ def main() -> int:
     add_options(parser.add_argument)
     parser.add_argument("--output", type=Path, help="the JSON file (bench/results/<device>.json)")
     options = parser.parse_args()
-    name = re.sub(r"\W+", "-", device_name(options.device)).strip("-").lower()
-    output = options.output or HERE / "results" / f"{name}.json"
+    output = options.output or report.RESULTS / report.file_name(device_name(options.device))
     with tempfile.TemporaryDirectory() as scratch:
         written = Path(scratch) / "benchmark.json"
-        arguments = [str(HERE), "--benchmark-json", str(written), "--benchmark-quiet", "-p", "no:cacheprovider"]
+        arguments = [str(Path(__file__).parent), "--benchmark-json", str(written), "--benchmark-quiet", "-rs"]
         for name, value in vars(options).items():
-            if name != "output" and value is not None:
-                arguments += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-        if code := pytest.main(arguments):
-            return code
+            if name == "output" or value is None or value is False:
+                continue
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            arguments += [f"--{name}", *map(str, values)]
+        code = pytest.main([*arguments, "-p", "no:cacheprovider"])
+        if not written.exists():
+            return code or 1
         output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(written, output)
+        shutil.copyfile(written, output)  # of what was measured, even if something else failed
     print(report.terminal([report.load(output)]), f"\n\nWritten: {output}")
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -101,10 +101,15 @@ def usual(case: Case, cuda: bool) -> bool:
     return case.mode == "backward" and case.likelihood in (("bernoulli_logits", "mse") if cuda else ("bernoulli_logits",))
 
 
-def select(chosen: dict[str, list[str] | None], cuda: bool) -> list[Case]:
-    """The usual cases, or those that were chosen: then any subject, shape and likelihood, float32, and forward and backward."""
-    if not any(chosen.values()):
-        return [case for case in all_cases() if usual(case, cuda)]
-    wanted = {"dtypes": ["float32"], "modes": ["backward"]} | {name: values for name, values in chosen.items() if values}
+def select(chosen: dict[str, list[str] | None], cuda: bool, of_usual: bool = False) -> list[Case]:
+    """The usual cases, or those that were chosen: then any subject, shape and likelihood, float32, and forward and backward.
+
+    `of_usual`: those of the usual cases that were chosen.
+    """
+    wanted = {name: values for name, values in chosen.items() if values}
+    of_usual = of_usual or not wanted
+    if not of_usual:
+        wanted = {"dtypes": ["float32"], "modes": ["backward"]} | wanted
     wanted["likelihoods"] = [*wanted.get("likelihoods", LIKELIHOODS), "-"]
-    return [c for c in all_cases() if all(v in wanted.get(name, [v]) for name, v in zip(CHOICES, c, strict=True))]
+    cases = (case for case in all_cases() if usual(case, cuda) or not of_usual)
+    return [c for c in cases if all(v in wanted.get(name, [v]) for name, v in zip(CHOICES, c, strict=True))]

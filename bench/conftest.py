@@ -2,18 +2,24 @@
 
 import importlib.metadata
 import importlib.util
+import math
+import os
 import platform
 import shutil
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
 
 import cpuinfo
 import pytest
 import torch
+from pytest_benchmark.utils import get_commit_info
 
 from .cases import CHOICES, select
 from .measure import CONTENDERS, measure
+
+STARTED = time.monotonic()
 
 
 def add_options(add: Callable) -> None:
@@ -24,6 +30,8 @@ def add_options(add: Callable) -> None:
     available = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=["cpu", "cuda"], default=available, help=f"(here: {available})")
     add("--seconds", type=float, default=0.8, help="that each case is timed for (0.8)")
+    add("--usual", action="store_true", help="of the usual cases, only those that have what was chosen")
+    add("--limit", type=float, default=math.inf, metavar="SECONDS", help="after which no other case is begun (none)")
 
 
 def device_name(device: str) -> str:
@@ -37,7 +45,7 @@ def pytest_addoption(parser):
 def pytest_generate_tests(metafunc):
     option = metafunc.config.option
     cuda = option.device == "cuda"
-    cases = select({name: getattr(option, name) for name in CHOICES}, cuda)
+    cases = select({name: getattr(option, name) for name in CHOICES}, cuda, option.usual)
     if not cases:
         raise pytest.UsageError("no case has all that was chosen: see the shapes of each subject in bench/cases.py")
     contenders = [*CONTENDERS, *(f"{name}, graph" for name in CONTENDERS if cuda)]
@@ -51,6 +59,8 @@ def measured(request):
     """A case and what was measured of it, all contenders in turns."""
     config = request.config
     number, case = request.param
+    if time.monotonic() - STARTED > config.option.limit:
+        pytest.skip(f"{config.option.limit:.0f} seconds had passed")
     found = measure(case, torch.device(config.option.device), config.option.seconds)
     medians = [f"{name} {1e3 * statistics.median(timing.seconds):.3g}" for name, timing in found.timings.items()]
     with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
@@ -63,6 +73,15 @@ def pytest_report_teststatus(report):
     if report.when == "call" and report.passed:
         return "passed", "", ""
     return None
+
+
+def pytest_benchmark_generate_commit_info(config):
+    """Git's; of files that came without their history, what the environment variable COMMIT says, such as 0123abc-dirty."""
+    identity, dirty, _ = os.environ.get("COMMIT", "").partition("-dirty")
+    if not identity:
+        found = get_commit_info()
+        return found if found["id"] != "unversioned" else found | {"id": "unknown"}
+    return {"id": identity, "dirty": bool(dirty)}
 
 
 def pytest_benchmark_generate_machine_info(config):

@@ -3,7 +3,9 @@
 import argparse
 import json
 import math
+import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +13,7 @@ from typing import NamedTuple
 from .cases import LIKELIHOODS, SHAPES, Case, sizes
 
 README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(__file__).parent / "results"
 MARKERS = "<!-- performance: what `python -m bench.report --write` makes of bench/results -->", "<!-- end of performance -->"
 
 
@@ -64,6 +67,25 @@ class Run(NamedTuple):
     path: Path
     where: str  # device, versions, commit, date
     rows: list[Row]
+
+
+def file_name(device: str) -> str:
+    """Of the results of a device."""
+    return re.sub(r"\W+", "-", device).strip("-").lower() + ".json"
+
+
+def merge(paths: list[Path]) -> dict:
+    """One run from parts of it, which must be of one machine and commit, and have no row twice."""
+    parts = [json.loads(path.read_text()) for path in paths]
+    first, rows = parts[0], [row for part in parts for row in part["benchmarks"]]
+    for path, part in zip(paths, parts, strict=True):
+        for key in ("machine_info", "commit_info"):
+            if part[key] != first[key]:
+                raise ValueError(f"{path} has another {key} than {paths[0]}: {part[key]} and {first[key]}")
+    counted = Counter((*(row[field] for field in Case._fields), row["contender"]) for row in rows)
+    if twice := [" ".join(name) for name, count in counted.items() if count > 1]:
+        raise ValueError(f"in more than one file: {', '.join(twice)}")
+    return first | {"datetime": min(part["datetime"] for part in parts), "benchmarks": rows}
 
 
 def load(path: Path) -> Run:
@@ -239,12 +261,19 @@ def _table(header: Iterable[str], rows: Iterable[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.partition(": ")[2])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON that python -m bench has written")
+    parser.add_argument("--merge", type=Path, metavar="FOLDER", help="the files are parts of one run: write that there, in one")
     parser.add_argument("--write", action="store_true", help="write Markdown and SVG beside them, and the README's section")
-    options = parser.parse_args()
-    runs = [run for run in map(load, options.files) if run.rows]  # those of `bench.samples` have a report of their own
+    options = parser.parse_args(arguments)
+    files = options.files
+    if options.merge:
+        merged = merge(files)
+        files = [options.merge / file_name(merged["machine_info"]["device"])]
+        files[0].write_text(json.dumps(merged, indent=4))
+        print(f"Written: {files[0]}")
+    runs = [run for run in map(load, files) if run.rows]  # those of `bench.samples` have a report of their own
     print(terminal(runs))
     if options.write:
         write(runs)

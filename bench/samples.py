@@ -10,11 +10,11 @@ import datetime
 import gc
 import json
 import math
-import re
 import shlex
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,15 +22,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pytest_benchmark.utils import get_commit_info
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastelbo
 
 from . import models
-from .conftest import device_name, pytest_benchmark_generate_machine_info
+from .conftest import device_name, pytest_benchmark_generate_commit_info, pytest_benchmark_generate_machine_info
 from .measure import _check_agreement, interleaved, peak_bytes, settle
+from .report import file_name
 from .samples_report import load, terminal, write
 from .subjects import Compared
 
@@ -192,10 +192,13 @@ def run(options: argparse.Namespace, command: str) -> dict:
     device = torch.device(options.device)
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # 10 bits would not let contenders agree
-    found = []
+    found, started = [], time.monotonic()
     for name in options.models:
         batch = options.batch or BATCH[name][device.type]
         for samples in options.samples:
+            if time.monotonic() - started > options.limit:
+                print(f"{name}, batch {batch}, K={samples}: left out, since {options.limit:.0f} seconds had passed", flush=True)
+                continue
             results = measure(name, batch, samples, options.contenders, device, options.seconds)
             found += rows(name, batch, samples, results)
             told = (
@@ -205,7 +208,7 @@ def run(options: argparse.Namespace, command: str) -> dict:
             print(f"{name}, batch {batch}, K={samples}: {'; '.join(told)}", flush=True)
     return {
         "machine_info": pytest_benchmark_generate_machine_info(SimpleNamespace(option=options)),
-        "commit_info": get_commit_info(),
+        "commit_info": pytest_benchmark_generate_commit_info(SimpleNamespace(option=options)),
         "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
         "command": command,
         "benchmarks": [],  # none of the suite's
@@ -224,14 +227,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--contenders", help=", ".join(CONTENDERS), **add)
     parser.add_argument("--device", choices=["cpu", "cuda"], default=available, help=f"(here: {available})")
     parser.add_argument("--seconds", type=float, default=2.0, help="that all contenders of a K are timed for, or longer (2)")
-    parser.add_argument("--write", action="store_true", help="keep JSON, tables and plot as bench/results/samples-<device>.*")
+    parser.add_argument("--limit", type=float, default=math.inf, metavar="SECONDS", help="after which no K is begun (none)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON (if any, bench/results/samples-<device>.json)")
+    parser.add_argument("--write", action="store_true", help="keep JSON, and tables and plot beside it")
     parser.add_argument("--read", type=Path, metavar="FILE", help="such JSON, instead of measuring anew")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         path = options.read
         if path is None:
-            name = re.sub(r"\W+", "-", device_name(options.device)).strip("-").lower()
-            path = (RESULTS if options.write else Path(scratch)) / f"samples-{name}.json"
+            usual = f"samples-{file_name(device_name(options.device))}"
+            path = options.output or (RESULTS if options.write else Path(scratch)) / usual
             found = run(options, shlex.join(["python", "-m", "bench.samples", *arguments]))
             path.write_text(json.dumps(found, indent=1) + "\n")
         found = load(path)
@@ -239,6 +244,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.write:
         write(found)
         print(f"\nWritten: {path}, and .md and .svg beside it")
+    elif options.output:
+        print(f"\nWritten: {path}")
 
 
 if __name__ == "__main__":
