@@ -16,7 +16,8 @@ RUN := $(PYTHON)
 READY := own
 endif
 
-.PHONY: demo demo-iwae test test-torch test-triton test-triton-a-l test-triton-m-z lint test-integrations bench budget gpu own clean
+.PHONY: demo demo-iwae test test-torch test-triton test-triton-a-l test-triton-m-z lint test-integrations bench budget own clean
+.PHONY: gpu gpu-first gpu-tests gpu-bench gpu-samples
 
 demo: $(READY)
 	$(RUN) examples/train_digits.py
@@ -57,19 +58,14 @@ bench: $(READY)
 budget: $(READY)
 	$(RUN) -m bench.budget --write
 
-# The tests and benchmarks on the real kernels, with the torch and triton that PYTHON has, and no network. What compiles ahead of
-# time for other GPUs is left to `make test`.
+# The tests and benchmarks on a CUDA GPU, with the torch and triton that PYTHON has, and no network. Each of the four takes less
+# than ten minutes, the most telling one first; bench/gpu.py says what is in them. Logs and results go to the folder OUT, if that
+# is set: `make gpu-first OUT=/some/folder`. Where there is no git, COMMIT says what the results are of.
 gpu:
-	@if ! $(PYTHON) -c "import importlib.util as i, sys; sys.exit(not (i.find_spec('torch') and __import__('torch').cuda.is_available()))"; then \
-		echo "make gpu: $(PYTHON) sees no CUDA GPU, so nothing was run"; \
-	else \
-		set -ex; \
-		$(PYTHON) -m pip install --no-deps --no-build-isolation -e .; \
-		FASTELBO_BACKEND=triton $(PYTHON) -m pytest --ignore tests/test_budget.py; \
-		FASTELBO_BACKEND=torch $(PYTHON) -m pytest --ignore tests/test_budget.py; \
-		$(PYTHON) -m bench --device cuda; \
-		$(PYTHON) -m bench.samples --device cuda --write; \
-	fi
+	$(PYTHON) -m bench.gpu first tests bench samples
+
+gpu-first gpu-tests gpu-bench gpu-samples: gpu-%:
+	$(PYTHON) -m bench.gpu $*
 
 # Made anew when the requirements change.
 $(VENV)/.ready-%: pyproject.toml

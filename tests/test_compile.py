@@ -11,10 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastelbo
 from support import LIKELIHOODS, gradients, make_inputs, options
 
-pytestmark = [  # Inductor's own
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # Inductor's own
 
 # Inductor compiles C++ or Triton, which takes seconds. `aot_eager` calls what was traced one by one, for all that is not in how
 # it is compiled.

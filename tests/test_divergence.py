@@ -321,7 +321,6 @@ def test_dtypes(name, dtype, device):
         assert relative(a, b * (1.0 if i < 2 else 2.0)) < 2 * torch.finfo(dtype).eps + 1e-6
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_compiled(name, device):
     latents = make_latents("logvar", (B, D), device=device)

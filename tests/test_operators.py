@@ -71,7 +71,6 @@ NAMES = sorted(
 )
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name, device):
     """Schema, autograd registration, fake tensors, and AOT with dynamic shapes, against what the operator really does."""

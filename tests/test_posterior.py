@@ -465,7 +465,6 @@ def test_the_plain_call_takes_the_plain_path(monkeypatch, device):
         assert fastelbo.reparameterize(mu, logvar, posterior=posterior).shape == mu.shape
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 @pytest.mark.parametrize("posterior", FROM_STD)
 def test_compiled(posterior, device):
     latents = make_latents(posterior, (5, 7), device=device)
@@ -483,7 +482,6 @@ def test_compiled(posterior, device):
     torch.testing.assert_close((got, gradients(got, *latents)), (expected, gradients(expected, *latents)))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 def test_per_sample_gradients(device):
     latents = [t.detach() for t in make_latents("std", (5, 7), device=device)]
 

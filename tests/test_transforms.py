@@ -8,9 +8,6 @@ from torch.utils._pytree import tree_map_only
 import fastelbo
 from support import LIKELIHOODS, gradients, make_inputs, options
 
-# Torch's own, for its decompositions.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
-
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_per_sample_gradients(likelihood, device):
