@@ -25,7 +25,7 @@ def main() -> int:
     output = options.output or report.RESULTS / report.file_name(device_name(options.device))
     with tempfile.TemporaryDirectory() as scratch:
         written = Path(scratch) / "benchmark.json"
-        arguments = [str(Path(__file__).parent), "--benchmark-json", str(written), "--benchmark-quiet", "-rs"]
+        arguments = [str(Path(__file__).parent), "--benchmark-json", str(written), "--benchmark-quiet", "--tb=short"]
         for name, value in vars(options).items():
             if name == "output" or value is None or value is False:
                 continue

@@ -89,26 +89,26 @@ def run(command: Command, log: TextIO) -> bool:
 
     tell(f"\n== python {' '.join(map(str, command.arguments))}\n")
     start, environment = time.monotonic(), os.environ | {"PYTHONUNBUFFERED": "1"} | (command.environment or {})
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, *map(str, command.arguments)], cwd=ROOT, env=environment, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-    )  # fmt: skip
-    # An interrupted pytest says what has failed so far.
-    timers = [
-        threading.Timer(command.limit - GRACE, process.send_signal, [signal.SIGINT]),
-        threading.Timer(command.limit, os.killpg, [process.pid, signal.SIGKILL]),
-    ]
-    for timer in timers:
-        timer.start()
-    try:
-        for line in process.stdout:
-            tell(line)
-        code = process.wait()
-    finally:
+    ) as process:  # fmt: skip
+        # An interrupted pytest says what has failed so far.
+        timers = [
+            threading.Timer(command.limit - GRACE, process.send_signal, [signal.SIGINT]),
+            threading.Timer(command.limit, os.killpg, [process.pid, signal.SIGKILL]),
+        ]
         for timer in timers:
-            timer.cancel()
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            timer.start()
+        try:
+            for line in process.stdout:
+                tell(line)
+            code = process.wait()
+        finally:
+            for timer in timers:
+                timer.cancel()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     seconds = time.monotonic() - start
     late = f", {command.limit} allowed" if seconds > command.limit - GRACE else ""
     tell(f"-- exit code {code} after {seconds:.0f} s{late}\n")

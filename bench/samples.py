@@ -196,7 +196,7 @@ def run(options: argparse.Namespace, command: str) -> dict:
     for name in options.models:
         batch = options.batch or BATCH[name][device.type]
         for samples in options.samples:
-            if time.monotonic() - started > options.limit:
+            if found and time.monotonic() - started > options.limit:
                 print(f"{name}, batch {batch}, K={samples}: left out, since {options.limit:.0f} seconds had passed", flush=True)
                 continue
             results = measure(name, batch, samples, options.contenders, device, options.seconds)

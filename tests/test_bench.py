@@ -1,23 +1,27 @@
 """The benchmarks measure what they say they do, and the README shows what they measured."""
 
+import contextlib
 import itertools
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from conftest import BACKEND
 
 if BACKEND != "torch":
     pytest.skip("the same for both backends", allow_module_level=True)
 
-from bench import report
+from bench import gpu, measure, report
 from bench.cases import Case, select
-from bench.measure import _check_agreement, interleaved, peak_bytes
+from bench.conftest import pytest_benchmark_generate_commit_info
+from bench.measure import _check_agreement, count_kernels, device_events, interleaved, peak_bytes
 from bench.subjects import Compared, Streams
 from bench.traffic import least_bytes
 
@@ -41,6 +45,32 @@ def test_peak_memory():
         return second + 1
 
     assert peak_bytes(call, CPU) == pytest.approx(8_000_000, abs=100)
+
+
+def test_kernels_are_what_the_device_does(monkeypatch):
+    """Not what of the host's code has a name, which the profiler has among the device's events too."""
+    events = [
+        SimpleNamespace(name=name, device_type=getattr(DeviceType, kind), is_user_annotation=annotation)
+        for name, kind, annotation in (
+            ("aten::add", "CPU", False),
+            ("cudaLaunchKernel", "CPU", False),
+            ("add_kernel", "CUDA", False),
+            ("Memcpy HtoD (Pageable -> Device)", "CUDA", False),
+            ("Memset (Device)", "CUDA", False),
+            ("loss_fwd_kernel", "CUDA", False),
+            ("Optimizer.step#Adam.step", "CUDA", True),
+            ("Optimizer.step#Adam.step", "CPU", True),
+            ("Torch-Compiled Region: 0/0", "CUDA", True),
+        )
+    ]
+    monkeypatch.setattr(measure, "profile", lambda **_: contextlib.nullcontext(SimpleNamespace(events=lambda: events)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = []
+    assert count_kernels(lambda: calls.append(1)) == 2
+    assert device_events(lambda: calls.append(1)) == [events[i].name for i in (2, 3, 4, 5)]
+    assert len(calls) == 2
+    del events[2:6]
+    assert count_kernels(lambda: None) is None
 
 
 def test_the_floor_counts_each_tensor_once():
@@ -91,6 +121,10 @@ def test_selection():
     chosen = select({"shapes": ["128x784"], "subjects": ["loss"], "modes": ["scaled"], "dtypes": None}, cuda=False)
     assert {case.likelihood for case in chosen} == {"bernoulli", "bernoulli_logits", "mse", "gaussian"}
     assert all(case[1::2] == ("128x784", "float32") and case.mode == "scaled" for case in chosen)
+    chosen = select({"subjects": ["objective", "sample"], "modes": ["backward"]}, cuda=True, of_usual=True)
+    usual = select({}, cuda=True)
+    assert chosen == [case for case in usual if case.subject in ("objective", "sample") and case.mode == "backward"]
+    assert {case.likelihood for case in chosen} == {"bernoulli_logits", "-"}
 
 
 def row(contender, milliseconds, **ratios):
@@ -107,15 +141,57 @@ def row(contender, milliseconds, **ratios):
     }
 
 
+MACHINE = {"device": "a machine (fast)", "threads": 2, "torch": "2.13", "triton": "3.9", "python": "3.12"}
+COMMIT = {"id": "0123456789abcdef", "dirty": False}
+
+
+def keep(path, *rows, machine=MACHINE, commit=COMMIT, when="2026-01-02T03:04:05"):
+    path.write_text(json.dumps({"machine_info": machine, "commit_info": commit, "datetime": when, "benchmarks": rows}))
+    return path
+
+
+def test_parts_of_a_run_are_merged(tmp_path, capsys):
+    """As if they had been measured in one."""
+    eager, fused = row("eager", 4.0), row("fastelbo", 1.0, eager=4.1)
+    others = [each | {"subject": "step", "shape": "mlp-784"} for each in (eager, fused)]
+    parts = keep(tmp_path / "a.json", eager, fused), keep(tmp_path / "b.json", *others, when="2026-01-02T03:01:05")
+    report.main([*map(str, parts), "--merge", str(tmp_path)])
+    merged = tmp_path / "a-machine-fast.json"
+    whole = keep(tmp_path / "whole.json", eager, fused, *others, when="2026-01-02T03:01:05")
+    assert json.loads(merged.read_text()) == json.loads(whole.read_text())
+    assert capsys.readouterr().out == f"Written: {merged}\n{report.terminal([report.load(whole)])}\n"
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path):
+    first, again = row("eager", 4.0), row("eager", 3.0)
+    part, other = keep(tmp_path / "a.json", first), first | {"shape": "1x784"}
+    for refused, message in (
+        (keep(tmp_path / "b.json", other, again), "in more than one file: loss 128x784 mse float32 backward eager$"),
+        (
+            keep(tmp_path / "c.json", other, machine=MACHINE | {"torch": "2.11"}),
+            "c.json has another machine_info than .*a.js",
+        ),
+        (keep(tmp_path / "d.json", other, commit=COMMIT | {"dirty": True}), "d.json has another commit_info than .*a.json"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            report.merge([part, refused])
+
+
+def test_the_commit_of_files_without_their_history(monkeypatch, tmp_path):
+    monkeypatch.setenv("COMMIT", "0123abc")
+    assert pytest_benchmark_generate_commit_info(None) == {"id": "0123abc", "dirty": False}
+    monkeypatch.setenv("COMMIT", "0123abc-dirty")
+    assert pytest_benchmark_generate_commit_info(None) == {"id": "0123abc", "dirty": True}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMMIT", "")
+    found = pytest_benchmark_generate_commit_info(None)
+    assert "commit unknown, 2026-01-02" in report.load(keep(tmp_path / "a.json", commit=found)).where
+
+
 def test_report(tmp_path):
     pytest.importorskip("matplotlib")
-    machine = {"device": "a machine", "threads": 2, "torch": "2.13", "triton": "3.9", "python": "3.12"}
-    commit = {"id": "0123456789abcdef", "dirty": False}
     rows = [row("eager", 4.0), row("compiled", 0.75), row("fastelbo", 1.0, eager=4.1, compiled=0.74)]
-    path = tmp_path / "machine.json"
-    path.write_text(
-        json.dumps({"machine_info": machine, "commit_info": commit, "datetime": "2026-01-02T03:04:05", "benchmarks": rows})
-    )
+    path = keep(tmp_path / "machine.json", *rows)
     run = report.load(path)
     (found,) = run.rows
     assert found.speedup("eager") == 4.1
@@ -131,7 +207,7 @@ def test_report(tmp_path):
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "| `loss` 128x784 | - | - | 4.10 / 0.74 ▼ | - |" in text
-    assert "a machine, 2 threads; torch 2.13, triton 3.9, Python 3.12; commit 0123456789, 2026-01-02" in text
+    assert "a machine (fast), 2 threads; torch 2.13, triton 3.9, Python 3.12; commit 0123456789, 2026-01-02" in text
     assert path.with_suffix(".md").exists()
     assert path.with_suffix(".svg").exists()
 
@@ -148,17 +224,60 @@ def test_the_readme_shows_the_results_that_are_kept():
 
 
 def test_a_run_from_the_command_line(tmp_path):
-    """The whole way once: one small case."""
+    """The whole way once: one small case, and one that there is no time for."""
     output = tmp_path / "results.json"
-    choice = ["--subjects", "loss", "--shapes", "1x784", "--likelihoods", "mse", "--seconds", "0.05", "--device", "cpu"]
-    command = [sys.executable, "-m", "bench", *choice, "--output", str(output)]
+    choice = ["--subjects", "loss", "--shapes", "1x784", "128x784", "--likelihoods", "mse", "--seconds", "0.05", "--limit", "0"]
+    command = [sys.executable, "-m", "bench", *choice, "--device", "cpu", "--output", str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "[1/1] loss 1x784 mse float32 backward: eager" in done.stdout
+    assert "[1/2] loss 1x784 mse float32 backward: eager" in done.stdout
+    assert "[2/2] loss 128x784 mse float32 backward: left out, since 0 seconds had passed" in done.stdout
     data = json.loads(output.read_text())
     assert data["machine_info"]["torch"] == torch.__version__
+    assert {found["shape"] for found in data["benchmarks"]} == {"1x784"}
     rows = {found["contender"]: found for found in data["benchmarks"]}
     assert {"eager", "fastelbo"} <= set(rows)
     assert rows["fastelbo"]["least_bytes"] == 4 * (3 * 784 + 6 * 20)
     medians = rows["eager"]["seconds"]["median"] / rows["fastelbo"]["seconds"]["median"]
     assert rows["fastelbo"]["speedup_over"]["eager"][1] == pytest.approx(medians, rel=0.5)
+
+
+def test_stages_go_on_after_a_failure(monkeypatch, tmp_path, capfd):
+    """With a log of all that was printed, and a limit for what hangs."""
+    slow = tmp_path / "slow.py"
+    slow.write_text("import time\ntry: print('begun'); time.sleep(60)\nexcept KeyboardInterrupt: print('interrupted')")
+    stages = {
+        "a": [gpu.Command(60, ["-c", "print('one'); raise SystemExit(3)"]), gpu.Command(gpu.GRACE + 1, [slow])],
+        "b": [gpu.Command(60, ["-c", "import os; print(os.environ['GIVEN'])"], {"GIVEN": "two"})],
+    }
+    monkeypatch.setattr(gpu, "STAGES", {name: lambda commands=commands: iter(commands) for name, commands in stages.items()})
+    monkeypatch.setattr(gpu, "INSTALL", gpu.Command(60, ["-c", "print('installed')"]))
+    monkeypatch.setattr(gpu, "OUT", tmp_path / "logs")
+    monkeypatch.setattr(gpu, "sees_a_gpu", lambda: True)
+    assert gpu.main(["a", "b"]) == 1
+    logs = [(tmp_path / "logs" / f"gpu-{name}.log").read_text() for name in stages]
+    printed = capfd.readouterr().out
+    assert printed.startswith("".join(logs))
+    assert [line for line in printed.splitlines() if line[:1].islower()] == [
+        "installed", "one", "begun", "interrupted", "installed", "two",
+        "failed: a: python -c print('one'); raise SystemExit(3)", f"logs and results: {tmp_path / 'logs'}",
+    ]  # fmt: skip
+    assert [line.split(" after")[0] for line in printed.splitlines() if line.startswith("-- ")] == [
+        f"-- exit code {code}" for code in (0, 3, 0, 0, 0)
+    ]
+    assert gpu.main(["b"]) == 0
+    capfd.readouterr()
+    monkeypatch.setattr(gpu, "sees_a_gpu", lambda: False)
+    assert gpu.main(["a", "b"]) == 0
+    assert capfd.readouterr().out == f"{sys.executable} sees no CUDA GPU, so nothing was run: a, b\n"
+
+
+def test_stages_run_what_there_is(tmp_path, monkeypatch):
+    """Every command of them parses, and every test file that is left out exists."""
+    monkeypatch.setattr(gpu, "OUT", tmp_path)
+    for stage in gpu.STAGES.values():
+        assert sum(command.limit for command in (gpu.INSTALL, *stage())) < 600
+    for command in gpu.tests():
+        for name in command.arguments:
+            if str(name).startswith("--ignore="):
+                assert (ROOT / name.removeprefix("--ignore=")).exists()

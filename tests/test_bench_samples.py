@@ -193,6 +193,16 @@ def test_a_run_from_the_command_line(monkeypatch, tmp_path, capsys):
     assert path.with_suffix(".md").read_text() == text and path.with_suffix(".svg").read_text() == drawn
 
 
+def test_no_number_of_samples_is_begun_after_the_limit(tmp_path, capsys):
+    output = tmp_path / "kept.json"
+    choice = ["--models", "tiny", "--samples", "1", "3", "--batch", "8", "--contenders", "naive", "--seconds", "0.01"]
+    samples.main([*choice, "--limit", "0", "--device", DEVICE.type, "--output", str(output)])
+    printed = capsys.readouterr().out
+    assert "tiny, batch 8, K=3: left out, since 0 seconds had passed" in printed
+    assert printed.endswith(f"Written: {output}\n")
+    assert [row["samples"] for row in json.loads(output.read_text())["samples"]] == [1]
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("samples-*.json")), ids=lambda path: path.stem)
 def test_the_tables_show_the_results_that_are_kept(path):
     """`python -m bench.samples --read FILE --write` was run, and nobody wrote numbers by hand."""
