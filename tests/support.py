@@ -8,10 +8,6 @@ from fastelbo import reference
 LIKELIHOODS = ("bernoulli", "bernoulli_logits", "mse", "gaussian")
 SCALE = {"gaussian": 0.3}
 
-# For gradcheck: a second backward through one graph computes anew what forward had stored, in another kernel, where a compiler
-# may fuse other products with sums, and so the last digit may differ.
-TWO_KERNELS = {"nondet_tol": 1e-12}
-
 
 def options(likelihood: str) -> dict:
     """The keyword arguments that go with a likelihood."""

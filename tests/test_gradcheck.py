@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastelbo
-from support import LIKELIHOODS, TWO_KERNELS, gradients, make_inputs, options
+from support import LIKELIHOODS, gradients, make_inputs, options
 
 REDUCTIONS = ("sum", "batchmean", "mean", "none", ("mean", "sum"))
 
@@ -26,7 +26,9 @@ def test_loss(check, reduction, likelihood, device):
     def function(recon_x, x, mu, logvar, beta):
         return fastelbo.loss(recon_x, x, mu, logvar, beta, reduction=reduction, target_scale=0.9, **options(likelihood))
 
-    assert check(function, (*inputs_for(likelihood, device), beta), **TWO_KERNELS)
+    # The second backward through a graph computes what forward had stored anew, in another kernel: there a compiler may fuse
+    # other products with sums, `x * target_scale - recon_x` for one, so that the last digits differ.
+    assert check(function, (*inputs_for(likelihood, device), beta), nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize("check", (gradcheck, gradgradcheck), ids=("first", "second"))
@@ -37,7 +39,7 @@ def test_loss_of_a_given_kl(check, device):
     def function(recon_x, x, kl):
         return fastelbo.loss(recon_x, x, kl=kl, beta=0.3, likelihood="mse", reduction="none")
 
-    assert check(function, (recon_x, x, kl), **TWO_KERNELS)
+    assert check(function, (recon_x, x, kl))
 
 
 @pytest.mark.parametrize("check", (gradcheck, gradgradcheck), ids=("first", "second"))
