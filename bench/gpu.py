@@ -67,7 +67,7 @@ def benchmarks() -> Iterator[Command]:
 def samples() -> Iterator[Command]:
     """What many samples cost."""
     where = ["--output", OUT / "gpu-samples.json"] if GIVEN else ["--write"]
-    yield Command(420, ["-m", "bench.samples", "--device", "cuda", "--limit", "240", *where])
+    yield Command(450, ["-m", "bench.samples", "--device", "cuda", "--limit", "330", *where])
 
 
 def bench(begin: int, limit: int, *arguments: str | Path) -> Command:

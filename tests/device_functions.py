@@ -11,7 +11,7 @@ from fastelbo.kernels.numerics import log, log1p, log_of_positive
 
 @triton.jit
 def box_muller_kernel(i0, i1, out0, out1, SIZE: tl.constexpr):
-    o = tl.arange(0, SIZE)
+    o = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     a, b = box_muller(tl.load(i0 + o), tl.load(i1 + o))
     tl.store(out0 + o, a)
     tl.store(out1 + o, b)
@@ -35,8 +35,9 @@ SIZE = 1024
 
 
 def run_box_muller(i0: torch.Tensor, i1: torch.Tensor) -> torch.Tensor:
+    """Of as many elements as a multiple of SIZE: in one program of all, a compiler would unroll hundreds for each thread."""
     out = torch.empty(2, len(i0), device=i0.device)
-    launch(box_muller_kernel, 1, i0.device, i0, i1, out[0], out[1], SIZE=len(i0))
+    launch(box_muller_kernel, len(i0) // SIZE, i0.device, i0, i1, out[0], out[1], SIZE=SIZE)
     return out
 
 
