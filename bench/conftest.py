@@ -81,12 +81,12 @@ def pytest_report_teststatus(report):
 
 
 def pytest_benchmark_generate_commit_info(config):
-    """Git's; of files that came without their history, what the environment variable COMMIT says, such as 0123abc-dirty."""
-    identity, dirty, _ = os.environ.get("COMMIT", "").partition("-dirty")
-    if not identity:
-        found = get_commit_info()
-        return found if found["id"] != "unversioned" else found | {"id": "unknown"}
-    return {"id": identity, "dirty": bool(dirty)}
+    """Git's; where it knows none, what the environment variable COMMIT says, such as 0123abc-dirty."""
+    found = get_commit_info()
+    if found["id"] in ("unversioned", "unknown"):
+        identity, dirty, _ = os.environ.get("COMMIT", "").partition("-dirty")
+        found = {"id": identity or "unknown", "dirty": bool(dirty)}
+    return found
 
 
 def pytest_benchmark_generate_machine_info(config):

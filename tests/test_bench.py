@@ -178,11 +178,11 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path):
 
 
 def test_the_commit_of_files_without_their_history(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COMMIT", "0123abc")
     assert pytest_benchmark_generate_commit_info(None) == {"id": "0123abc", "dirty": False}
     monkeypatch.setenv("COMMIT", "0123abc-dirty")
     assert pytest_benchmark_generate_commit_info(None) == {"id": "0123abc", "dirty": True}
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COMMIT", "")
     found = pytest_benchmark_generate_commit_info(None)
     assert "commit unknown, 2026-01-02" in report.load(keep(tmp_path / "a.json", commit=found)).where

@@ -62,16 +62,17 @@ def test_launches(device):
 def syncs_raise():
     """A function after which each sync raises, until the test ends."""
 
+    def set_mode(mode):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is a prototype
+            torch.cuda.set_sync_debug_mode(mode)
+
     def begin():
         torch.cuda.synchronize()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the mode is a prototype
-            torch.cuda.set_sync_debug_mode("error")
+        set_mode("error")
 
     yield begin
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.cuda.set_sync_debug_mode("default")
+    set_mode("default")
 
 
 def test_no_sync(syncs_raise, device):
