@@ -164,8 +164,9 @@ def mixture_kernel(
                 sums += tl.where(keep, factors * nll, 0.0)
             if gradient is not None:
                 factors *= (tl.load(factor + row).to(tl.float64) * reciprocal(divisor, recon_weight)).to(DTYPE)
-                slope = posterior * (-factors / posterior_sum)[:, None]
-                store_parameter(gradient, o, prior * (factors / prior_sum)[:, None] + slope, keep, mask)
+                slope = posterior * (factors / posterior_sum)[:, None]
+                store_parameter(gradient, o, prior * (factors / prior_sum)[:, None] - slope, keep, mask)
+                slope = -slope
                 if CHANNELS == 3:
                     mean_r, mean_g, mean_b = mean_r * slope, mean_g * slope, mean_b * slope
                     store_parameter(gradient, o + apart, mean_r, keep, mask)

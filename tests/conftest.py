@@ -14,6 +14,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.set_num_threads(1)  # tensors are small here, and a second thread waits for the process that tests the other backend
 BACKEND = os.environ.get("FASTELBO_BACKEND") or ("triton" if DEVICE.type == "cuda" else "torch")
 INTERPRETED = BACKEND == "triton" and DEVICE.type == "cpu"
+COMPILED = BACKEND == "triton" and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 @pytest.fixture

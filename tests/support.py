@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from conftest import COMPILED
 from fastelbo import reference
 
 LIKELIHOODS = ("bernoulli", "bernoulli_logits", "mse", "gaussian")
@@ -52,8 +53,15 @@ def relative(value: Tensor, truth: Tensor) -> float:
     return ((value - truth).abs().max() / truth.abs().max().clamp_min(1e-300)).item()
 
 
-def assert_no_worse(value: Tensor, by_naive: Tensor, truth: Tensor, terms: Tensor, name: str) -> None:
-    """The eighth promise: the error, over the magnitude of the terms, is at most the naive code's own plus one rounding."""
+# What an approximate instruction of a compiled kernel may be off by: `ex2.approx.f32` and `div.full.f32`, 2 ulp (PTX ISA,
+# floating-point instructions). Triton's interpreter and Torch's own kernels, the naive code's included, do not use them; exact
+# ones would cost kernels that are bound by instructions more than such digits are worth. Float64 has none.
+APPROXIMATE = 2 * torch.finfo(torch.float32).eps if COMPILED else 0.0
+
+
+def assert_no_worse(value: Tensor, by_naive: Tensor, truth: Tensor, terms: Tensor, name: str, approximations: int = 2) -> None:
+    """The eighth promise: the error, over the magnitude of the terms, is at most the naive code's own plus one rounding, and
+    what a chain of so many approximate instructions may add."""
     terms = terms.double().clamp_min(1e-300)
 
     def error(result: Tensor) -> float:
@@ -63,6 +71,8 @@ def assert_no_worse(value: Tensor, by_naive: Tensor, truth: Tensor, terms: Tenso
         return worst if worst == worst else float("inf")
 
     allowed = error(by_naive) + torch.finfo(value.dtype).eps
+    if value.dtype != torch.float64:
+        allowed += approximations * APPROXIMATE
     assert error(value) <= allowed, f"{name}: error {error(value):.2e}, allowed {allowed:.2e}"
 
 

@@ -12,6 +12,7 @@ if BACKEND != "triton":
 
 from device_functions import SIZE, run_pair, run_triple
 from fastelbo.kernels.gamma import lgamma_and_digamma, log_gamma_ratio
+from support import APPROXIMATE
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
@@ -32,8 +33,9 @@ def ratio(a, n, device):
 
 
 def worst(value, exact, scale, dtype):
-    """The largest error, in units of the dtype's eps of the scale."""
-    return ((value - exact).abs() / scale).max().item() / torch.finfo(dtype).eps
+    """The largest error, in units of the dtype's eps of the scale, without what two quotients of a compiled kernel may add."""
+    error = ((value - exact).abs() / scale).max().item()
+    return (error - (2 * APPROXIMATE if dtype == torch.float32 else 0.0)) / torch.finfo(dtype).eps
 
 
 def logarithmic(low: float, high: float, count: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from conftest import BACKEND
 from fastelbo.mixture import nll
-from support import assert_no_worse, relative
+from support import APPROXIMATE, assert_no_worse, relative
 
 LEVELS = 256
 
@@ -198,7 +198,8 @@ def test_error_is_no_larger_than_the_formulas(channels, count, dim, dtype, integ
     # the logarithms that it is made of are large.
     sizes = slope.movedim(dim, 1).abs().amax((0, 2, 3)).view([-1 if d == dim % 4 else 1 for d in range(4)])
     terms = sizes * (1 + nll(*exact, levels=LEVELS, dim=dim)).unsqueeze(dim)
-    assert_no_worse(gradient, naive_gradient.to(dtype), slope, terms, "gradient")
+    # By a mean: three exponentials and the quotients of a bin, of its share and of the scale.
+    assert_no_worse(gradient, naive_gradient.to(dtype), slope, terms, "gradient", approximations=6)
 
 
 @kernel
@@ -209,8 +210,9 @@ def test_far_out(log_scale, mean, level, expected, dtype, device):
     value, gradient = forward(parameters.to(device, dtype), x.to(device))
     assert value.item() == pytest.approx(expected, rel=1e-9 if dtype == torch.float64 else 2e-4, abs=1e-30)
     _, slope = by_formula(parameters, x)
-    error = (gradient.cpu() - slope).abs().max() / slope.abs().max().clamp_min(1e-15)
-    assert error < (1e-9 if dtype == torch.float64 else 2e-4)
+    error, size = (gradient.cpu() - slope).abs().max(), slope.abs().max().clamp_min(1e-15)
+    # The one component's logit has a gradient of 1 - 1, each of them an exponential over itself.
+    assert error < 1e-9 * size if dtype == torch.float64 else 2e-4 * size + APPROXIMATE
 
 
 @kernel

@@ -12,7 +12,7 @@ from torch.distributions import kl_divergence as torch_kl
 import fastelbo
 from conftest import BACKEND
 from fastelbo.divergence import Posterior, kl_divergence
-from support import as_double, assert_no_worse, gradients, relative
+from support import APPROXIMATE, as_double, assert_no_worse, gradients, relative
 
 triton_only = pytest.mark.skipif(BACKEND != "triton", reason="about the kernels")
 
@@ -209,15 +209,15 @@ def test_a_posterior_near_its_prior(posterior, device):
     zero, one = torch.zeros(200, device=device), torch.ones(200, device=device)
     logvar = torch.randn(200, device=device)
     scale = torch.rand(200, device=device) + 0.5
+    bound = 1.5e-9 + 7e-3 * APPROXIMATE  # the derivative by a quotient of deviations, one of which is 0.35 % larger
     assert error(one, None) < 5e-10  # a difference of ones would be off by 6e-8
     assert error(torch.exp(0.5 * logvar.double()), (zero, logvar)) < 1.5e-9
-    assert error(scale, Normal(zero, scale)) < 1.5e-9
+    assert error(scale, Normal(zero, scale)) < bound
     if posterior in ("std", "var"):  # far from 1, where logarithms are large
         scale = 1e-3 * scale
-        assert error(scale, Normal(zero, scale)) < 1.5e-9
+        assert error(scale, Normal(zero, scale)) < bound
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # which torch.func itself uses
 @pytest.mark.parametrize("mode", ("backward", "create_graph", "forward", "vmap"))
 @pytest.mark.parametrize("options", ({}, {"prior": True}, {"clamp": (-30.0, 20.0)}), ids=("", "prior", "clamp"))
 @pytest.mark.parametrize("posterior", FROM_STD)
@@ -309,7 +309,7 @@ def test_dtypes(posterior, dtype, device):
     z, kl = fastelbo.sample_kl(mu, second, posterior=posterior, prior=(prior_mu, prior_logvar), eps=eps)
     m, s, pm, plv = as_double(mu, second, prior_mu, prior_logvar)
     exact_z, exact_kl = m + STD[posterior](s) * eps.double(), naive(posterior, "pair", m, s, pm, plv).sum()
-    tolerance = 2 * torch.finfo(dtype).eps
+    tolerance = 2 * torch.finfo(dtype).eps + 2 * APPROXIMATE
     assert (z.dtype, kl.dtype) == (dtype, torch.float32)
     assert relative(z, exact_z) <= tolerance
     assert relative(kl, exact_kl) <= 3e-7
