@@ -212,7 +212,7 @@ def test_far_out(log_scale, mean, level, expected, dtype, device):
     _, slope = by_formula(parameters, x)
     error, size = (gradient.cpu() - slope).abs().max(), slope.abs().max().clamp_min(1e-15)
     # The one component's logit has a gradient of 1 - 1, each of them an exponential over itself.
-    assert error < 1e-9 * size if dtype == torch.float64 else 2e-4 * size + APPROXIMATE
+    assert error < (1e-9 * size if dtype == torch.float64 else 2e-4 * size + APPROXIMATE)
 
 
 @kernel
