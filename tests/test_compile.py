@@ -94,11 +94,14 @@ def test_sample_kl_and_loss(reduction, device):
 def test_criterion(device):
     recon_x, x, mu, logvar = make_inputs("gaussian", (5, 9), (5, 3), device=device)
     criterion = fastelbo.nn.ELBOLoss("gaussian", beta=0.3, reduction="mean", scale=0.4).to(device)
-    compiled = Counted(criterion)
+    compiled, counts = Counted(criterion), []
     for beta in (0.3, 0.7, 1.0):
         criterion.beta.fill_(beta)
         assert_same(criterion, compiled, (recon_x, mu, logvar), recon_x, x, mu, logvar)
-    assert compiled.compilations == 1
+        counts.append(compiled.compilations)
+    # Of a float64 number on a CPU Dynamo first makes a symbol, finds that nobody asks for its value, and begins again.
+    assert counts[0] <= (2 if device.type == "cpu" else 1)
+    assert counts == counts[:1] * 3
 
 
 class VAE(nn.Module):
