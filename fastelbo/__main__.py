@@ -195,8 +195,7 @@ def inputs(likelihood: str, shape: tuple[int, ...], latent: tuple[int, ...]) -> 
     generator = torch.Generator().manual_seed(0)
     recon_x, x = torch.rand((2, *shape), dtype=torch.float32, generator=generator)
     mu, logvar = torch.randn((2, *latent), dtype=torch.float32, generator=generator)
-    positive = PLAIN[likelihood].probabilities or likelihood == "poisson"
-    return [0.05 + 0.9 * recon_x if positive else 4 * recon_x - 2, x, mu, logvar]
+    return [0.05 + 0.9 * recon_x if PLAIN[likelihood].allowed else 4 * recon_x - 2, x, mu, logvar]
 
 
 def relative(value: Tensor, truth: Tensor) -> float:

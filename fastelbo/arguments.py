@@ -11,7 +11,6 @@ from .tracing import is_traced
 
 REDUCTIONS = ("sum", "batchmean", "mean", "none")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-COUNTS = ("poisson", "poisson_log", "negative_binomial", "zero_inflated_negative_binomial")
 _INTEGERS = (
     torch.bool,
     torch.uint8,
@@ -310,42 +309,3 @@ def check_scale(scale, likelihood: Likelihood, like: Tensor | None = None) -> fl
     if not isinstance(scale, Tensor) and kind == "scale" and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     return scale
-
-
-def check_labels(labels: Tensor, classes: int, ignore_index: int, weight: Tensor | None) -> None:
-    """Labels of classes, wherever they are not ignored and have a weight."""
-    labels = labels.long()
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
-    if weight is not None:
-        wrong = wrong & (weight != 0)
-    if wrong.any():
-        found = labels[wrong][0].item()
-        raise ValueError(f"x must have labels from 0 to {classes - 1}, or ignore_index={ignore_index}; got {found}")
-
-
-def check_levels(x: Tensor, levels: int, factor: float) -> None:
-    """Numbers in [-1, 1] once multiplied by `factor`, or integers below `levels`."""
-    low, high = (-1 - 1 / (levels - 1), 1 + 1 / (levels - 1)) if x.is_floating_point() else (0, levels - 1)
-    wide = x.detach().double() * (factor if x.is_floating_point() else 1)
-    if (wide < low).any() or (wide > high).any():
-        expected = "lie in [-1, 1]" if x.is_floating_point() else f"have levels from 0 to {levels - 1}"
-        raise ValueError(f"x must {expected}, got values from {wide.min().item():g} to {wide.max().item():g}")
-
-
-def check_nonnegative(name: str, value: Tensor, kind: str) -> None:
-    lowest = value.detach().double().min().item() if value.numel() else 0.0
-    if lowest < 0:
-        raise ValueError(f"{name} must not be negative, being {kind}: got {lowest:g}")
-
-
-def check_unit_interval(name: str, value: Tensor, likelihood: str, advice: str, factor: float = 1.0) -> None:
-    """Numbers in [0, 1] once multiplied by `factor`; NaN passes, to become a loss of NaN."""
-    if value.dtype == torch.bool or value.numel() == 0:
-        return
-    if value.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which have no minimum in Torch
-        value = value.double()
-    low, high = sorted(float(v) * factor for v in torch.aminmax(value.detach()))
-    if low < 0 or high > 1:
-        raise ValueError(
-            f"{name} must lie in [0, 1] for the likelihood {likelihood!r}, got values from {low:g} to {high:g}; {advice}"
-        )

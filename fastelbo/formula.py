@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .numerics import excess_of_logvar
+from .numerics import excess_of_logvar, positive
 from .plain import PLAIN
 
 
@@ -18,6 +18,8 @@ def objective(recon_x, x, mu, logvar, kl, beta, *, likelihood, scale, target_sca
     target = repeated(x, recon_x).to(dtype)
     if target_scale != 1:
         target = target * target_scale
+    if isinstance(scale, Tensor):
+        scale = positive(scale)
     recon = _reduce(PLAIN[likelihood].nll(recon_x.to(dtype), target, scale), weights[0], per_sample)
     kl = divergence(mu, logvar, weights[1], per_sample, dtype) if kl is None else kl.to(dtype, copy=True)
     if isinstance(beta, Tensor):

@@ -35,10 +35,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import mixture
-from .numerics import log_bin, log_factorial, log_gamma_ratio, softplus
+from .numerics import log_bin, log_factorial, log_gamma_ratio, positive, softplus
 from .plain import PLAIN
 from .scalars import check_integer, check_real
-from .tracing import is_traced
+from .values import BITS, NONNEGATIVE, POSITIVE, Range, is_seen
 
 SCALES = ("scale", "log_scale", "logvar")
 
@@ -46,10 +46,15 @@ SCALES = ("scale", "log_scale", "logvar")
 @dataclass(frozen=True)
 class Likelihood:
     """What all of them have. `nll(parameters, x)` is the formula: nats of each element, or of each position of `[B, ...]`
-    without the dimension of classes or channels. All of `parameters` and `x` come in one floating dtype, labels as they are."""
+    without the dimension of classes or channels. All of `parameters` and `x` come in one floating dtype, labels as they are.
+    `ranges`: where the parameters must lie, in their order; None: anywhere, and so those that are not there."""
 
     name: ClassVar[str]
     parameters: ClassVar[tuple[str, ...]]
+    ranges: ClassVar[tuple[Range | None, ...]] = ()
+
+    def support(self, parameters: Sequence[Tensor], x: Tensor) -> Range | None:
+        """Where the target `x`, as it came, must lie; None: anywhere."""
 
     def plain(self, count: int) -> str | None:
         """The name of the row that computes it from `count` parameters, if there is one."""
@@ -64,6 +69,13 @@ class Named(Likelihood):
 
     name: str
     parameters = ("recon_x",)
+
+    @property
+    def ranges(self):
+        return (PLAIN[self.name].allowed,)
+
+    def support(self, parameters, x):
+        return PLAIN[self.name].support
 
     def plain(self, count):
         return self.name
@@ -87,6 +99,9 @@ class BernoulliLogits(Likelihood):
     def __post_init__(self):
         if not isinstance(self.pos_weight, Tensor | None):
             _make_plain(self, "pos_weight", check_real)
+
+    def support(self, parameters, x):
+        return BITS
 
     def plain(self, count):
         return self.name if self.pos_weight is None else None
@@ -118,12 +133,19 @@ class _Scaled(Likelihood):
     def scales(cls):
         return SCALES
 
+    @property
+    def ranges(self):
+        return (None, POSITIVE if self.scale == "scale" else None)
+
     def scale_of(self, parameter: Tensor) -> Tensor:
         """The scale that a second parameter means, of its shape."""
         return torch.exp(self.log_and_inverse(parameter)[0])
 
     def log_and_inverse(self, given: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithm and reciprocal of the scale."""
+        # Its logarithm shows a scale that is not positive, which raises where somebody looks; elsewhere all becomes NaN.
+        if self.scale == "scale" and (self.soft_min is not None or not is_seen(given)):
+            given = positive(given)
         if self.soft_min is None and self.scale == "scale":
             return torch.log(given), 1 / given
         log_scale = {"scale": torch.log, "log_scale": lambda t: t, "logvar": lambda t: 0.5 * t}[self.scale](given)
@@ -185,7 +207,8 @@ class Laplace(_Scaled):
 class DiscretizedLogistic(_Scaled):
     """Logistic distribution of values in [-1, 1], integrated over the bin of each of `levels` equal steps.
 
-    The lowest bin reaches to -infinity, the highest to infinity. Integer targets are taken as the levels 0 to `levels` - 1.
+    The lowest bin reaches to -infinity, the highest to infinity. Integer targets are taken as the levels 0 to `levels` - 1. Of
+    images in [0, 1], whose loss would be another one, a `UserWarning` tells on a CPU, once in a process.
     (Kingma et al., Improved Variational Inference with Inverse Autoregressive Flow, 2016; Salimans et al., PixelCNN++, 2017,
     with their ends. The logarithm of a bin is exact, where theirs is that of a density once the bin holds less than 1e-5.)
 
@@ -204,8 +227,13 @@ class DiscretizedLogistic(_Scaled):
         super().__post_init__()
         _check_levels(self)
 
+    def support(self, parameters, x):
+        return levels_range(self.levels, x)
+
     def nll(self, parameters, x):
         mean, scale = parameters
+        if self.scale == "scale":  # the first and last bin are without its logarithm, which shows what is not positive
+            scale = positive(scale)
         log_scale, inverse = self.log_and_inverse(scale)
         half = 1 / (self.levels - 1)
         lower, upper = (x - mean - half) * inverse, (x - mean + half) * inverse
@@ -235,6 +263,13 @@ class Categorical(Likelihood):
         _check_dim(self)
         _make_plain(self, "ignore_index", check_integer)
 
+    def support(self, parameters, x):
+        (logits,) = parameters
+        if x.dim() == logits.dim():
+            return WEIGHTS
+        highest, ignored = logits.shape[self.dim] - 1, self.ignore_index
+        return Range(f"have labels from 0 to {highest}, or ignore_index={ignored},", 0, highest, unscaled=True, but=ignored)
+
     def nll(self, parameters, x):
         (logits,) = parameters
         if x.dim() == logits.dim():
@@ -243,7 +278,7 @@ class Categorical(Likelihood):
         ignored = x == self.ignore_index
         # NaN for labels that are none, as nothing can be raised where the values are not seen.
         outside = ~ignored & ((x < 0) | (x >= logits.shape[1]))
-        if x.device.type != "cpu" or is_traced(x) or ignored.any():
+        if not is_seen(x) or ignored.any():
             logits = torch.where(ignored.unsqueeze(1), 0.0, logits)  # or the gradient by a NaN that does not count would be NaN
         nll = F.cross_entropy(logits, torch.where(ignored | outside, 0, x), reduction="none")
         return torch.where(outside, torch.nan, torch.where(ignored, 0.0, nll))
@@ -265,8 +300,14 @@ class Multinomial(Likelihood):
     def __post_init__(self):
         _check_dim(self)
 
+    def support(self, parameters, x):
+        return WEIGHTS
+
     def nll(self, parameters, x):
         return multinomial_nll(parameters[0], x, self.dim)
+
+
+WEIGHTS = NONNEGATIVE._replace(silent=True)  # of logarithms; a negative one gives a finite loss
 
 
 def multinomial_nll(logits: Tensor, counts: Tensor, dim: int) -> Tensor:
@@ -285,6 +326,10 @@ class NegativeBinomial(Likelihood):
 
     name = "negative_binomial"
     parameters = ("mean", "inverse_dispersion")
+    ranges = (NONNEGATIVE, POSITIVE)
+
+    def support(self, parameters, x):
+        return NONNEGATIVE
 
     def nll(self, parameters, x):
         mean, theta = parameters
@@ -298,6 +343,10 @@ class ZeroInflatedNegativeBinomial(Likelihood):
 
     name = "zero_inflated_negative_binomial"
     parameters = ("mean", "inverse_dispersion", "zi_logits")
+    ranges = (NONNEGATIVE, POSITIVE, None)
+
+    def support(self, parameters, x):
+        return NONNEGATIVE
 
     def nll(self, parameters, x):
         mean, theta, logits = parameters
@@ -343,6 +392,9 @@ class DiscretizedLogisticMixture(Likelihood):
         _check_dim(self)
         _check_levels(self)
 
+    def support(self, parameters, x):
+        return levels_range(self.levels, x)
+
     def nll(self, parameters, x):
         return mixture.nll(parameters[0], x, levels=self.levels, dim=self.dim)
 
@@ -361,6 +413,14 @@ def _check_dim(likelihood) -> None:
     _make_plain(likelihood, "dim", check_integer)
     if likelihood.dim == 0:
         raise ValueError(f"{type(likelihood).__name__}.dim must not be 0, the dimension of the batch")
+
+
+def levels_range(levels: int, x: Tensor) -> Range:
+    """Where a target of so many steps must lie."""
+    if not x.is_floating_point():
+        return Range(f"have levels from 0 to {levels - 1}", 0, levels - 1, unscaled=True)
+    end = 1 + 1 / (levels - 1)  # where the step ends whose middle is 1
+    return Range("lie in [-1, 1]", -end, end)
 
 
 def _check_levels(likelihood) -> None:

@@ -13,6 +13,11 @@ def softplus(x: Tensor) -> Tensor:
     return -F.logsigmoid(-x)
 
 
+def positive(x: Tensor) -> Tensor:
+    """NaN, with a gradient of NaN, where it is not positive."""
+    return x * torch.where(x > 0, 1.0, torch.nan).to(x.dtype)
+
+
 def with_derivative(function: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The function, element by element, with that derivative in place of autograd's, in which terms would cancel.
 

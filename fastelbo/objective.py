@@ -105,10 +105,12 @@ def loss(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes, devices, names or options do not fit; `scale` is not positive; on a CPU, probabilities or the
-            targets of `"bernoulli"`, or integer targets of `"bernoulli_logits"`, are outside [0, 1], counts, rates or
-            dispersions are negative, or labels or levels are none. On a GPU, looking would need a sync, and a tracer sees no
-            values: a target of a Bernoulli likelihood outside [0, 1] gives a loss that means nothing there, the others NaN.
+        ValueError: shapes, devices, names or options do not fit; `scale` is not positive; on a CPU, what has a weight
+            lies outside of where its likelihood has it: probabilities and targets of `"bernoulli"`, or integer targets of
+            `"bernoulli_logits"`, outside [0, 1], counts, rates or means below 0, scales or dispersions not above it, or labels
+            or levels that are none. NaN passes. On a GPU, looking would need a sync, and a tracer sees no values: a target of a
+            Bernoulli likelihood outside [0, 1], and counts below 0 of a multinomial, give a loss that means nothing there, the
+            others NaN.
     """
     recon_x = unwrapped(recon_x)
     if _is_plain(recon_x, mu, beta, likelihood, posterior, prior, weighting, weight, scale, monitor):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .numerics import log_factorial, log_ratio_to_tanh
+from .values import BITS, NONNEGATIVE, UNIT, Range
 
 Number = float | Tensor
 
@@ -31,23 +32,26 @@ class Plain(NamedTuple):
     `fused(prediction, target, scale, dim, factor, a, b)` returns its sum over `dim` (-1; None: over everything; False: not
     wanted), and leaves its derivative by the prediction, times `factor`, in the buffer `a`, unless `factor` is None. `b` is
     scratch. All tensors have one shape and dtype; `factor` is a float or broadcasts.
-    `name` is also that of the device function. `probabilities`: predictions must lie in [0, 1]. `binary`: so must targets.
+    `name` is also that of the device function. `allowed` and `support`: where predictions and targets must lie.
     """
 
     name: str
     nll: Callable[[Tensor, Tensor, Number], Tensor]
     fused: Callable[[Tensor, Tensor, Number, int | bool | None, Number | None, Tensor, Tensor], Tensor | None]
-    probabilities: bool = False
-    binary: bool = False
+    allowed: Range | None = None
+    support: Range | None = None
     has_scale: bool = False
 
 
 def _bernoulli(p: Tensor, x: Tensor, scale: Number) -> Tensor:
-    kind = p.device.type
+    # Torch's function raises on a CPU, and stops a GPU, where something is NaN or outside: NaN here, in value and derivatives.
+    inside = (p.clamp(0, 1) == p) & (x.clamp(0, 1) == x)
+    invalid = (p + x) * torch.where(inside, 0.0, torch.nan).to(p.dtype)
+    p, x, kind = torch.where(inside, p, 0.5), torch.where(inside, x, 0.5), p.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):  # which refuses this function on a GPU, even for float32
-            return F.binary_cross_entropy(p, x, reduction="none")
-    return F.binary_cross_entropy(p, x, reduction="none")
+            return F.binary_cross_entropy(p, x, reduction="none") + invalid
+    return F.binary_cross_entropy(p, x, reduction="none") + invalid
 
 
 def _bernoulli_fused(p, x, scale, dim, factor, a, b):
@@ -168,15 +172,15 @@ def _times(gradient: Tensor, factor: Number) -> None:
 PLAIN = {
     row.name: row
     for row in (
-        Plain("bernoulli", _bernoulli, _bernoulli_fused, probabilities=True, binary=True),
-        Plain("bernoulli_logits", _bernoulli_logits, _bernoulli_logits_fused, binary=True),
+        Plain("bernoulli", _bernoulli, _bernoulli_fused, allowed=UNIT, support=UNIT),
+        Plain("bernoulli_logits", _bernoulli_logits, _bernoulli_logits_fused, support=BITS),
         Plain("mse", _mse, _mse_fused),
         Plain("gaussian", _gaussian, _gaussian_fused, has_scale=True),
         Plain("l1", _l1, _fused(_l1)),
         Plain("laplace", _laplace, _fused(_laplace), has_scale=True),
-        Plain("poisson", _poisson, _fused(_poisson)),
-        Plain("poisson_log", _poisson_log, _fused(_poisson_log)),
-        Plain("continuous_bernoulli", _continuous_bernoulli, _fused(_continuous_bernoulli), probabilities=True, binary=True),
-        Plain("continuous_bernoulli_logits", _continuous_bernoulli_logits, _fused(_continuous_bernoulli_logits), binary=True),
+        Plain("poisson", _poisson, _fused(_poisson), allowed=NONNEGATIVE, support=NONNEGATIVE),
+        Plain("poisson_log", _poisson_log, _fused(_poisson_log), support=NONNEGATIVE),
+        Plain("continuous_bernoulli", _continuous_bernoulli, _fused(_continuous_bernoulli), allowed=UNIT, support=UNIT),
+        Plain("continuous_bernoulli_logits", _continuous_bernoulli_logits, _fused(_continuous_bernoulli_logits), support=BITS),
     )
 }

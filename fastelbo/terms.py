@@ -8,15 +8,10 @@ from torch.distributions import Distribution
 
 from . import traced
 from .arguments import (
-    COUNTS,
     check_fits,
-    check_labels,
-    check_levels,
-    check_nonnegative,
     check_parameters,
     check_reals,
     check_scale,
-    check_unit_interval,
     check_weight,
     factor_of,
     find_likelihood,
@@ -27,11 +22,12 @@ from .autograd import Loss, Settings, loss_forward
 from .diagnostics import Monitor
 from .divergence import check_beta, check_weighting, divergence_terms
 from .layout import dense
-from .plain import PLAIN, Plain
+from .likelihoods import BY_NAME
 from .posteriors import check_gaussian, check_prior, result_dtype
 from .reconstruction import Request, class_dim, count, reconstruct
 from .scalars import check_real
 from .tracing import is_traced
+from .values import check_values
 
 
 class ELBOTerms(NamedTuple):
@@ -120,9 +116,8 @@ def add_terms(term: Term, divergence, monitor: Monitor | None, known: Tensor | N
         )
         terms = plain_terms(settings, name, parameters[0], x, None, None, weighted, 1.0, known)._replace(kl=kl)
     else:
-        _check_binary(term)
         recon = reconstruct(request._replace(dtype=dtype, known=known), parameters, x, w)
-        _check_values(term, recon)
+        check_values(request.likelihood, name, parameters, x, w, request.target_scale, recon, scale)
         terms = ELBOTerms(recon + weighted.to(dtype), recon, kl)
     if monitor is not None:
         _record(monitor, term, terms.recon, statistics)
@@ -143,54 +138,8 @@ def plain_terms(settings: Settings, name: str, recon_x, x, mu, logvar, kl, beta,
 
 
 def finish(settings: Settings, name: str, recon_x: Tensor, x: Tensor, terms) -> ELBOTerms:
-    recon = terms[1]
-    if recon.device.type == "cpu":
-        _check_unit(PLAIN[settings.likelihood], recon, name, recon_x, x, settings.target_scale)
-        if settings.likelihood in COUNTS and not recon.isfinite().all():
-            check_nonnegative("x", x, "counts")
-            if settings.likelihood == "poisson":
-                check_nonnegative(name, recon_x, "rates")
+    check_values(BY_NAME[settings.likelihood], name, [recon_x], x, None, settings.target_scale, terms[1])
     return ELBOTerms(*terms)
-
-
-def _check_unit(row: Plain, recon: Tensor, name: str, recon_x: Tensor, x: Tensor, target_scale: float) -> None:
-    """Raise for what lies outside [0, 1], on a CPU, where looking costs no sync."""
-    if row.probabilities and recon.isnan().any():  # a logarithm of something negative
-        check_unit_interval(name, recon_x, row.name, f"for logits use likelihood={row.name + '_logits'!r}")
-    # As Torch does, logits go with any floating target; bytes above 1 are images that were not scaled.
-    if row.binary and (row.probabilities or not x.is_floating_point()):
-        check_unit_interval("x", x, row.name, "for 8-bit images pass target_scale=1/255", target_scale)
-
-
-def _check_binary(term: Term) -> None:
-    """Likewise, of a likelihood that is not plain because of weights or the like; what has the weight 0 does not count."""
-    row, x, recon_x = PLAIN.get(term.request.likelihood.name), term.x, term.parameters[0]
-    if row is None or not row.binary or x.device.type != "cpu" or is_traced(x, recon_x, term.weight):
-        return
-    if term.weight is not None:
-        keep = (term.weight != 0).expand(x.shape)
-        x, recon_x = x[keep], recon_x[keep]
-    if row.probabilities:
-        check_unit_interval(term.name, recon_x, row.name, f"for logits use likelihood={row.name + '_logits'!r}")
-    if row.probabilities or not x.is_floating_point():
-        check_unit_interval("x", x, row.name, "for 8-bit images pass target_scale=1/255", term.request.target_scale)
-
-
-def _check_values(term: Term, recon: Tensor) -> None:
-    """Raise for what made the reconstruction NaN or infinite, on a CPU; what has a weight of 0 is nobody's business."""
-    if recon.device.type != "cpu" or is_traced(recon) or recon.isfinite().all():
-        return
-    likelihood, x = term.request.likelihood, term.x
-    if likelihood.name == "categorical" and x.dim() < term.parameters[0].dim():
-        check_labels(x, term.parameters[0].shape[likelihood.dim], likelihood.ignore_index, term.weight)
-    elif term.weight is None:
-        if hasattr(likelihood, "levels"):
-            check_levels(x, likelihood.levels, term.request.target_scale)
-        if likelihood.name in COUNTS:
-            check_nonnegative("x", x, "counts")
-            for i, parameter in enumerate(term.parameters[:2]):  # mean and inverse dispersion, or a rate
-                if likelihood.name != "poisson_log":
-                    check_nonnegative(f"{term.name}[{i}]", parameter, "means and inverse dispersions")
 
 
 def _record(monitor: Monitor, term: Term, recon: Tensor, statistics) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .numerics import positive
 from .plain import HALF, PLAIN
 
 # Elements of a block, and of each thread's part of it at least: a few buffers of 3 MB stay in the last-level cache. Smaller
@@ -118,7 +119,7 @@ def _reconstruct(
         samples = (nothing if t is None else t.split(len(x)) for t in (recon_x, gradient, factor))
         sums = [_reconstruct(p, x, g, f, *options) for p, g, f in zip(*samples, strict=True)]
         return torch.cat(sums) if wants_sum else None
-    fused = PLAIN[likelihood].fused
+    fused, scale = PLAIN[likelihood].fused, positive(scale) if isinstance(scale, Tensor) else scale
     dim = (-1 if per_sample else None) if wants_sum else False
     factor = None if gradient is None else _column(factor, weight, per_sample)
     parts = []

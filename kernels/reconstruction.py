@@ -57,8 +57,7 @@ def from_scale(scale, soft_min):
     scale = tl.where(scale > 0.0, scale, float("nan"))
     log_scale = tl.where(scale < float("inf"), log_of_positive(scale), scale)
     if soft_min is None:
-        inverse = tl.where(scale > 0.0, 1.0 / scale, float("nan"))
-        return log_scale, inverse, inverse
+        return log_scale, 1.0 / scale, 1.0 / scale
     else:
         log_scale, inverse, slope = from_log_scale(log_scale, soft_min)
         return log_scale, inverse, slope / scale

@@ -233,7 +233,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("first", LAYOUTS)
 def test_layouts(first, second, device):
     mean, logvar, x, weight = (torch.randn(2, 4, 5, 6, device=device) for _ in range(4))
-    mean, x = LAYOUTS[first](mean).requires_grad_(), LAYOUTS[second](x)
+    mean, x = LAYOUTS[first](mean).requires_grad_(), LAYOUTS[second](x.abs())
     logvar, weight = LAYOUTS[second](logvar).requires_grad_(), LAYOUTS[first](weight > 0)
     for likelihood, parameters in ((Gaussian("logvar"), (mean, logvar)), (Multinomial(2), (mean,))):
         mask = weight if len(parameters) == 2 else weight[:, :, :1]

@@ -1,0 +1,150 @@
+"""Checks of values, on a CPU: where looking costs no sync, and traced calls have none.
+
+A target or parameter outside of where its likelihood has it raises, but not what has the weight 0, or is an ignored label.
+NaN passes, and becomes a loss of NaN. To cost nothing where all is well, this looks where the loss is NaN or infinite already,
+which is what a value outside makes of it; a target that would not (`Range.silent`) is looked at every time.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .tracing import is_traced
+
+
+class Range(NamedTuple):
+    """Where numbers must lie: from `low` to `high`."""
+
+    words: str  # "x must ..."
+    low: float = -math.inf
+    high: float = math.inf
+    is_open: bool = False  # `low` itself is outside
+    silent: bool = False  # a target outside may leave the loss finite
+    integers: bool = False  # it is one of integer targets alone
+    unscaled: bool = False  # it is one of targets before `target_scale`, which does not apply
+    but: int | None = None  # a target that may lie outside
+
+
+UNIT = Range("lie in [0, 1]", 0, 1, silent=True)
+# As Torch does, logits go with any floating target; bytes above 1 are images that were not scaled.
+BITS = UNIT._replace(integers=True)
+NONNEGATIVE = Range("not be negative", 0)
+POSITIVE = Range("be positive", 0, is_open=True)
+
+
+def is_seen(value: Tensor, *others: Tensor | None) -> bool:
+    """Whether values are looked at: of eager calls on a CPU."""
+    return value.device.type == "cpu" and not is_traced(value, *others)
+
+
+def check_values(
+    likelihood, name: str, parameters: Sequence[Tensor], x: Tensor, weight: Tensor | None, target_scale: float, recon: Tensor,
+    scale: float | Tensor = 1.0,
+) -> None:  # fmt: skip
+    """Raise for a value that made the reconstruction NaN or infinite, or finite and meaningless.
+
+    `name` is that of the prediction in errors; a `scale` that is a tensor is the last of the `parameters`.
+    """
+    if not is_seen(recon, x, weight, *parameters):
+        return
+    support = likelihood.support(parameters, x)
+    if support is not None and support.integers and x.is_floating_point():
+        support = None
+    if support is None and not any(likelihood.ranges):
+        return
+    factor = 1.0 if support is None or support.unscaled else target_scale
+    if support is not None and -math.inf < support.low < 0:
+        _warn_of_unit_interval(likelihood.name, x, factor)
+    if math.isfinite(recon.detach().sum()) and not (support is not None and support.silent and _is_outside(support, x, factor)):
+        return
+    counts = None if weight is None else weight != 0
+    if counts is not None and counts.dim() < x.dim():
+        counts = counts.unsqueeze(likelihood.dim)  # one for all classes or channels
+    of = f"for the likelihood {likelihood.name!r}"
+    if support is not None and (found := _span(support, x, factor, counts)):
+        raise ValueError(f"x must {support.words} {of}, got values from {found}{_advice(support, x, *found, factor)}")
+    for i, (value, allowed) in enumerate(zip(parameters, likelihood.ranges, strict=False)):
+        if allowed is not None and (found := _span(allowed, value, 1.0, counts)):
+            label = "scale" if i > 0 and isinstance(scale, Tensor) else name if len(parameters) == 1 else f"{name}[{i}]"
+            advice = f"; for logits use likelihood={likelihood.name + '_logits'!r}" if allowed is UNIT else ""
+            raise ValueError(f"{label} must {allowed.words} {of}, got values from {found}{advice}")
+
+
+class Span(NamedTuple):
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
+
+
+def _bounds(x: Tensor, factor: float) -> tuple[float, float]:
+    """The lowest and the highest of a target, in one pass; NaN if one is."""
+    if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which have no minimum in Torch
+        x = x.double()
+    return sorted(v.item() * factor for v in torch.aminmax(x.detach()))
+
+
+def _is_outside(support: Range, x: Tensor, factor: float) -> bool:
+    """Whether some of a target may be: a NaN hides the others, and may have the weight 0."""
+    if x.dtype == torch.bool or x.numel() == 0:
+        return False
+    low, high = _bounds(x, factor)
+    return not (low >= support.low and high <= support.high)
+
+
+def _span(allowed: Range, value: Tensor, factor: float, counts: Tensor | None) -> Span | None:
+    """From where to where the values lie that count, if one of them is outside."""
+    wide = value.detach().double() * factor
+    outside = (wide < allowed.low) | (wide > allowed.high)
+    if allowed.is_open:
+        outside = outside | (wide == allowed.low)
+    seen = ~wide.isnan() if allowed.but is None else wide != allowed.but
+    if counts is not None:
+        seen = seen & counts
+    if not (outside & seen).any():
+        return None
+    return Span(*(v.item() for v in torch.aminmax(wide.expand_as(seen)[seen])))
+
+
+def _advice(support: Range, x: Tensor, low: float, high: float, factor: float) -> str:
+    """What to do about a target outside."""
+    if factor != 1:
+        return f" once multiplied by target_scale={factor:g}"
+    integers = not x.is_floating_point()
+    if support.high == 1:
+        if low >= 0 and (integers or high > 2):
+            return "; for 8-bit images pass target_scale=1/255"
+        if low >= -1 and high <= 1:
+            return "; for targets in [-1, 1] pass (x + 1) / 2, or take a likelihood of real numbers, such as 'gaussian'"
+        return "; for others take a likelihood of real numbers, such as 'gaussian'"
+    if -math.inf < support.low < 0 and low >= 0:
+        return "; for 8-bit images pass integers, or x / 127.5 - 1"
+    return ""
+
+
+MANY = 64  # fewer targets may lie in [0, 1] by chance
+_warned = False
+
+
+def _warn_of_unit_interval(likelihood: str, x: Tensor, factor: float) -> None:
+    """Once, of a target in [0, 1] where one in [-1, 1] is meant: its loss is finite, and another one.
+
+    Where all is well it costs a look at the first datum, which tells.
+    """
+    global _warned
+    if _warned or x.numel() < MANY or not (x[0].detach() * factor).min() >= 0:
+        return
+    low, high = _bounds(x, factor)
+    if not (low >= 0 and high <= 1):
+        return
+    _warned = True
+    warnings.warn(
+        f"all of x lies in [0, 1], where the likelihood {likelihood!r} has targets in [-1, 1]: pass 2 * x - 1, or integers"
+        " as levels (this is said once)",
+        stacklevel=5,
+    )
