@@ -82,7 +82,8 @@ def check_generator(generator, mu: Tensor) -> None:
         return
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-    if generator.device != mu.device:
+    device = generator.device
+    if device.type != mu.device.type or device.index not in (None, mu.device.index):  # "cuda" stands for the current one
         raise ValueError(f"generator must be on the device of mu: got {generator.device} and {mu.device}")
 
 

@@ -46,7 +46,7 @@ SCALES = ("scale", "log_scale", "logvar")
 @dataclass(frozen=True)
 class Likelihood:
     """What all of them have. `nll(parameters, x)` is the formula: nats of each element, or of each position of `[B, ...]`
-    without the dimension of classes or channels. All of `parameters` and `x` come in one floating dtype, labels as they are.
+    without the dimension of classes or channels. All of `parameters` and `x` come in one floating dtype, labels as int64.
     `ranges`: where the parameters must lie, in their order; None: anywhere, and so those that are not there."""
 
     name: ClassVar[str]
@@ -274,7 +274,7 @@ class Categorical(Likelihood):
         (logits,) = parameters
         if x.dim() == logits.dim():
             return multinomial_nll(logits, x, self.dim)
-        logits, x = logits.movedim(self.dim, 1), x.long()  # a short dtype may not hold what it is compared with
+        logits = logits.movedim(self.dim, 1)
         ignored = x == self.ignore_index
         # NaN for labels that are none, as nothing can be raised where the values are not seen.
         outside = ~ignored & ((x < 0) | (x >= logits.shape[1]))

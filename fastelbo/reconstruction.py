@@ -107,10 +107,11 @@ def _formula(request: Request, parameters, x: Tensor, weight: Tensor | None, div
 
 
 def _target(request: Request, parameters, x: Tensor) -> Tensor:
-    """The target as the formula takes it: labels as they are, levels in [-1, 1], everything else scaled."""
+    """The target as the formula takes it: labels in 64 bits, since a short dtype may not hold what they are compared with;
+    levels in [-1, 1], everything else scaled."""
     likelihood = request.likelihood
     if isinstance(likelihood, Categorical) and x.dim() < parameters[0].dim():
-        return x
+        return x.long()
     target = x.to(request.dtype)
     scale, centered = _scaling(request, x)
     if scale != 1:
