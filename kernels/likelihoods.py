@@ -21,8 +21,8 @@ def bernoulli(probability, second, third, target, constant, upstream):
     nll = -(target * log_p + (1.0 - target) * log_q)
     nll = tl.where((probability >= 0.0) & (probability <= 1.0), nll, float("nan"))  # for NaN too
     # 1e-12 in float32, which Torch clamps by in every dtype.
-    variance = tl.maximum((1.0 - probability) * probability, 9.999999960041972e-13)
-    return nll, (probability - target) * upstream / variance, second, third
+    slope = (probability - target) / tl.maximum((1.0 - probability) * probability, 9.999999960041972e-13)
+    return nll, slope * upstream, second, third
 
 
 @triton.jit

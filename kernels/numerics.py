@@ -82,7 +82,7 @@ def log_of_positive(x):
     else:
         # x = 2^k (1 + f) with f in [-1/3, 1/3).
         subnormal = x < 1.1754943508222875e-38
-        bits = tl.where(subnormal, tl.abs(x) * 8388608.0, x).to(tl.int32, bitcast=True)  # a zero without its sign
+        bits = tl.where(subnormal, x * 8388608.0 + 0.0, x).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
         exponent = (bits - 0x3F2AAAAB) & -0x800000
         k = exponent.to(tl.float32) * 1.1920928955078125e-07 - tl.where(subnormal, 23.0, 0.0)
         f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
