@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .tracing import is_transformed, never_compiled
+
 
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)); `F.softplus` becomes x beyond a threshold, where its derivative jumps by 2e-9."""
@@ -24,7 +26,19 @@ def with_derivative(function: Callable[[Tensor], Tensor], derivative: Callable[[
     Not under torch.compile, which takes no Function with a `jvp`, and warns where it traces one at all: there it is autograd's.
     """
 
-    class Function(torch.autograd.Function):
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        @never_compiled
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return function(x)
+
+        @staticmethod
+        @never_compiled
+        def backward(ctx, upstream):
+            return upstream * derivative(*ctx.saved_tensors)
+
+    class Transformed(torch.autograd.Function):  # the form that torch.func wants, which costs three times as much
         generate_vmap_rule = True
 
         @staticmethod
@@ -36,16 +50,18 @@ def with_derivative(function: Callable[[Tensor], Tensor], derivative: Callable[[
             ctx.save_for_backward(*inputs)
             ctx.save_for_forward(*inputs)
 
-        @staticmethod
-        def backward(ctx, upstream):
-            return upstream * derivative(*ctx.saved_tensors)
+        backward = staticmethod(Eager.backward)
 
         @staticmethod
         def jvp(ctx, tangent):
             return tangent * derivative(*ctx.saved_tensors)
 
     def call(x: Tensor) -> Tensor:
-        return function(x) if torch.compiler.is_compiling() else Function.apply(x)
+        if torch.compiler.is_compiling():
+            return function(x)
+        if is_transformed():
+            return Transformed.apply(x)
+        return Eager.apply(x) if x.requires_grad else function(x)
 
     return call
 
