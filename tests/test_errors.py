@@ -218,7 +218,7 @@ INTEGERS = {
     "ratio n_samples": lambda n: torch.tensor(fastelbo.sample_log_ratio(*LATENTS[1:], n_samples=n).z.shape),
     "dim": lambda n: fastelbo.loss(LOGITS, LOGITS, kl=KL, likelihood=lk.Categorical(n)).loss,
     "ignore_index": lambda n: fastelbo.loss(LOGITS, LABELS, kl=KL, likelihood=lk.Categorical(ignore_index=n)).loss,
-    "levels": lambda n: fastelbo.loss((LOGITS, KL), LOGITS, kl=KL, likelihood=lk.DiscretizedLogistic(levels=n)).loss,
+    "levels": lambda n: fastelbo.loss((LOGITS, KL), 2 * LOGITS - 1, kl=KL, likelihood=lk.DiscretizedLogistic(levels=n)).loss,
     "cycles": lambda n: torch.tensor(fastelbo.schedules.cyclical(10, cycles=n)(11)),
 }
 
