@@ -51,7 +51,8 @@ def check_dense(name: str, value) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:  # of nested ones, only the jagged have a layout of their own
-        raise TypeError(f"{name} must be a dense tensor, got one that is {'nested' if value.is_nested else value.layout}")
+        found = "a nested one" if value.is_nested else f"one of layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {found}")
 
 
 def check_alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

@@ -38,7 +38,8 @@ from . import mixture
 from .numerics import log_bin, log_factorial, log_gamma_ratio, positive, softplus
 from .plain import PLAIN
 from .scalars import check_integer, check_real
-from .values import BITS, NONNEGATIVE, POSITIVE, Range, is_seen
+from .tracing import is_seen
+from .values import BITS, NONNEGATIVE, POSITIVE, Range
 
 SCALES = ("scale", "log_scale", "logvar")
 
@@ -143,7 +144,7 @@ class _Scaled(Likelihood):
 
     def log_and_inverse(self, given: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithm and reciprocal of the scale."""
-        # Its logarithm shows a scale that is not positive, which raises where somebody looks; elsewhere all becomes NaN.
+        # `check_values` raises for the NaN that the logarithm of a negative scale is. Where it does not look, all becomes NaN.
         if self.scale == "scale" and (self.soft_min is not None or not is_seen(given)):
             given = positive(given)
         if self.soft_min is None and self.scale == "scale":

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tracing import is_transformed, never_compiled
+from .tracing import is_seen, is_transformed, never_compiled
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -15,9 +15,14 @@ def softplus(x: Tensor) -> Tensor:
     return -F.logsigmoid(-x)
 
 
+def nan_unless(valid: Tensor, x: Tensor) -> Tensor:
+    """x where it is `valid`; elsewhere NaN, with a gradient of NaN."""
+    return x * torch.where(valid, 1.0, torch.nan).to(x.dtype)  # or the default dtype would count
+
+
 def positive(x: Tensor) -> Tensor:
-    """NaN, with a gradient of NaN, where it is not positive."""
-    return x * torch.where(x > 0, 1.0, torch.nan).to(x.dtype)
+    """x where it is positive; elsewhere NaN, with a gradient of NaN."""
+    return nan_unless(x > 0, x)
 
 
 def with_derivative(function: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -93,6 +98,8 @@ def log_bin(lower: Tensor, upper: Tensor, width: Tensor, log_width: Tensor, lowe
 
 def _log_mass(width: Tensor, log_width: Tensor) -> Tensor:
     """log(1 - exp(-width)), in which a width that underflows keeps its logarithm."""
+    if is_seen(width) and (width > 1e-30).all():
+        return log1mexp(width)
     small = width < 0.1
     w = torch.where(small, width, 0.0).square()
     near = log_width - 0.5 * width + w * (1 / 24 - w * (1 / 2880 - w * (1 / 181440 - w * (1 / 9676800))))
@@ -103,10 +110,12 @@ def log_gamma_ratio(a: Tensor, n: Tensor) -> Tensor:
     """lgamma(a + n) - lgamma(a). Two values of the size of a log(a) leave nothing of a small difference, in float64 neither."""
     dtype = torch.promote_types(a.dtype, n.dtype)
     a, n = a.double(), n.double()
-    low = a < 16.0
+    low = a < (16.0 if dtype == torch.float64 else 2.0**20)  # up to which the difference in float64 has the digits of `dtype`
+    if is_seen(a) and low.all():
+        return (torch.lgamma(a + n) - torch.lgamma(a)).to(dtype)
     near = torch.where(low, a, 1.0)
     # Stirling's series (Abramowitz and Stegun 6.1.40) of both, with what they share left out.
-    far = torch.where(low, 16.0, a)
+    far = torch.where(low, 2.0**20, a)
     top = far + n
     beyond = n * (torch.log(top) - 1) + (far - 0.5) * torch.log1p(n / far) + (_stirling(top) - _stirling(far))
     return torch.where(low, torch.lgamma(near + n) - torch.lgamma(near), beyond).to(dtype)

@@ -99,9 +99,8 @@ def loss(
         monitor: collects diagnostics of the call.
 
     Returns:
-        `ELBOTerms(loss, recon, kl)`: float64 if `recon_x`, another parameter of the likelihood (a `scale` or `pos_weight` with
-            dimensions is one), `mu`, `logvar`, the prior or `kl` is, otherwise float32. The dtypes of `x`, of weights and of
-            0-d tensors such as `beta` do not count.
+        `ELBOTerms(loss, recon, kl)`: float64 if a tensor of `recon_x`, `mu`, `logvar`, the prior or `kl` is, or a `scale` or
+        `pos_weight` that has dimensions; otherwise float32. The dtypes of `x`, `weight`, `beta` and a 0-d `scale` do not count.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.

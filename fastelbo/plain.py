@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .numerics import log_factorial, log_ratio_to_tanh
+from .numerics import log_factorial, log_ratio_to_tanh, nan_unless
 from .values import BITS, NONNEGATIVE, UNIT, Range
 
 Number = float | Tensor
@@ -137,7 +137,7 @@ def _poisson_log(log_rate: Tensor, x: Tensor, scale: Number) -> Tensor:
 
 
 def _continuous_bernoulli(p: Tensor, x: Tensor, scale: Number) -> Tensor:
-    p = p * torch.where((p >= 0) & (p <= 1), 1.0, torch.nan)  # with a gradient of NaN, too
+    p = nan_unless((p >= 0) & (p <= 1), p)
     eps = torch.finfo(p.dtype).eps  # by which `torch.distributions.ContinuousBernoulli` keeps them from 0 and 1
     p = torch.where(p < eps, eps, torch.where(p > 1 - eps, 1 - eps, p))  # as clamp, but that the gradient by NaN is not 0
     return _continuous_bernoulli_logits(torch.log(p) - torch.log1p(-p), x, scale)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from .arguments import check_device, check_floats, check_latents
-from .numerics import excess_of_logvar, excess_of_std, excess_of_var
+from .numerics import excess_of_logvar, excess_of_std, excess_of_var, nan_unless
 from .scalars import check_real
 
 PARAMETERS = ("logvar", "log_std", "std", "var")
@@ -135,7 +135,7 @@ def clamped(second: Tensor, posterior: Posterior, dtype: torch.dtype) -> Tensor:
 
 def not_negative(raw: Tensor) -> Tensor:
     """NaN with a gradient of NaN where it is negative: squares would hide the sign from the KL, and sums from z."""
-    return raw * torch.where(raw < 0, torch.nan, 1.0)
+    return nan_unless(raw >= 0, raw)
 
 
 def std(raw: Tensor, parameter: str) -> Tensor:

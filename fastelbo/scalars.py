@@ -14,7 +14,7 @@ def check_real(name: str, value, expected: str = "a number") -> float:
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{name} must be {expected} that a float can hold, got one beyond 1.8e308") from None
+        raise ValueError(f"{name} must be {expected}, and fit into a float: got one beyond 1.8e308") from None
 
 
 def check_integer(name: str, value, expected: str = "an integer") -> int:
@@ -23,5 +23,5 @@ def check_integer(name: str, value, expected: str = "an integer") -> int:
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
     value = int(value)
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must be {expected} of at most 64 bits, got one of {value.bit_length()} bits")
+        raise ValueError(f"{name} must be {expected}, and fit into 64 bits: got one of {value.bit_length()} bits")
     return value

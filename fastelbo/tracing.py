@@ -21,6 +21,11 @@ def is_traced(*values) -> bool:
     )
 
 
+def is_seen(value: Tensor, *others: Tensor | None) -> bool:
+    """Whether values are looked at: of eager calls on a CPU."""
+    return value.device.type == "cpu" and not is_traced(value, *others)
+
+
 def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tracing import is_traced
+from .tracing import is_seen
 
 
 class Range(NamedTuple):
@@ -34,11 +34,6 @@ UNIT = Range("lie in [0, 1]", 0, 1, silent=True)
 BITS = UNIT._replace(integers=True)
 NONNEGATIVE = Range("not be negative", 0)
 POSITIVE = Range("be positive", 0, is_open=True)
-
-
-def is_seen(value: Tensor, *others: Tensor | None) -> bool:
-    """Whether values are looked at: of eager calls on a CPU."""
-    return value.device.type == "cpu" and not is_traced(value, *others)
 
 
 def check_values(

@@ -80,10 +80,9 @@ def laplace(mean, log_scale, inverse, target, constant, upstream):
 
 @triton.jit
 def poisson(rate, second, third, target, constant, upstream):
-    none = target == 0.0
-    log_rate = log(tl.where(none & (rate == 0.0), 1.0, rate))  # 0 log 0 is 0
-    slope = upstream - upstream * target / tl.where(none, 1.0, rate)
-    return rate - target * log_rate + log_factorial(target), slope, second, third
+    divisor = tl.where((target == 0.0) & (rate == 0.0), 1.0, rate)  # 0 log 0 is 0, and so is 0 / 0
+    slope = upstream - upstream * target / divisor
+    return rate - target * log(divisor) + log_factorial(target), slope, second, third
 
 
 @triton.jit

@@ -75,7 +75,7 @@ def exp_and_softplus(x):
 def log_of_positive(x):
     """log(x) for 0 < x < inf; some finite number below -100 where x is 0, of either sign; anything elsewhere, NaN included.
 
-    What is left out are five instructions of `log`, which most callers know not to need.
+    It leaves out five instructions of `log`, which most callers do not need.
     """
     if x.dtype == tl.float64:
         return tl.log(x)
@@ -106,7 +106,7 @@ def log(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x in (-1, 1], with `log_of_positive` elsewhere, but that NaN is NaN: the first order of what 1 + x rounds
-    away is added again."""
+    """log(1 + x) for x in (-1, 1]; NaN for NaN, some finite number below -100 at -1, and anything elsewhere. The first order of
+    what 1 + x rounds away is added again."""
     u = 1.0 + x
     return log_of_positive(u) + (x - (u - 1.0))

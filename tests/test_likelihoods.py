@@ -386,6 +386,14 @@ def test_a_tiny_rate_takes_the_upstream_factor_first(device):
                 torch.testing.assert_close(slope, torch.full_like(slope, expected), rtol=1e-5, atol=0)
 
 
+def test_a_rate_of_nan_has_a_gradient_of_nan(device):
+    """Where nothing was counted, too."""
+    rate = torch.tensor([[torch.nan, 1.0, 0.0]], device=device, requires_grad=True)
+    got = recon([rate], torch.zeros(1, 3, device=device), "poisson")
+    assert got.isnan()
+    torch.testing.assert_close(gradients(got, rate)[0].cpu(), torch.tensor([[torch.nan, 1.0, 1.0]]), equal_nan=True)
+
+
 @pytest.mark.parametrize("weighted", (False, True), ids=("", "weighted"))
 def test_what_is_no_probability_has_a_gradient_of_nan(weighted, device):
     probability = torch.tensor([[0.5, torch.nan, 0.0, 1.0, 0.2]], device=device, requires_grad=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastelbo
+from likelihood_cases import CASES
 from support import LIKELIHOODS, gradients, make_inputs, options
 
 
@@ -50,6 +51,35 @@ def test_default_dtype(restored, device):
     assert criterion(*inputs).loss.dtype == torch.float32
     torch.set_default_dtype(torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(results(device), expected, strict=True))
+
+
+@pytest.mark.parametrize("weighted", (False, True), ids=("", "weighted"))
+@pytest.mark.parametrize("name", (*CASES, "bernoulli", "optimal"))
+def test_default_dtype_of_everything(name, weighted, restored, device):
+    """Whatever the likelihood and the posterior are: none of their constants has the default dtype."""
+    if name in CASES:
+        parameters, x = CASES[name].make(torch.float32, device)
+        likelihood = CASES[name].likelihood
+        if name == "pos_weight of features":
+            likelihood = fastelbo.likelihoods.BernoulliLogits(likelihood.pos_weight.to(device))
+    else:
+        parameters, x = [torch.rand(3, 4, device=device, requires_grad=True)], torch.rand(3, 4, device=device)
+        likelihood = "bernoulli" if name == "bernoulli" else fastelbo.likelihoods.Gaussian("optimal")
+    weight = torch.rand(3, *[1] * (x.dim() - 1), device=device) if weighted else None
+    mu, second = torch.randn(3, 2, device=device), torch.rand(3, 2, device=device).add(0.2).requires_grad_()
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        for posterior in ("logvar", "log_std", "std", "var"):
+            terms = fastelbo.loss(
+                parameters[0] if len(parameters) == 1 else tuple(parameters), x, mu, second, posterior=posterior,
+                likelihood=likelihood, weight=weight,
+            )  # fmt: skip
+            results.append([t.detach() for t in (*terms, *gradients(terms.loss, *parameters, second))])
+    for found, expected in zip(results[4:], results[:4], strict=True):
+        assert [t.dtype for t in found] == [t.dtype for t in expected]
+        assert found[0].dtype == torch.float32
+        torch.testing.assert_close(found, expected)
 
 
 def test_deterministic_algorithms(restored, device):
