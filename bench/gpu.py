@@ -127,6 +127,8 @@ def main(names: list[str]) -> int:
     if not sees_a_gpu():
         print(f"{sys.executable} sees no CUDA GPU, so nothing was run: {', '.join(names)}")
         return 0
+    # In the background of a shell interrupts are ignored, and would be by all that is started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     OUT.mkdir(parents=True, exist_ok=True)
     failed = []
     for name in names:
