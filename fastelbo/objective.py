@@ -287,7 +287,8 @@ def _composed(
     else:
         divergence = divergence_of(mu, second, beta, posterior, prior, weighting, kl_reduction, monitor)
         z = sample_of(mu, second, posterior, None, None, eps, generator).z
-    term = check_reconstruction("decoder(z)", decoder(z), x, likelihood, weight, recon_reduction, scale, target_scale)
+    prediction = unwrapped(decoder(z))
+    term = check_reconstruction("decoder(z)", prediction, x, likelihood, weight, recon_reduction, scale, target_scale)
     return add_terms(term, divergence, monitor)
 
 

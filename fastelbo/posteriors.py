@@ -155,13 +155,19 @@ def log_variance(raw: Tensor, parameter: str) -> Tensor:
     return torch.log(raw) if parameter == "var" else 2 * torch.log(raw)
 
 
+def excess(raw: Tensor, parameter: str) -> Tensor:
+    """sigma^2 - 1 - log sigma^2, without cancellation in its derivative."""
+    if parameter == "std":
+        return excess_of_std(raw)
+    return excess_of_var(raw) if parameter == "var" else excess_of_logvar(log_variance(raw, parameter))
+
+
 def kl_elements(mu: Tensor, second: Tensor, prior: Prior | None, posterior: Posterior, dtype: torch.dtype) -> Tensor:
     """KL(N(mu, sigma^2) || prior) of each element, in nats."""
     mu, raw = mu.to(dtype), clamped(second, posterior, dtype)
     parameter = posterior.parameter
     if prior is None:
-        excess = {"std": excess_of_std, "var": excess_of_var}.get(parameter)
-        return 0.5 * (mu.square() + (excess(raw) if excess else excess_of_logvar(log_variance(raw, parameter))))
+        return 0.5 * (mu.square() + excess(raw, parameter))
     prior_raw = prior.second.to(dtype)
     distance = mu - prior.mu.to(dtype)
     if prior.parameter == "logvar":
@@ -171,10 +177,10 @@ def kl_elements(mu: Tensor, second: Tensor, prior: Prior | None, posterior: Post
         distance = distance / prior_raw
     if prior.parameter == "std" and parameter in ("std", "var"):
         # Both terms from one quotient: what its rounding does to them cancels, where the two deviations are nearly alike.
-        excess = excess_of_std(std(raw, parameter) / prior_raw)
+        beyond = excess_of_std(std(raw, parameter) / prior_raw)
     else:
-        excess = excess_of_logvar(log_variance(raw, parameter) - log_variance(prior_raw, prior.parameter))
-    return 0.5 * (distance.square() + excess)
+        beyond = excess_of_logvar(log_variance(raw, parameter) - log_variance(prior_raw, prior.parameter))
+    return 0.5 * (distance.square() + beyond)
 
 
 def sample(mu: Tensor, second: Tensor, eps: Tensor, posterior: Posterior, dtype: torch.dtype) -> Tensor:

@@ -129,11 +129,12 @@ def _scaling(request: Request, x: Tensor) -> tuple[float, bool]:
 def _optimal(request: Request, parameters, x: Tensor, weight: Tensor | None) -> Tensor:
     """The Gaussian whose variance is the mean squared error."""
     likelihood, mean = request.likelihood, parameters[0]
-    squares = request._replace(likelihood=BY_NAME["mse"], reduction="none" if request.reduction == "none" else "sum")
-    error = reconstruct(squares, [mean], x, weight)
+    of_squares = request._replace(likelihood=BY_NAME["mse"], reduction="none" if request.reduction == "none" else "sum")
+    error = reconstruct(of_squares, [mean], x, weight)
     number = count(request._replace(reduction="mean"), [mean], x, weight)
-    square = error.sum() / number
-    square = torch.where(square.isnan() & (error.sum() == 0), 1.0, square)  # any, where nothing counts: the sum is 0
+    squares = error.sum()
+    square = squares / number
+    square = torch.where(square.isnan() & (squares == 0), 1.0, square)  # any, where nothing counts: the sum is 0
     if likelihood.soft_min is not None:  # which bounds it without a derivative of log(0)
         square = square.clamp_min(torch.finfo(square.dtype).tiny)
     log_scale, inverse = Gaussian("logvar", likelihood.soft_min).log_and_inverse(torch.log(square))

@@ -16,7 +16,6 @@ from .arguments import (
     factor_of,
     find_likelihood,
     split_reduction,
-    unwrapped,
 )
 from .autograd import Loss, Settings, loss_forward
 from .diagnostics import Monitor
@@ -72,7 +71,7 @@ def given_or_not(**arguments) -> str:
 
 
 def check_reconstruction(name, recon_x, x, likelihood, weight, reduction, scale, target_scale) -> Term:
-    likelihood, recon_x = find_likelihood(likelihood), unwrapped(recon_x)
+    likelihood = find_likelihood(likelihood)
     parameters = check_parameters(name, recon_x, likelihood, scale)
     check_reals("x", x)
     check_fits(name, parameters, x, likelihood)

@@ -55,6 +55,7 @@ def load_operand(
 def from_scale(scale, soft_min):
     """Logarithm and reciprocal of a scale, and the derivative of the logarithm by what is given."""
     scale = tl.where(scale > 0.0, scale, float("nan"))
+    # `log`, less what it does for numbers that are not positive.
     log_scale = tl.where(scale < float("inf"), log_of_positive(scale), scale)
     if soft_min is None:
         return log_scale, 1.0 / scale, 1.0 / scale
