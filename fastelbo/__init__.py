@@ -1,18 +1,21 @@
 """Fused kernels for the loss of variational autoencoders."""
 
 from . import diagnostics, likelihoods, nn, reference, schedules
-from .divergence import Weighting, kl_divergence
-from .log_ratio import SampleLogRatio, sample_log_ratio
-from .monte_carlo import LogLikelihood, log_likelihood
+from .bounds.log_likelihood import LogLikelihood, log_likelihood
+from .bounds.records import ELBO, IWAE
+from .engine.loss import ELBOTerms
+from .latents.posterior import Posterior
+from .latents.weighting import Weighting
 from .objective import elbo, loss
-from .posteriors import Posterior
-from .sampling import reparameterize, sample_kl
-from .terms import ELBOTerms
+from .parts import SampleKL, SampleLogRatio, kl_divergence, reparameterize, sample_kl, sample_log_ratio
 
 __all__ = [
+    "ELBO",
+    "IWAE",
     "ELBOTerms",
     "LogLikelihood",
     "Posterior",
+    "SampleKL",
     "SampleLogRatio",
     "Weighting",
     "diagnostics",

@@ -6,7 +6,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .divergence import Statistics
+from .engine.divergence import Statistics
 
 
 class CollapseWarning(UserWarning):

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from .arguments import check_scale, find_likelihood, split_reduction
+from .basics.arguments import split_reduction
+from .basics.scalars import check_real
 from .diagnostics import Monitor
-from .divergence import Weighting
-from .likelihoods import Likelihood
-from .objective import Reduction, loss
-from .posteriors import Posterior, check_posterior
-from .scalars import check_real
-from .terms import ELBOTerms
+from .engine.loss import ELBOTerms
+from .latents.posterior import Posterior, find_posterior
+from .latents.weighting import Weighting
+from .likelihoods import Likelihood, find_likelihood
+from .objective import Prior, Reduction, loss
 
 
 class ELBOLoss(nn.Module):
@@ -22,8 +22,8 @@ class ELBOLoss(nn.Module):
     step.
 
     Args:
-        likelihood, reduction, target_scale, posterior, weighting: as in `fastelbo.loss`.
-        beta, scale: likewise, as numbers.
+        likelihood, reduction, posterior, weighting: as in `fastelbo.loss`.
+        beta: likewise, as a number.
 
     Raises:
         TypeError, ValueError: as `fastelbo.loss`.
@@ -34,22 +34,16 @@ class ELBOLoss(nn.Module):
         likelihood: str | Likelihood = "bernoulli",
         beta: float = 1.0,
         reduction: Reduction = "sum",
-        scale: float | None = None,
-        target_scale: float = 1.0,
         posterior: str | Posterior = "logvar",
         weighting: Weighting | None = None,
     ) -> None:
         super().__init__()
-        found = find_likelihood(likelihood)
+        find_likelihood(likelihood)
         split_reduction(reduction)
-        if scale is not None:
-            scale = check_scale(check_real("scale", scale), found)
-        check_posterior(posterior)
+        find_posterior(posterior)
         if weighting is not None and not isinstance(weighting, Weighting):
             raise TypeError(f"weighting must be a Weighting, got {type(weighting).__name__}")
-        self.likelihood, self.reduction, self.scale = likelihood, reduction, scale
-        self.target_scale = check_real("target_scale", target_scale)
-        self.posterior, self.weighting = posterior, weighting
+        self.likelihood, self.reduction, self.posterior, self.weighting = likelihood, reduction, posterior, weighting
         self.register_buffer("beta", torch.tensor(check_real("beta", beta), dtype=_widest(torch.get_default_device())))
 
     def _apply(self, fn, recurse=True):
@@ -70,7 +64,7 @@ class ELBOLoss(nn.Module):
         beta: float | Tensor | None = None,
         *,
         kl: Tensor | None = None,
-        prior: tuple[Tensor, Tensor] | Distribution | None = None,
+        prior: Prior | None = None,
         weight: Tensor | None = None,
         monitor: Monitor | None = None,
     ) -> ELBOTerms:
@@ -78,15 +72,11 @@ class ELBOLoss(nn.Module):
         return loss(
             recon_x, x, mu, logvar, self.beta if beta is None else beta, kl=kl, prior=prior, weight=weight, monitor=monitor,
             likelihood=self.likelihood, posterior=self.posterior, weighting=self.weighting, reduction=self.reduction,
-            scale=self.scale, target_scale=self.target_scale,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         beta = "?" if self.beta.is_meta else f"{self.beta.item():g}"
-        shown = (
-            f"likelihood={self.likelihood!r}, beta={beta}, reduction={self.reduction!r},"
-            f" scale={self.scale}, target_scale={self.target_scale:g}"
-        )
+        shown = f"likelihood={self.likelihood!r}, beta={beta}, reduction={self.reduction!r}"
         if self.posterior != "logvar":
             shown += f", posterior={self.posterior!r}"
         return shown if self.weighting is None else f"{shown}, weighting={self.weighting}"

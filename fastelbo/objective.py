@@ -1,52 +1,28 @@
 """The objective: `loss` from a decoder's output, `elbo` around the decoder."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .arguments import (
-    check_alike,
-    check_batch,
-    check_device,
-    check_floats,
-    check_latents,
-    check_number,
-    check_prediction,
-    check_reals,
-    check_scale,
-    factor_of,
-    find_likelihood,
-    split_reduction,
-    unwrapped,
-)
-from .autograd import Elbo, Settings
+from .basics.arguments import REALS, check_batch, check_device, check_number, check_reals
+from .basics.tracing import is_surrounded
+from .bounds.records import ELBO, ONE_SAMPLE, check_bound
+from .bounds.samples import many_samples
 from .diagnostics import Monitor
-from .divergence import Weighting
-from .graph import decoder_leaves
-from .layout import dense, in_layout, layout_of
+from .engine.call import Objective
+from .engine.divergence import divergence_terms, kl_of
+from .engine.elbo import decoded_terms, edge_of
+from .engine.latents import sample
+from .engine.loss import ELBOTerms, composed_terms, planned_terms, record_reconstruction, traced_terms
+from .engine.plan import find_objective
+from .latents.posterior import LOGVAR, Latents, Posterior, check_latents
+from .latents.weighting import ALL, Weighting, check_beta, check_weighting
 from .likelihoods import Likelihood
-from .monte_carlo import check_sampling, many_samples
-from .plain import PLAIN
-from .posteriors import Posterior, check_gaussian, check_prior, result_dtype
-from .sampling import draw, sample, sample_of
-from .scalars import check_real
-from .terms import (
-    ELBOTerms,
-    add_terms,
-    check_reconstruction,
-    check_terms,
-    divergence_of,
-    finish,
-    given_or_not,
-    plain_terms,
-    times,
-)
-from .tracing import is_traced
 
 Reduction = str | tuple[str, str]
+Prior = tuple[Tensor, Tensor] | Distribution
 
 
 def loss(
@@ -59,12 +35,10 @@ def loss(
     kl: Tensor | None = None,
     likelihood: str | Likelihood = "bernoulli",
     posterior: str | Posterior = "logvar",
-    prior: tuple[Tensor, Tensor] | Distribution | None = None,
+    prior: Prior | None = None,
     weighting: Weighting | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "sum",
-    scale: float | Tensor | None = None,
-    target_scale: float = 1.0,
     monitor: Monitor | None = None,
 ) -> ELBOTerms:
     """Negative ELBO of a VAE: `recon + beta * kl`, with `recon = -log p(x | z)` and `kl = KL(N(mu, exp(logvar)) || N(0, I))`.
@@ -84,7 +58,8 @@ def loss(
         likelihood: what `recon_x` parametrizes: a name or an object of `fastelbo.likelihoods`, which lists them all.
             `"bernoulli"`: probabilities, as `F.binary_cross_entropy`; `"bernoulli_logits"`: logits, as
             `F.binary_cross_entropy_with_logits`; `"mse"`: as `F.mse_loss`; `"gaussian"`: means, as
-            `-Normal(recon_x, scale).log_prob(x)`.
+            `-Normal(recon_x, 1).log_prob(x)`. `likelihoods.Gaussian(scale=0.3)` has another scale, and
+            `likelihoods.BernoulliLogits(target_scale=1/255)` takes `uint8` images.
         posterior: what `logvar` is: `"logvar"`, `"log_std"`, `"std"`, `"var"`, or a `Posterior`, which can clamp it.
         prior: what the KL is from, as in `kl_divergence`. None: N(0, I).
         weighting: what of the KL enters the loss: free bits, capacity, balance. None: all of it. `kl` is the KL itself always.
@@ -94,41 +69,48 @@ def loss(
         reduction: `"sum"`, `"batchmean"` (sum / B), `"mean"` (over all elements of a term), `"none"` (one value a sample), or a
             pair for reconstruction and KL. Where processes average gradients (DDP, FSDP), those of `"batchmean"` and `"mean"`
             are the joint batch's, and those of `"sum"` are 1/world of them.
-        scale: scale of `"gaussian"` and `"laplace"`, positive: a number, or a tensor that broadcasts to `recon_x`. Default 1.
-        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
         monitor: collects diagnostics of the call.
 
     Returns:
-        `ELBOTerms(loss, recon, kl)`: float64 if a tensor of `recon_x`, `mu`, `logvar`, the prior or `kl` is, or a `scale` or
-        `pos_weight` that has dimensions; otherwise float32. The dtypes of `x`, `weight`, `beta` and a 0-d `scale` do not count.
+        `ELBOTerms(loss, recon, kl)`: float64 if a tensor of `recon_x`, `mu`, `logvar`, the prior or `kl` is,
+        otherwise float32. The dtypes of `x`, `weight` and `beta` do not count.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes, devices, names or options do not fit; `scale` is not positive; on a CPU, what has a weight
+        ValueError: shapes, devices, names or options do not fit; on a CPU, what has a weight
             lies outside of where its likelihood has it: probabilities and targets of `"bernoulli"`, or integer targets of
             `"bernoulli_logits"`, outside [0, 1], counts, rates or means below 0, scales or dispersions not above it, or labels
             or levels that are none. NaN passes. On a GPU, looking would need a sync, and a tracer sees no values: a target of a
             Bernoulli likelihood outside [0, 1], and counts below 0 of a multinomial, give a loss that means nothing there, the
             others NaN.
     """
-    recon_x = unwrapped(recon_x)
-    if _is_plain(recon_x, mu, beta, likelihood, posterior, prior, weighting, weight, scale, monitor):
-        check_prediction("recon_x", recon_x)
-        check_reals("x", x)
-        options = _check_options(recon_x, beta, likelihood, scale, target_scale)
-        settings, beta = _check_loss("recon_x", recon_x, x, mu, logvar, kl, options, reduction)
-        return plain_terms(settings, "recon_x", recon_x, x, mu, logvar, kl, beta)
-    recon_reduction, kl_reduction = check_terms(mu, logvar, kl, posterior, prior, weighting, reduction, monitor)
-    term = check_reconstruction("recon_x", recon_x, x, likelihood, weight, recon_reduction, scale, target_scale)
-    if kl is None:
-        divergence = divergence_of(mu, logvar, beta, posterior, prior, weighting, kl_reduction, monitor)
-        check_device("mu", divergence[0], "recon_x", x)
-        check_batch("mu", mu if isinstance(mu, Tensor) else mu.mean, "x", x)
-    else:
-        _check_kl(kl, recon_reduction, x)
-        kl = kl.to(result_dtype(*term.parameters, kl))
-        divergence = kl, times(check_number("beta", beta, x), kl), None
-    return add_terms(term, divergence, monitor)
+    surrounded = is_surrounded()
+    objective = (
+        Objective.of(likelihood, posterior, reduction) if surrounded else find_objective(likelihood, posterior, reduction)
+    )
+    given = tuple(recon_x) if isinstance(recon_x, tuple | list) else (recon_x,)
+    if type(beta) is not float:
+        beta = _checked_beta(beta, x, mu)
+    if objective.is_direct and prior is weighting is monitor is None and (type(beta) is float or beta.dim() == 0):
+        if kl is None and isinstance(mu, Tensor) and logvar is not None:
+            latents = mu, logvar
+        elif kl is not None and mu is logvar is None and not isinstance(reduction, tuple | list):
+            latents = (kl,)
+        else:
+            latents = None
+        if latents is not None:
+            tensors = (*given, x, *latents) if weight is None else (*given, x, weight, *latents)
+            compute = traced_terms if surrounded else planned_terms
+            return compute("recon_x", objective, tensors, len(given), weight is not None, len(latents), beta)
+    _check_sources(mu, logvar, kl, objective, prior, weighting, reduction, monitor)
+    if kl is not None:
+        return _with_kl("recon_x", objective, given, x, weight, kl, beta, None, monitor)
+    latents, tensors = check_latents(mu, logvar, posterior, prior)
+    kl, beta, weighted, statistics = _divergence(latents, tensors, objective, beta, weighting, monitor)
+    check_reals("x", x)
+    check_device("mu", tensors[0], "recon_x", x)
+    check_batch("mu", tensors[0], "x", x)
+    return _with_kl("recon_x", objective, given, x, weight, kl, beta, weighted, monitor, statistics)
 
 
 def elbo(
@@ -140,60 +122,43 @@ def elbo(
     *,
     likelihood: str | Likelihood = "bernoulli",
     posterior: str | Posterior = "logvar",
-    prior: tuple[Tensor, Tensor] | Distribution | None = None,
+    prior: Prior | None = None,
     weighting: Weighting | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "sum",
+    bound: ELBO | None = None,
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
-    scale: float | Tensor | None = None,
-    target_scale: float = 1.0,
     monitor: Monitor | None = None,
-    n_samples: int = 1,
-    bound: str = "elbo",
-    estimator: str = "standard",
-    chunk: int = 1,
 ) -> ELBOTerms:
     """Negative ELBO of a VAE around its decoder: sample z, decode it, and return `loss(decoder(z), x, mu, logvar, beta)`.
 
     Sampling, KL, decoder and reconstruction are one autograd Function: gradients reach `mu`, `logvar`, `x`, `beta`, and every
     parameter and other tensor that the decoder uses.
 
-    With `n_samples`, the reconstruction is the mean over so many samples of z (Kingma and Welling, 2013). With `bound="iwae"`
-    the loss is the negative of the tighter bound of Burda et al. (Importance Weighted Autoencoders, 2016),
+    With `bound=ELBO(K)` the reconstruction is the mean over K samples of z (Kingma and Welling, 2013). With `bound=IWAE(K)` the
+    loss is the negative of the tighter bound of Burda et al. (Importance Weighted Autoencoders, 2016); `recon` and `kl` are then
+    the ELBO's terms of the same samples, without gradient, which show how much tighter it is. Memory does not grow with K:
+    `chunk` samples at a time go through the decoder, in forward without a graph, and again in backward, as under
+    `torch.utils.checkpoint`. Torch's own generators and `generator` give the second run the same noise and dropout masks.
+    Batch normalizations move their running statistics in forward alone. An error says so where the decoder's call changes
+    another buffer of a module that it refers to. With `chunk` equal to K the decoder runs once, and its graph is kept.
 
-        -log(1/K sum_k w_k),    log w_k = log p(x | z_k) - beta (log q(z_k | x) - log p(z_k)),
-
-    of K = `n_samples`, and `recon` and `kl` are the ELBO's terms of the same samples, which show how much tighter it is,
-    without gradient. Memory does not grow with `n_samples`: `chunk` samples at a time go through the decoder, in forward
-    without a graph, and again in backward, as under `torch.utils.checkpoint`, with the same dropout masks. Running statistics
-    of batch normalizations move in forward alone; where the decoder's call changes another buffer of a module to which it
-    refers, an error says so. Of random numbers, those of Torch's own generators and of `generator` are had again. With
-    `chunk=n_samples` the decoder runs once, and its graph is kept.
-
-    The decoder's own graph is released with the backward pass. To use something else from inside it in another loss, or to
-    differentiate twice, compose `sample_kl`, the decoder and `loss(..., kl=kl)`; that is also what happens here, with the
-    same results, under `torch.compile` and `torch.func`, with a likelihood of several parameters, another posterior or prior, a
-    weighting, weights or a monitor, and where the decoder uses a tensor that is neither a leaf nor computed in it, a leaf with
-    hooks or one that the encoder uses too, or an autograd Function written in Python, as reentrant checkpoints and FSDP do.
-    Where the graph of several samples cannot be built again, all of it is kept: under `torch.compile` and `torch.func`, and,
-    with a warning, where `eps` requires grad or the decoder uses such tensors or Functions; weights that it shares with the
-    encoder, and compiled modules, are no such ones.
+    The backward pass releases the decoder's own graph. To use something from inside it in another loss, or to differentiate
+    twice, compose `sample_kl`, the decoder and `loss(..., kl=kl)`. The same composition computes this call, with the same
+    results, under `torch.compile` and `torch.func`; with a weighting, a monitor, or a beta for each dimension; and where the
+    decoder uses a tensor that is neither a leaf nor computed in it, a leaf with hooks or one that the encoder uses too, or an
+    autograd Function written in Python, as reentrant checkpoints and FSDP do. With several samples the graph of all of them is
+    kept under `torch.compile` and `torch.func`, and, with a warning, where `eps` requires grad or the decoder uses such tensors
+    or Functions. Weights shared with the encoder and compiled modules do not have that effect there.
 
     Args:
         decoder: a module, bound method or function from z, of the shape of `mu`, to `recon_x`: a prediction of the shape of
             `x`, or the parameters of the likelihood.
-        x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, reduction, scale, target_scale, monitor: as in
-            `loss`.
+        x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, reduction, monitor: as in `loss`.
+        bound: what the loss is the negative of: `fastelbo.ELBO(n_samples)`, or `fastelbo.IWAE(n_samples)`, which takes no
+            `weighting` and the reductions `"sum"`, `"batchmean"` and `"none"`. None: `ELBO()`, of one sample.
         eps, generator: as in `reparameterize`; with several samples or another bound, `eps` is `[n_samples, *mu.shape]`.
-        n_samples: samples of z for each datum.
-        bound: `"elbo"`, or `"iwae"`, which takes no `weighting` and the reductions `"sum"`, `"batchmean"` and `"none"`.
-        estimator: of the gradient of `"iwae"`. `"standard"`: the derivative of the loss. `"stl"`: sticking the landing (Roeder
-            et al., 2017): of log q, only what comes by way of z; biased for K > 1. `"dreg"`: doubly reparameterized (Tucker et
-            al., 2019): without bias, and its signal does not fade as K grows. Where q is the posterior, the encoder's
-            gradients by these two are 0 for all noise. They have no second derivatives, and `"dreg"` cannot be compiled.
-        chunk: samples that go through the decoder at a time, as `[chunk * B, ...]`: more is faster, in more memory. It has a
-            part in which noise and masks are drawn for a seed, and a batch normalization sees a whole chunk.
 
     Returns:
         `ELBOTerms(loss, recon, kl)`, as `loss`.
@@ -206,139 +171,106 @@ def elbo(
     """
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
-    n_samples, chunk = check_sampling(n_samples, bound, estimator, chunk)
-    if n_samples > 1 or bound != "elbo":
+    surrounded = is_surrounded()
+    objective = (
+        Objective.of(likelihood, posterior, reduction) if surrounded else find_objective(likelihood, posterior, reduction)
+    )
+    if bound is not None and (bound := check_bound(bound)) is not ONE_SAMPLE:
         return many_samples(
-            decoder, x, mu, logvar, beta, likelihood=likelihood, posterior=posterior, prior=prior, weighting=weighting,
-            weight=weight, reduction=reduction, eps=eps, generator=generator, scale=scale, target_scale=target_scale,
-            monitor=monitor, n_samples=n_samples, bound=bound, estimator=estimator, chunk=chunk,
+            decoder, x, mu, logvar, beta, objective, bound, prior=prior, weighting=weighting, weight=weight, eps=eps,
+            generator=generator, monitor=monitor,
         )  # fmt: skip
-    if not _is_plain(None, mu, beta, likelihood, posterior, prior, weighting, weight, scale, monitor):
-        return _composed(
-            decoder, x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, reduction, eps, generator, scale,
-            target_scale, monitor,
-        )  # fmt: skip
-    # All that can be checked before the decoder runs, which may draw noise and move statistics.
-    check_latents(mu, logvar)
-    check_reals("x", x)
-    check_device("x", x, "mu", mu)
-    check_batch("x", x, "mu", mu)
-    options = _check_options(mu, beta, likelihood, scale, target_scale)
-    recon_reduction, kl_reduction = split_reduction(reduction)
-    noise = draw(mu, logvar, eps, generator)
-    kl_weight = factor_of(kl_reduction, mu)
-    z, kl = sample(mu, logvar, noise, kl_weight, kl_reduction == "none", wants_kl=True)
-    # Taken before the decoder runs, which may write to z.
-    edge = torch.autograd.graph.get_gradient_edge(z) if z.requires_grad and not is_traced(x, z) else None
-    prediction = unwrapped(decoder(z))
-    if isinstance(prediction, tuple | list) and len(find_likelihood(likelihood).parameters) > 1:
-        divergence = kl, times(options.beta, kl), None
-        term = check_reconstruction("decoder(z)", prediction, x, likelihood, None, recon_reduction, scale, target_scale)
-        return add_terms(term, divergence, None)
-    if isinstance(prediction, tuple | list):
+    if type(beta) is not float:
+        beta = _checked_beta(beta, x, mu)
+    each = isinstance(beta, Tensor) and beta.dim() > 0
+    # What can be checked before the decoder runs, which may draw noise and move statistics.
+    if weighting is None and monitor is None and not each and objective.likelihood.inner is None:
+        found = sample(mu, logvar, posterior, prior, objective.kl_reduction, eps, generator)
+        _check_target(x, found.tensors[0])
+        edge = None if surrounded else edge_of(found)
+        given = _parameters(decoder(found.z), objective.likelihood)
+        return decoded_terms(objective, found, edge, given, x, weight, beta)
+    _check_sources(mu, logvar, None, objective, prior, weighting, reduction, monitor)
+    latents, tensors = check_latents(mu, logvar, posterior, prior)
+    _check_target(x, tensors[0])
+    kl, beta, weighted, statistics = _divergence(latents, tensors, objective, beta, weighting, monitor)
+    z = sample(*tensors[:2], latents.posterior, None, None, eps, generator).z
+    given = _parameters(decoder(z), objective.likelihood)
+    return _with_kl("decoder(z)", objective, given, x, weight, kl, beta, weighted, monitor, statistics)
+
+
+def _parameters(prediction, likelihood: Likelihood) -> tuple[Tensor, ...]:
+    """The tensors of a decoder's output."""
+    if not isinstance(prediction, tuple | list):
+        return (prediction,)
+    if len(prediction) > 1 and likelihood.counts == (1,):
         raise TypeError(
             f"decoder(z) must be a tensor, got {type(prediction).__name__}: pass the decoder alone, not the whole VAE, or"
             " lambda z: decoder(z)[0]"
         )
-    check_prediction("decoder(z)", prediction)
-    settings, beta = _check_loss("decoder(z)", prediction, x, None, None, kl, options, recon_reduction)
-    # A leaf that is itself the prediction, and noise that requires grad, are for the composed path.
-    if edge is not None and prediction.grad_fn is not None and not (noise.requires_grad or is_traced(prediction)):
-        leaves = decoder_leaves([prediction], edge)
-        if leaves is not None:
-            settings = settings._replace(weights=(settings.weights[0], kl_weight))
-            # Here and not in the Function, whose gradients are by the tensors that it is given.
-            (mu, logvar), (x,) = dense(mu, logvar), in_layout(layout_of(prediction), x)
-            terms = Elbo.apply(settings, (prediction, edge), noise, x, mu, logvar, kl.detach(), beta, *leaves)
-            return finish(settings, "decoder(z)", prediction, x, terms)
-    return plain_terms(settings, "decoder(z)", prediction, x, None, None, kl, beta)
+    return tuple(prediction)
 
 
-def _is_plain(recon_x, mu, beta, likelihood, posterior, prior, weighting, weight, scale, monitor) -> bool:
-    """Whether one kernel computes it all: one parameter and a fixed scale, no weights, N(0, I), nothing unusual."""
-    return (
-        isinstance(likelihood, str)
-        and likelihood in PLAIN
-        and posterior == "logvar"
-        and prior is weighting is weight is monitor is None
-        and not isinstance(recon_x, (tuple, list))
-        and not isinstance(mu, Distribution)
-        and not (isinstance(beta, Tensor) and beta.dim() > 0)
-        and not (isinstance(scale, Tensor) and (scale.requires_grad or scale.dim() > 0))
-    )
+def _checked_beta(beta, x, mu) -> float | Tensor:
+    """A number as a float; a tensor as it is, which for each latent dimension is checked with the latents."""
+    if isinstance(beta, Tensor) and beta.dim() > 0:
+        return beta
+    check_reals("x", x)
+    return check_number("beta", beta, x)
 
 
-def _composed(
-    decoder, x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, reduction, eps, generator, scale,
-    target_scale, monitor,
-) -> ELBOTerms:  # fmt: skip
-    """`elbo` of anything that is not plain."""
-    recon_reduction, kl_reduction = check_terms(mu, logvar, None, posterior, prior, weighting, reduction, monitor)
-    mu, second, posterior = check_gaussian(mu, logvar, posterior)
-    prior = check_prior(prior, mu)
-    find_likelihood(likelihood)
+def _check_target(x, mu: Tensor) -> None:
+    """A target for these latents."""
+    if isinstance(x, Tensor) and x.dtype in REALS and x.layout == torch.strided and x.device == mu.device:
+        if x.shape[:1] == mu.shape[:1] and not x.is_nested:
+            return
     check_reals("x", x)
     check_device("x", x, "mu", mu)
     check_batch("x", x, "mu", mu)
-    if weighting is None and monitor is None and not (isinstance(beta, Tensor) and beta.dim() > 0):
-        beta = check_number("beta", beta, mu)
-        z, kl, *_ = sample_of(mu, second, posterior, prior, kl_reduction, eps, generator)
-        divergence = kl, times(beta, kl), None
-    else:
-        divergence = divergence_of(mu, second, beta, posterior, prior, weighting, kl_reduction, monitor)
-        z = sample_of(mu, second, posterior, None, None, eps, generator).z
-    prediction = unwrapped(decoder(z))
-    term = check_reconstruction("decoder(z)", prediction, x, likelihood, weight, recon_reduction, scale, target_scale)
-    return add_terms(term, divergence, monitor)
 
 
-class Options(NamedTuple):
-    """What of a call can be checked without its prediction."""
-
-    likelihood: str
-    beta: float | Tensor
-    scale: float | Tensor
-    target_scale: float
-
-
-def _check_options(like: Tensor, beta, likelihood, scale, target_scale) -> Options:
-    scale = check_scale(scale, find_likelihood(likelihood), like)
-    return Options(likelihood, check_number("beta", beta, like), scale, check_real("target_scale", target_scale))
-
-
-def _check_loss(name, recon_x, x, mu, logvar, kl, options: Options, reduction) -> tuple[Settings, float | Tensor]:
-    """The settings of a call and its beta, once prediction and target, each good by itself, are found to fit the rest."""
-    check_alike(name, recon_x, "x", x)
+def _check_sources(mu, logvar, kl, objective: Objective, prior, weighting, reduction, monitor) -> None:
+    """Raise unless it is clear where the KL comes from."""
+    if not isinstance(monitor, Monitor | None):
+        raise TypeError(f"monitor must be a Monitor, got {type(monitor).__name__}")
     if kl is None:
-        if mu is None or logvar is None:
-            raise ValueError("give mu and logvar, or kl: got " + given_or_not(mu=mu, logvar=logvar))
-        check_latents(mu, logvar)
-        check_device("mu", mu, name, recon_x)
-        check_batch("mu", mu, name, recon_x)
-        recon_reduction, kl_reduction = split_reduction(reduction)
-        dtype, kl_weight = result_dtype(recon_x, mu, logvar), factor_of(kl_reduction, mu)
-    else:
-        if mu is not None or logvar is not None:
-            raise ValueError("give mu and logvar, or kl, not both: got " + given_or_not(mu=mu, logvar=logvar, kl=kl))
-        if isinstance(reduction, tuple | list):
-            raise ValueError(f"reduction must be one name where kl is given, which is reduced already; got {reduction!r}")
-        recon_reduction, _ = split_reduction(reduction)
-        _check_kl(kl, recon_reduction, recon_x)
-        dtype, kl_weight = result_dtype(recon_x, kl), 1.0
-    settings = Settings(
-        likelihood=options.likelihood,
-        scale=options.scale,
-        target_scale=options.target_scale,
-        weights=(factor_of(recon_reduction, recon_x), kl_weight),
-        per_sample=recon_reduction == "none",
-        dtype=dtype,
+        if mu is None or (logvar is None and not isinstance(mu, Distribution)):
+            raise ValueError("give mu and logvar, or kl: got " + _given_or_not(mu=mu, logvar=logvar))
+        return
+    if mu is not None or logvar is not None:
+        raise ValueError("give mu and logvar, or kl, not both: got " + _given_or_not(mu=mu, logvar=logvar, kl=kl))
+    if prior is not None or weighting is not None or objective.posterior != LOGVAR:
+        raise ValueError("posterior, prior and weighting must not be given with kl, which is reduced already")
+    if isinstance(reduction, tuple | list):
+        raise ValueError(f"reduction must be one name where kl is given, which is reduced already; got {reduction!r}")
+
+
+def _given_or_not(**arguments) -> str:
+    return ", ".join(f"{name} {'None' if value is None else 'given'}" for name, value in arguments.items())
+
+
+def _divergence(latents: Latents, tensors, objective: Objective, beta, weighting, monitor):
+    """`(kl, beta, what of the KL is added to the reconstruction, statistics)`; the third is None where it is beta times the KL."""
+    reduction, mu = objective.kl_reduction, tensors[0]
+    beta = check_beta(beta, mu)
+    weighting = check_weighting(weighting, mu, latents.prior is not None, beta, reduction)
+    if weighting == ALL and monitor is None and not (isinstance(beta, Tensor) and beta.dim() > 0):
+        return kl_of(latents, tensors, reduction), beta, None, None
+    kl, weighted, statistics = divergence_terms(
+        latents, tensors, weighting=weighting, beta=beta, reduction=reduction, statistics=monitor is not None
     )
-    return settings, options.beta
+    return kl, beta, weighted, statistics
 
 
-def _check_kl(kl, reduction: str, recon_x: Tensor) -> None:
-    check_floats("kl", kl)
-    expected = recon_x.shape[:1] if reduction == "none" else ()
-    if kl.shape != expected:
-        raise ValueError(f"kl must have shape {tuple(expected)} for the reduction {reduction!r}, got {tuple(kl.shape)}")
-    check_device("kl", kl, "the prediction", recon_x)
+def _with_kl(name, objective, given, x, weight, kl, beta, weighted, monitor, statistics=None) -> ELBOTerms:
+    """The objective of a KL that is reduced already; `weighted`, if it is not None, is what of it enters."""
+    tensors = (*given, x) if weight is None else (*given, x, weight)
+    shape = len(given), weight is not None
+    if weighted is None:
+        terms = composed_terms(name, objective, tensors, *shape, kl, beta)
+    else:
+        terms = composed_terms(name, objective, tensors, *shape, weighted, 1.0)
+        terms = terms._replace(kl=kl.to(terms.loss.dtype, copy=True))  # which the user may write to
+    if monitor is not None:
+        record_reconstruction(monitor, objective, tensors, *shape, terms.recon, statistics)
+    return terms

@@ -14,8 +14,8 @@ from math import cos, inf, isfinite, pi
 import torch
 from torch import Tensor
 
-from .arguments import check_count, check_reals
-from .scalars import check_real
+from .basics.arguments import check_count, check_reals
+from .basics.scalars import check_real
 
 SHAPES = ("linear", "cosine")
 

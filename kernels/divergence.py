@@ -53,19 +53,20 @@ def columns_kernel(
 
 def _constants(mu, prior_mu, prior_second, posterior, clamp, prior) -> dict:
     """What the kernels have as constants of the arguments that the launchers share."""
-    if prior == "std" and posterior in ("std", "var"):
-        prior = "std_of_std"
     low, high = clamp or (None, None)
+    function = None if prior is None else f"{prior}_prior"
+    if prior in ("std", "var") and posterior in ("std", "var"):
+        function = f"{prior}_of_std_prior"
     return {
         "POSTERIOR": getattr(posteriors, posterior), "LOW": low, "HIGH": high,
-        "PRIOR": prior and getattr(posteriors, f"{prior}_prior"),
+        "PRIOR": function and getattr(posteriors, function),
         "MU_ROW": prior is not None and prior_mu.shape != mu.shape,
         "SECOND_ROW": prior is not None and prior_second.shape != mu.shape,
     }  # fmt: skip
 
 
 def divergence_forward(
-    mu, second, noise, prior_mu, prior_second, *, posterior, clamp, prior, kind, scale, floor, dtype
+    mu, second, noise, prior_mu, prior_second, *, posterior, clamp, prior, kind, scale, floor, dtype, stateless=False
 ):  # fmt: skip
     """A sample if there is `noise`, and KLs unless `kind` is None.
 
@@ -91,7 +92,7 @@ def divergence_forward(
         kl = mu.new_empty(shape, dtype=dtype)
         weighted = None if floor is None else mu.new_empty(shape, dtype=dtype)
         partials = mu.new_empty(programs if floor is None else 2 * programs, dtype=torch.float64)
-        arrived = arrivals(mu.device, rows, False)
+        arrived = arrivals(mu.device, rows, stateless)
     launch(
         divergence_fwd_kernel, programs, mu.device,
         mu, second, prior_mu, prior_second, noise, z, kl, weighted, partials, arrived,

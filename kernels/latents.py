@@ -307,9 +307,13 @@ def draw_noise(like: torch.Tensor, layout: torch.memory_format, generator: torch
 
 
 def sample_forward(mu, logvar, noise, *, kl_weight, per_sample, dtype, wants_kl, stateless=False):
-    """See `fastelbo.torch_backend.sample_forward`. `noise` may be a seed from `draw_noise`."""
+    """z = mu + exp(logvar / 2) * noise, unless `noise` is None, and the KL, `[]` or `[B]`, if it is wanted: `(z, kl)`.
+
+    `mu` and `logvar` are of one shape `[B, ...]` and dense layout. `noise`: likewise, or a seed from `draw_noise`. The KL is
+    times `kl_weight`. `stateless`: keep nothing for later calls.
+    """
     rows = mu.shape[0] if per_sample else 1
-    z = torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
+    z = None if noise is None else torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
     kl = mu.new_empty(rows if per_sample else (), dtype=dtype) if wants_kl else None
     tile = tile_size(mu, logvar)
     latents = Segment.of(mu, rows, tile)
@@ -326,7 +330,8 @@ def sample_forward(mu, logvar, noise, *, kl_weight, per_sample, dtype, wants_kl,
 
 
 def sample_backward(grad_z, mu, logvar, noise, beta, upstreams, *, kl_weight, per_sample, dtype):
-    """See `fastelbo.torch_backend.sample_backward`. `noise` may be a seed from `draw_noise`."""
+    """Gradients by `mu` and `logvar`: `grad_z` arrived at z, `upstreams` at a loss, in which the KL is times `beta`, and at the
+    KL, each `[]`, `[B]` or None; at least one of the three is there."""
     rows = mu.shape[0] if per_sample else 1
     upstreams = [g if g is None else g.contiguous() for g in upstreams]
     has_kl = any(g is not None for g in upstreams)

@@ -16,6 +16,7 @@ from .launch import FINISH, INTERPRETED, TRITON_DTYPE, arrivals, as_bytes, launc
 from .likelihoods import log_bin
 from .numerics import exp_and_expm1, exp_below, log_of_positive
 from .operands import is_wrong, reciprocal, scalar
+from . import positions
 from .positions import blocks_of, divisor_arguments, place, programs_of
 from .reduction import arrive_last, ordered_sum
 
@@ -245,38 +246,21 @@ def _launch(
     )  # fmt: skip
 
 
-def forward(prediction, x, weight, divisor, guess, *, per_sample, dtype, **options):
-    """Negative log-likelihood of pixels, its sum divided by `divisor`, and the gradient: that of `fastelbo.mixture.nll`.
+def forward(prediction, x, weight, divisor, guess, **options):
+    """Negative log-likelihood of pixels, its sum divided by `divisor`, and the gradient: that of `fastelbo.likelihoods.mixture.nll`.
 
     - `prediction`: parameters, contiguous, seen as `[outer, P, inner]`; with `per_sample` its first dimension is the batch.
     - `x`: `[outer, channels, inner]`, in [-1, 1], or levels of an integer dtype.
     - `weight`: None, or a number for each pixel, `[outer, inner]`; where it is 0 nothing counts, not even NaN.
     - `divisor`: a float, or a 0-d tensor on the device.
     - `guess`: None, or `[B]` or `[1]` of `dtype`: the upstream factor to store the gradient with.
-    - Options: `levels`, `inner`, `channels`; `stateless` as in `loss_forward`.
+    - Options: `per_sample`, `dtype`, `levels`, `inner`, `channels`; `stateless` as in `loss_forward`.
 
     Returns `(recon, gradient)`: `[]`, or `[B]` with `per_sample`, of `dtype`; and the gradient like `prediction`, or None.
     """
-    gradient = None if guess is None else torch.empty_like(prediction)
-    shape = prediction.shape[:1] if per_sample else ()
-    if prediction.numel() == 0:
-        return prediction.new_zeros(shape, dtype=dtype), gradient
-    recon = prediction.new_empty(shape, dtype=dtype)
-    _launch(prediction, x, weight, gradient, guess, None, None, recon, divisor, per_sample=per_sample, dtype=dtype, **options)
-    return recon, gradient
+    return positions.forward(_launch, prediction, x, weight, divisor, guess, **options)
 
 
-def backward(prediction, x, weight, divisor, upstream, gradient, used, *, per_sample, dtype, **options):
-    """The gradient with the factor `upstream`, `[]` or `[B]`; a stored one is corrected where it lies.
-
-    `gradient` is what forward stored with the factor `used`, or both are None. The rest is as in `forward`.
-
-    Returns `(gradient, seen)`: `seen`, `[B]` or `[1]`, is a copy of `upstream` for the next forward to guess.
-    """
-    gradient = torch.empty_like(prediction) if gradient is None else gradient
-    if prediction.numel() == 0:
-        return gradient, upstream.reshape(-1).to(dtype, copy=True)
-    seen = prediction.new_empty(prediction.shape[0] if per_sample else 1, dtype=dtype)
-    upstream = upstream.contiguous()
-    _launch(prediction, x, weight, gradient, upstream, used, seen, None, divisor, per_sample=per_sample, dtype=dtype, **options)
-    return gradient, seen
+def backward(prediction, x, weight, divisor, upstream, gradient, used, **options):
+    """See `positions.backward`."""
+    return positions.backward(_launch, prediction, x, weight, divisor, upstream, gradient, used, **options)

@@ -57,3 +57,30 @@ def divisor_arguments(divisor: torch.Tensor | float) -> tuple[torch.Tensor | Non
     if isinstance(divisor, torch.Tensor):
         return divisor, 1.0
     return None, 1 / divisor if divisor else math.copysign(math.inf, divisor)
+
+
+def forward(launch, prediction, x, weight, divisor, guess, *, per_sample, dtype, **options):
+    """The sum and the gradient by `launch`, which has a likelihood's kernel: see its own `forward`."""
+    gradient = None if guess is None else torch.empty_like(prediction)
+    shape = prediction.shape[:1] if per_sample else ()
+    if prediction.numel() == 0:
+        return prediction.new_zeros(shape, dtype=dtype), gradient
+    recon = prediction.new_empty(shape, dtype=dtype)
+    launch(prediction, x, weight, gradient, guess, None, None, recon, divisor, per_sample=per_sample, dtype=dtype, **options)
+    return recon, gradient
+
+
+def backward(launch, prediction, x, weight, divisor, upstream, gradient, used, *, per_sample, dtype, **options):
+    """The gradient with the factor `upstream`, `[]` or `[B]`; a stored one is corrected where it lies.
+
+    `gradient` is what forward stored with the factor `used`, or both are None. The rest is as in `forward`.
+
+    Returns `(gradient, seen)`: `seen`, `[B]` or `[1]`, is a copy of `upstream` for the next forward to guess.
+    """
+    gradient = torch.empty_like(prediction) if gradient is None else gradient
+    if prediction.numel() == 0:
+        return gradient, upstream.reshape(-1).to(dtype, copy=True)
+    seen = prediction.new_empty(prediction.shape[0] if per_sample else 1, dtype=dtype)
+    upstream = upstream.contiguous()
+    launch(prediction, x, weight, gradient, upstream, used, seen, None, divisor, per_sample=per_sample, dtype=dtype, **options)
+    return gradient, seen

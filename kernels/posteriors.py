@@ -54,6 +54,14 @@ def logvar_prior(raw, std, logvar):
 
 
 @triton.jit
+def log_std_prior(raw, std, logvar):
+    inverse, _ = exp_and_expm1(-raw)
+    delta = logvar - 2.0 * raw
+    _, excess = exp_and_expm1(delta)
+    return inverse, 1.0, delta, excess
+
+
+@triton.jit
 def std_prior(raw, std, logvar):
     inverse = positive_inverse(raw)
     delta = logvar - 2.0 * log(raw)
@@ -67,3 +75,19 @@ def std_of_std_prior(raw, std, logvar):
     inverse = positive_inverse(raw)
     ratio = std / tl.where(raw > 0.0, raw, inverse)
     return inverse, inverse, 2.0 * log(ratio), (ratio - 1.0) * (ratio + 1.0)
+
+
+@triton.jit
+def var_prior(raw, std, logvar):
+    d = positive_inverse(raw)
+    delta = logvar - log(raw)
+    _, excess = exp_and_expm1(delta)
+    return tl.sqrt(d), 0.5 * d, delta, excess
+
+
+@triton.jit
+def var_of_std_prior(raw, std, logvar):
+    d = positive_inverse(raw)
+    inverse = tl.sqrt(d)
+    ratio = std / tl.where(raw > 0.0, tl.sqrt(tl.where(raw > 0.0, raw, 1.0)), inverse)
+    return inverse, 0.5 * d, 2.0 * log(ratio), (ratio - 1.0) * (ratio + 1.0)

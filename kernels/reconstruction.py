@@ -313,7 +313,7 @@ class Plan(NamedTuple):
 
 
 def forward(
-    parameters, x, weight, divisor, guess, wants, *, family: Family, per_sample, dtype
+    parameters, x, weight, divisor, guess, wants, *, family: Family, per_sample, dtype, stateless=False
 ):  # fmt: skip
     """The weighted negative log-likelihood, added up and over `divisor`, and its derivatives by the `parameters` in `wants`.
 
@@ -336,7 +336,7 @@ def forward(
     recon = first.new_empty(plan.rows if per_sample or plan.rows > 1 else (), dtype=dtype)  # no view is handed out
     _run(
         plan, parameters, x, divisor, guess, None, None, gradients, (recon, *_padded(sums)[1:]),
-        family, dtype,
+        family, dtype, stateless,
     )  # fmt: skip
     for i, parameter in enumerate(parameters[1:], 1):
         if wants[i] and parameter.shape != first.shape:
@@ -371,7 +371,7 @@ def backward(
 
 def _run(
     plan, parameters, x, divisor, factor, used, seen, gradients, sums,
-    family: Family, dtype,
+    family: Family, dtype, stateless=False,
 ):  # fmt: skip
     first, (second, third, weight) = parameters[0], (plan.second, plan.third, plan.weight)
     streamed = [t.tensor for t in (second, third, weight) if t.mode == ELEMENT]
@@ -385,7 +385,7 @@ def _run(
         reconstruction_kernel, programs, first.device,
         first, second.tensor, third.tensor, as_bytes(x), weight.tensor, *_padded(gradients), factor, used, seen,
         first.new_empty(3 * programs, dtype=torch.float64) if finishes else None,
-        arrivals(first.device, plan.rows, False) if finishes else None,
+        arrivals(first.device, plan.rows, stateless) if finishes else None,
         *sums, *pointer_and_value(divisor), family.soft_min or 0.0, family.target_scale, family.constant,
         segment.columns, segment.programs, plan.rows // max(factor.numel(), 1) if factor is not None else 1,
         second.inner, second.groups, third.inner, third.groups, weight.apart, weight.inner, weight.groups,

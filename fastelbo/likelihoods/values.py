@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tracing import is_seen
-
 
 class Range(NamedTuple):
     """Where numbers must lie: from `low` to `high`."""
@@ -36,25 +34,24 @@ NONNEGATIVE = Range("not be negative", 0)
 POSITIVE = Range("be positive", 0, is_open=True)
 
 
+def support_to_check(likelihood, first: Tensor, x: Tensor) -> Range | None:
+    """Where the target must lie, if it is one that is looked at."""
+    support = likelihood.support(first, x)
+    return None if support is not None and support.integers and x.is_floating_point() else support
+
+
 def check_values(
-    likelihood, name: str, parameters: Sequence[Tensor], x: Tensor, weight: Tensor | None, target_scale: float, recon: Tensor,
-    scale: float | Tensor = 1.0,
-) -> None:  # fmt: skip
+    likelihood, support: Range | None, name: str, parameters: Sequence[Tensor], x: Tensor, weight: Tensor | None, recon: Tensor
+) -> None:
     """Raise for a value that made the reconstruction NaN or infinite, or finite and meaningless.
 
-    `name` is that of the prediction in errors; a `scale` that is a tensor is the last of the `parameters`.
+    `support` is what `support_to_check` returns, and `name` what errors call the prediction.
     """
-    if not is_seen(recon, x, weight, *parameters):
-        return
-    support = likelihood.support(parameters, x)
-    if support is not None and support.integers and x.is_floating_point():
-        support = None
-    if support is None and not any(likelihood.ranges):
-        return
-    factor = 1.0 if support is None or support.unscaled else target_scale
+    factor = 1.0 if support is None or support.unscaled else likelihood.target_scale
     if support is not None and -math.inf < support.low < 0:
         _warn_of_unit_interval(likelihood.name, x, factor)
-    if math.isfinite(recon.detach().sum()) and not (support is not None and support.silent and _is_outside(support, x, factor)):
+    total = recon.sum() if recon.dim() else recon
+    if math.isfinite(total.item()) and not (support is not None and support.silent and _is_outside(support, x, factor)):
         return
     counts = None if weight is None else weight != 0
     if counts is not None and counts.dim() < x.dim():
@@ -64,7 +61,7 @@ def check_values(
         raise ValueError(f"x must {support.words} {of}, got values from {found}{_advice(support, x, *found, factor)}")
     for i, (value, allowed) in enumerate(zip(parameters, likelihood.ranges, strict=False)):
         if allowed is not None and (found := _span(allowed, value, 1.0, counts)):
-            label = "scale" if i > 0 and isinstance(scale, Tensor) else name if len(parameters) == 1 else f"{name}[{i}]"
+            label = name if len(parameters) == 1 else f"{name}[{i}]"
             advice = f"; for logits use likelihood={likelihood.name + '_logits'!r}" if allowed is UNIT else ""
             raise ValueError(f"{label} must {allowed.words} {of}, got values from {found}{advice}")
 
@@ -81,7 +78,9 @@ def _bounds(x: Tensor, factor: float) -> tuple[float, float]:
     """The lowest and the highest of a target, in one pass; NaN if one is."""
     if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which have no minimum in Torch
         x = x.double()
-    return sorted(v.item() * factor for v in torch.aminmax(x.detach()))
+    low, high = torch.aminmax(x.detach())
+    low, high = low.item() * factor, high.item() * factor
+    return (low, high) if factor >= 0 else (high, low)
 
 
 def _is_outside(support: Range, x: Tensor, factor: float) -> bool:
@@ -113,7 +112,7 @@ def _advice(support: Range, x: Tensor, low: float, high: float, factor: float) -
     integers = not x.is_floating_point()
     if support.high == 1:
         if low >= 0 and (integers or high > 2):
-            return "; for 8-bit images pass target_scale=1/255"
+            return "; for 8-bit images give the likelihood target_scale=1/255"
         if low >= -1 and high <= 1:
             return "; for targets in [-1, 1] pass (x + 1) / 2, or take a likelihood of real numbers, such as 'gaussian'"
         return "; for others take a likelihood of real numbers, such as 'gaussian'"

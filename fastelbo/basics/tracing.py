@@ -10,15 +10,20 @@ from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_co
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, type(None)))
 
 
-def is_traced(*values) -> bool:
-    """Whether a call is traced by torch.compile or a dispatch mode (fake tensors, counters), transformed by torch.func, carries
-    forward-mode tangents, or has tensors among its values that stand for others (DTensor, fake tensors)."""
+def is_surrounded() -> bool:
+    """Whether a call is traced by torch.compile or a dispatch mode (fake tensors, counters), transformed by torch.func, or carries
+    forward-mode tangents."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or is_transformed()
-        or (not _PLAIN.issuperset(map(type, values)) and any(map(is_wrapper, values)))
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def is_traced(*values) -> bool:
+    """Whether it is, or has tensors among its values that stand for others (DTensor, fake tensors)."""
+    return is_surrounded() or (not _PLAIN.issuperset(map(type, values)) and any(map(is_wrapper, values)))
 
 
 def is_seen(value: Tensor, *others: Tensor | None) -> bool:

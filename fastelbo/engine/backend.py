@@ -23,13 +23,13 @@ def _forced() -> str | None:
 
 
 @functools.cache
-def _kernels() -> ModuleType | None:
-    """`fastelbo.kernels`, imported at the first call that needs it; None where Triton is not installed."""
+def _triton_backend() -> ModuleType | None:
+    """Imported, with Triton, at the first call that needs it; None where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
-    from . import kernels
+    from . import triton_backend
 
-    return kernels
+    return triton_backend
 
 
 class Choice(NamedTuple):
@@ -47,18 +47,18 @@ def choose(device: torch.device) -> Choice:
         return Choice(torch_backend, f"{VARIABLE}=torch forces it")
     if forced is None and device.type != "cuda":
         return Choice(torch_backend, f"the tensors are on {device}, and Triton is for a CUDA or ROCm GPU")
-    kernels = _kernels()
-    if kernels is None:
+    triton_backend = _triton_backend()
+    if triton_backend is None:
         if forced:
             raise RuntimeError(f"{VARIABLE}=triton, but the package triton is not installed")
         return Choice(torch_backend, f"the tensors are on {device}, but the package triton is not installed")
-    if device.type != "cuda" and not kernels.INTERPRETED:
+    if device.type != "cuda" and not triton_backend.INTERPRETED:
         raise RuntimeError(
             f"{VARIABLE}=triton, but the tensors are on {device}:"
             " Triton needs a GPU, or TRITON_INTERPRET=1 set before it is imported"
         )
     reason = f"{VARIABLE}=triton forces it" if forced else f"the tensors are on {device}, and triton is installed"
-    return Choice(kernels, reason + (", interpreted (TRITON_INTERPRET)" if kernels.INTERPRETED else ""))
+    return Choice(triton_backend, reason + (", interpreted (TRITON_INTERPRET)" if triton_backend.INTERPRETED else ""))
 
 
 def backend_for(device: torch.device) -> ModuleType:

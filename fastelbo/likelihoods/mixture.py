@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .numerics import log_bin
+from ..basics.numerics import log_bin
 
 LOWEST_LOG_SCALE = -7.0
 
 
-def components(parameters: int, channels: int) -> int:
-    """How many components so many parameters of a pixel make."""
-    return parameters // (10 if channels == 3 else 1 + 2 * channels)
+def parameters_of(channels: int) -> int:
+    """How many parameters a component has."""
+    return 10 if channels == 3 else 1 + 2 * channels
 
 
 def nll(prediction: Tensor, x: Tensor, *, levels: int, dim: int) -> Tensor:
@@ -26,14 +26,12 @@ def nll(prediction: Tensor, x: Tensor, *, levels: int, dim: int) -> Tensor:
     - `prediction`: `[B, P, *spatial]`, or with the P parameters along another `dim`: K logits of components, then for each of
       the C channels K means, K log scales and, if C = 3, K coefficients. If C = 3, P = 10 K and two means move: that of G by
       R times tanh of R's coefficient, that of B by R times tanh of G's and by G times tanh of B's. Else P = K (1 + 2 C).
-    - `x`: `[B, C, *spatial]` in [-1, 1], or levels 0 to `levels` - 1 of an integer dtype. The lowest level reaches to
-      -infinity, the highest to infinity. Log scales below -7 count as -7.
+    - `x`: `[B, C, *spatial]` in [-1, 1]. The lowest step reaches to -infinity, the highest to infinity. Log scales below -7
+      count as -7.
     """
     prediction, x = prediction.movedim(dim, 1), x.movedim(dim, 1)
-    if not x.is_floating_point():
-        x = x.to(prediction.dtype) * (2 / (levels - 1)) - 1
     channels = x.shape[1]
-    count = components(prediction.shape[1], channels)
+    count = prediction.shape[1] // parameters_of(channels)
     logits, rest = prediction[:, :count], prediction[:, count:].unflatten(1, (channels, -1, count))
     means, log_scales = rest[:, :, 0], rest[:, :, 1].clamp(min=LOWEST_LOG_SCALE)
     x = x.unsqueeze(2)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .tracing import is_wrapper
+from ..basics.tracing import is_wrapper
 
 
 def decoder_leaves(

@@ -1,0 +1,1 @@
+"""How a call is computed: its plan, the autograd Functions, both backends, and the operators for traced calls."""

@@ -1,0 +1,153 @@
+"""What a call computes, beside its tensors: its options, canonical, and what follows from the tensors' types."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..basics.arguments import (
+    REDUCTIONS,
+    check_batch,
+    check_device,
+    check_floats,
+    check_reals,
+    check_reduction,
+    check_weight,
+    factor_of,
+    result_dtype,
+    split_reduction,
+)
+from ..latents.posterior import LOGVAR, Latents, Posterior, check_latents, find_posterior
+from ..likelihoods import Likelihood, find_likelihood
+
+
+class Objective(NamedTuple):
+    """The options of a call that most calls have."""
+
+    likelihood: Likelihood
+    posterior: Posterior
+    reduction: str
+    kl_reduction: str
+    is_direct: bool  # one Function computes it from mu and logvar, if these have no prior of their own
+    samples: int = 1  # of all of x, one after the other, that the parameters have
+
+    @classmethod
+    def of(cls, likelihood, posterior, reduction) -> "Objective":
+        """From what users pass."""
+        likelihood, posterior = find_likelihood(likelihood), find_posterior(posterior)
+        is_usual = posterior.parameter == "logvar" and posterior.clamp is None
+        return cls(likelihood, posterior, *split_reduction(reduction), is_usual and likelihood.inner is None)
+
+
+class LossCall(NamedTuple):
+    """What a call of `loss` computes. Its tensors: parameters of the likelihood, x, a weight, and what the KL is made of."""
+
+    likelihood: Likelihood
+    reduction: str
+    kl_reduction: str
+    dtype: torch.dtype
+    parameters: int  # how many tensors are parameters
+    weighted: bool
+    latents: int  # 2: mu and logvar; 1: a KL that is reduced already; 0: none, and there is no KL
+
+    def split(self, tensors: Sequence) -> tuple[Sequence, Tensor, Tensor | None, Sequence]:
+        """`(parameters, x, weight or None, latents)`."""
+        n = self.parameters
+        return tensors[:n], tensors[n], tensors[n + 1] if self.weighted else None, tensors[n + 1 + self.weighted :]
+
+    @property
+    def per_sample(self) -> bool:
+        return self.reduction == "none"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether one kernel computes it all."""
+        return self.likelihood.is_plain(self.parameters) and not self.weighted
+
+    @property
+    def operands(self) -> int:
+        """The parameters, with the number that stands for a second one."""
+        return self.parameters + (self.parameters == 1 and self.likelihood.fixed is not None)
+
+    def kl_factor(self, mu: Tensor) -> float:
+        """What the sum of the KL is times."""
+        return factor_of(self.kl_reduction, mu)
+
+    def shaped(self, weight: Tensor | None, first: Tensor, x: Tensor) -> Tensor | None:
+        """A weight with as many dimensions as there are of terms."""
+        return weight if weight is None else weight.reshape(self.weight_shape(weight, first, x))
+
+    def weight_shape(self, weight: Tensor, first: Tensor, x: Tensor) -> torch.Size:
+        shape = [1] * (x.dim() - weight.dim()) + list(weight.shape)
+        dim = self.likelihood.term_dim(first, x)
+        if dim is not None:  # classes or channels share one
+            del shape[dim]
+        return torch.Size(shape)
+
+    def divisor(self, first: Tensor, x: Tensor, weight: Tensor | None) -> float | Tensor:
+        """What the sum of the reconstruction is divided by."""
+        if self.reduction == "batchmean":
+            return torch.sym_float(x.shape[0])
+        return self.likelihood.count(first, x, weight, self.dtype) if self.reduction == "mean" else 1.0
+
+
+def check_loss(name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, latents: int) -> LossCall:
+    """The call, once its tensors, of which errors call the first ones `name`, are found to fit together."""
+    likelihood, _, reduction, kl_reduction, _, samples = objective
+    given, x = tensors[:parameters], tensors[parameters]
+    check_reals("x", x)
+    likelihood.check(name, given if samples == 1 else [p[: x.shape[0]] for p in given], x)
+    first, rest = given[0], tensors[parameters + 1 + weighted :]
+    if weighted:
+        check_weight(tensors[parameters + 1], x, likelihood.term_dim(first, x))
+    if latents == 2:
+        mu, _ = check_latents(*rest, LOGVAR)[1]
+        check_device("mu", mu, name, first)
+        check_batch("mu", mu, name, first)
+    elif latents == 1:
+        (kl,) = rest
+        check_floats("kl", kl)
+        expected = first.shape[:1] if reduction == "none" else ()
+        if kl.shape != expected:
+            raise ValueError(f"kl must have shape {tuple(expected)} for the reduction {reduction!r}, got {tuple(kl.shape)}")
+        check_device("kl", kl, "the prediction", first)
+    dtype = result_dtype(*given, *rest)
+    return LossCall(likelihood, reduction, kl_reduction, dtype, parameters, weighted, latents)
+
+
+KINDS = {"none": "row", "dimension": "column", "element": "element"}
+
+
+class KLCall(NamedTuple):
+    """What is computed of latents. Their tensors are mu, its second parameter and the prior's two, if it is not N(0, I)."""
+
+    latents: Latents
+    dtype: torch.dtype
+    kind: str | None  # the KL is summed over everything ("sum"), each sample ("row"), the batch ("column") or not ("element")
+    reduction: str = "sum"  # which decides what the sums are times
+    floor: float | None = None  # under each element, in `weighted`
+    shares: tuple[float, float] | None = None  # 1 in all: of the gradient of `weighted`, to the posterior and to the prior
+    statistics: bool = False  # sums over the batch of mu and mu^2, with "column"
+
+    def scale(self, mu: Tensor) -> float:
+        if self.reduction == "dimension":
+            return 1 / mu.shape[0] if mu.shape[0] else math.nan
+        return factor_of(self.reduction, mu)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is what most calls are: N(mu, exp(logvar)) from N(0, I), in one sum or one for each sample."""
+        posterior, prior = self.latents
+        plain = posterior.parameter == "logvar" and posterior.clamp is None and prior is None
+        return plain and self.kind in (None, "sum", "row") and self.floor is self.shares is None
+
+
+def check_kl(mu, logvar, posterior, prior, reduction, samples: bool) -> tuple[KLCall, tuple[Tensor, ...]]:
+    """The call and its tensors, from what users pass. A reduction of None: no KL; `samples`: a sample is made, too."""
+    latents, tensors = check_latents(mu, logvar, posterior, prior)
+    if reduction is not None:
+        check_reduction(reduction, REDUCTIONS if samples else (*REDUCTIONS, "dimension", "element"))
+    kind = None if reduction is None else KINDS.get(reduction, "sum")
+    return KLCall(latents, result_dtype(*tensors), kind, reduction or "sum"), tensors

@@ -1,0 +1,119 @@
+"""Sampling, KL, decoder, reconstruction and their sum as one autograd Function."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ..basics.tracing import is_differentiated, is_surrounded, never_compiled
+from .call import Objective
+from .graph import decoder_leaves
+from .latents import Sample, again
+from .loss import ELBOTerms, loss_backward, loss_terms, save_loss, saved_loss
+from .plan import LatentsPlan, LossPlan, loss_plan
+
+
+def edge_of(sample: Sample) -> GradientEdge | None:
+    """Where the graph of all that is computed from z ends, if a Function may hold it: to be taken before the decoder runs, which
+    may write to z."""
+    plan = sample.plan
+    return None if plan is None or plan.backend is None or not plan.wants else get_gradient_edge(sample.z)
+
+
+def decoded_terms(
+    objective: Objective, sample: Sample, edge: GradientEdge | None, parameters: Sequence[Tensor], x: Tensor,
+    weight: Tensor | None, beta: float | Tensor,
+) -> ELBOTerms:  # fmt: skip
+    """The terms of what the decoder made of a sample."""
+    tensors = (*parameters, x, sample.kl) if weight is None else (*parameters, x, weight, sample.kl)
+    arguments = "decoder(z)", objective, tensors, len(parameters), weight is not None, 1, beta
+    if edge is None or is_surrounded():
+        return loss_terms(*arguments)
+    plan = loss_plan(*arguments)
+    wants = plan.path.stores
+    outputs = [p for p, want in zip(parameters, wants, strict=True) if want]
+    # A leaf that is itself a prediction is for the composition.
+    if plan.backend is None or not outputs or any(p.grad_fn is None for p in outputs):
+        return loss_terms(*arguments)
+    leaves = decoder_leaves(outputs, edge)
+    if leaves is None:
+        return loss_terms(*arguments)
+    # Not in the Function, whose gradients are by the tensors that it is given.
+    latents = sample.tensors if sample.plan.is_dense else sample.plan.dense(sample.tensors)
+    given = tensors[len(parameters) : -1]
+    terms = Elbo.apply(
+        plan, sample.plan, beta, (parameters, outputs, edge), sample.noise, len(given), *given, sample.kl.detach(),
+        *latents, *leaves,
+    )  # fmt: skip
+    if plan.looks:
+        plan.check_values("decoder(z)", tensors, terms[1])
+    return tuple.__new__(ELBOTerms, terms)
+
+
+class Elbo(Function):
+    """The decoder has run already. `inner` holds its outputs and the edge of z in the graph in between, in a tuple, so that this
+    graph does not become part of the outer one: it is differentiated in backward, by z and by its leaves, which are inputs.
+
+    The tensors: x and maybe a weight, of which there are `given`, the KL, the latents, laid out, and the leaves.
+    """
+
+    @staticmethod
+    @never_compiled
+    def forward(ctx, plan: LossPlan, latents: LatentsPlan, beta, inner, noise, given, *tensors):
+        ctx.set_materialize_grads(False)
+        parameters, *ctx.inner = inner
+        loss_tensors = [p.detach() for p in parameters] + list(tensors[: given + 1])
+        if not plan.is_dense:
+            loss_tensors = plan.dense(loss_tensors)
+        divisor = plan.count(loss_tensors) if plan.divisor is None else plan.divisor
+        count = 2 if latents.call.latents.prior is None else 4
+        ctx.latents, ctx.latent_tensors, ctx.leaves = latents, count, tensors[given + 1 + count :]
+        loss, recon, kl, *found = plan.backend.loss_forward(plan, beta, loss_tensors, divisor, None, plan.path.stores)
+        save_loss(ctx, plan, beta, divisor, None, loss_tensors, found, noise, *tensors[given + 1 : given + 1 + count])
+        return loss, recon, kl
+
+    @staticmethod
+    @never_compiled
+    def backward(ctx, *upstreams):
+        if is_differentiated(upstreams):
+            raise RuntimeError(
+                "fastelbo.elbo cannot be differentiated twice (create_graph=True) or in batches (is_grads_batched=True):"
+                " use fastelbo.sample_kl, the decoder and fastelbo.loss(..., kl=kl), which can"
+            )
+        if any(leaf._backward_hooks for leaf in ctx.leaves):
+            raise RuntimeError(
+                "a tensor that the decoder of fastelbo.elbo uses was given a hook after the call, which would run twice:"
+                " register it before, or use fastelbo.sample_kl, the decoder and fastelbo.loss(..., kl=kl)"
+            )
+        plan, latents, count = ctx.plan, ctx.latents, ctx.latent_tensors
+        saved = ctx.saved_tensors
+        noise, latent_tensors = saved[0], saved[1 : 1 + count]
+        tensors, beta, divisor, sums = saved_loss(ctx, saved[1 + count :])
+        _, _, _, _, _, _, *needs = ctx.needs_input_grad
+        given = len(needs) - 1 - count - len(ctx.leaves)
+        wants_latents, wants_leaves = needs[given + 1 : given + 1 + count], needs[given + 1 + count :]
+        outputs, z = ctx.inner
+        wants_z = True in wants_latents
+        wrt = [edge for edge, wanted in zip((z, *ctx.leaves), (wants_z, *wants_leaves), strict=True) if wanted]
+        found = iter([None] * len(wrt))
+        if wrt:
+            wants = (*plan.path.stores, *[False] * (given + 1))
+            grads = loss_backward(ctx, plan, beta, divisor, tensors, sums, upstreams, wants)
+            arrived = [g for g, want in zip(grads, plan.path.stores, strict=False) if want]
+            if any(g is not None for g in arrived):
+                keep = torch._C._autograd._get_current_graph_task_keep_graph()
+                found = iter(torch.autograd.grad(outputs, wrt, arrived, retain_graph=keep, allow_unused=True))
+                if not keep:
+                    ctx.inner = None
+        grad_z = next(found) if wants_z else None
+        grad_leaves = [next(found) if wanted else None for wanted in wants_leaves]
+        grad_loss, _, grad_kl = upstreams
+        grad_latents = [None] * count
+        if wants_z and not (grad_z is None and grad_loss is None and grad_kl is None):
+            latent_tensors, noise = again(latents, latent_tensors, noise)
+            grad_latents = latents.backend.latents_backward(
+                latents, latent_tensors, noise, wants_latents, grad_z, grad_kl, None, grad_loss, beta
+            )
+        return (*[None] * (7 + given), *grad_latents, *grad_leaves)

@@ -1,0 +1,108 @@
+"""The objective as a formula of Torch operations, which autograd can differentiate as often as it likes.
+
+What calls use that are traced where there are no kernels or transformed by `torch.func`, what backward uses with
+`create_graph=True`, and what gradients come from that are seldom wanted.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..latents import gaussian
+from ..latents.posterior import LOGVAR, Latents
+from .call import KLCall, LossCall
+
+
+def terms(call: LossCall, beta: float | Tensor, divisor: float | Tensor, tensors: Sequence[Tensor]):
+    """`(loss, recon, kl)`, as the backends' `loss_forward` computes them."""
+    parameters, x, weight, latents = call.split(tensors)
+    recon = reduced(elements(call, parameters, repeated(x, parameters[0]), weight), call.reduction)
+    recon = recon / divisor if isinstance(divisor, Tensor) or divisor != 1 else recon
+    if not latents:
+        return None, recon, None
+    if call.latents == 1:
+        kl = latents[0].to(call.dtype, copy=True)
+    else:
+        values = gaussian.kl_elements(Latents(LOGVAR), *(t.to(call.dtype) for t in latents))
+        kl = scaled(reduced(values, call.kl_reduction), call.kl_factor(latents[0]))
+    if isinstance(beta, Tensor):
+        beta = beta.to(call.dtype)
+    return recon + beta * kl, recon, kl
+
+
+def elements(call: LossCall, parameters: Sequence[Tensor], x: Tensor, weight: Tensor | None) -> Tensor:
+    """The negative log-likelihood of each term, times its weight."""
+    likelihood, dtype = call.likelihood, call.dtype
+    first, target = parameters[0], likelihood.target(parameters[0], x, dtype)
+    if weight is None:
+        return likelihood.nll([p.to(dtype) for p in parameters], target)
+    # What is weighted by 0 may be NaN: neither it nor its derivative may reach a product.
+    keep = weight != 0
+    in_target = keep if keep.dim() == target.dim() else keep.unsqueeze(likelihood.dim)
+    in_first = in_target if in_target.dim() == first.dim() else in_target.unsqueeze(likelihood.dim)
+    target = torch.where(in_target, target, torch.zeros((), dtype=target.dtype, device=target.device))
+    values = likelihood.nll([torch.where(in_first, p.to(dtype), 0.5) for p in parameters], target)
+    return torch.where(keep, weight.to(dtype) * values, 0.0)
+
+
+def reduced(values: Tensor, reduction: str) -> Tensor:
+    """The sum of each sample, or of all."""
+    if reduction != "none":
+        return values.sum()
+    return values.flatten(1).sum(1) if values.dim() > 1 else values
+
+
+def repeated(x: Tensor, prediction: Tensor) -> Tensor:
+    """The target, as often as the prediction has samples of it."""
+    rows, batch = prediction.shape[0], x.shape[0]  # which `len` would make constants of torch.export
+    return x if rows == batch else x.expand(rows // batch, *x.shape).flatten(0, 1)
+
+
+def divergence(call: KLCall, noise: Tensor | None, mu: Tensor, second: Tensor, *prior: Tensor | None):
+    """`(z, kl, weighted, sums of mu and mu^2)` of latents, as the backends' `latents_forward` computes them; each may be None."""
+    latents, kind = call.latents, call.kind
+    z = weighted = sums = None
+    if noise is not None:
+        z = gaussian.sample(latents.posterior, mu, second, noise, call.dtype)
+    if kind is None:
+        return z, None, None, None
+    values = to_weight = gaussian.kl_elements(latents, mu, second, *prior)
+    if call.shares is not None:
+        to_posterior = gaussian.kl_elements(latents, mu, second, *(p.detach() for p in prior))
+        to_prior = gaussian.kl_elements(latents, mu.detach(), second.detach(), *prior)
+        to_weight = call.shares[0] * to_posterior + call.shares[1] * to_prior
+    if call.floor is not None:
+        to_weight = torch.where(values <= call.floor, call.floor, to_weight)
+    kl = scaled(_by_kind(values, kind), call.scale(mu))
+    if to_weight is not values:
+        weighted = scaled(_by_kind(to_weight, kind), call.scale(mu))
+    if call.statistics:
+        means = mu.detach().to(call.dtype)
+        sums = means.sum(0), means.square().sum(0)
+    return z, kl, weighted, sums
+
+
+def _by_kind(values: Tensor, kind: str) -> Tensor:
+    if kind == "element":
+        return values
+    return values.sum(0) if kind == "column" else reduced(values, "none" if kind == "row" else "sum")
+
+
+def scaled(value: Tensor, factor: float) -> Tensor:
+    return value if factor == 1 else value * factor
+
+
+def differentiate(function: Callable, inputs: Sequence, needs: Sequence[bool], upstreams: Sequence) -> list[Tensor | None]:
+    """Gradients of `function(*inputs)` by the inputs that need one; differentiable in turn if grad mode is on."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, because one input may be computed from another: only the direct paths are this function's own.
+        aliases = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
+        pairs = [(o, g) for o, g in zip(function(*aliases), upstreams, strict=True) if g is not None and o.requires_grad]
+        wrt = [a for a, need in zip(aliases, needs, strict=True) if need]
+        if not pairs or not wrt:
+            return [None] * len(inputs)
+        outputs, grads = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wrt, grads, create_graph=create_graph, allow_unused=True))
+    return [next(found) if need else None for need in needs]

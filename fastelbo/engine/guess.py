@@ -1,0 +1,51 @@
+"""The upstream factor that the next backward will probably see.
+
+A loss is the root of its graph, so the gradient of its reconstruction is known up to one factor, which hardly ever changes:
+1, or 1/batch, or a loss scale. Forward stores the gradient times the factor that the last backward of its like saw; backward
+compares on the device, without a sync, and computes anew where it differs. Any guess gives right gradients.
+"""
+
+import torch
+from torch import Tensor
+
+# The factors that captured graphs read: kept as long as the process, since a graph may be replayed as long.
+_captured: list[Tensor] = []
+
+
+class Guess:
+    """The factor of calls that are alike. It is replaced and never written again, and is only used on the stream that wrote it,
+    so no launch can see it change."""
+
+    __slots__ = ("known",)
+
+    def __init__(self, like: "Guess | None" = None) -> None:
+        self.known: tuple[int, Tensor] | None = None if like is None else like.known
+
+    def factor(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What the last backward saw, `[rows]`; at first 1."""
+        known = self.known
+        if device.type == "cpu":
+            stream = 0
+        elif torch.cuda.is_current_stream_capturing():
+            if known is None:
+                return _ones(rows, dtype, device)
+            # Capture begins with a sync of the device, so what another stream wrote is there.
+            _captured.append(known[1])
+            return known[1]
+        else:
+            stream = torch.cuda.current_stream(device).cuda_stream
+        if known is None or known[0] != stream:
+            known = self.known = stream, _ones(rows, dtype, device)
+        return known[1]
+
+    def remember(self, factor: Tensor) -> None:
+        """Guess `factor` next time. Not while a graph is captured: each replay would write the tensor again."""
+        if factor.device.type == "cpu":
+            self.known = 0, factor
+        elif not torch.cuda.is_current_stream_capturing():
+            self.known = torch.cuda.current_stream(factor.device).cuda_stream, factor
+
+
+def _ones(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # what is made in inference mode cannot be saved outside of it
+        return torch.ones(rows, dtype=dtype, device=device)

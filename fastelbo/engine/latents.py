@@ -1,0 +1,134 @@
+"""Samples of the latents and their KL: one autograd Function for every posterior and prior."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ..basics.arguments import check_generator, check_noise
+from ..basics.layout import layout_of
+from ..basics.tracing import is_surrounded, is_traced, needs_formula, never_compiled
+from . import formula, traced
+from .backend import backend_for
+from .call import KLCall, check_kl
+from .operators import normals
+from .plan import LatentsPlan, latents_plan, latents_plan_of
+
+
+class Found(NamedTuple):
+    """What is computed of latents. The KLs are reduced alike: `[]`, `[B]`, `mu.shape[1:]` or `mu.shape`."""
+
+    z: Tensor | None
+    kl: Tensor | None
+    weighted: Tensor | None  # the KL with a floor under each element, or with shares of its gradient; None where that is `kl`
+    sums: Sequence[Tensor] | None  # over the batch, of mu and mu^2; no gradient
+
+
+def latents_terms(call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None = None) -> Found:
+    """What `call` says of latents that have been checked; a sample, if there is noise, as `draw` returns it."""
+    if is_surrounded():
+        return Found(*traced.latents(call, tensors, noise))
+    return run(latents_plan(call, tensors, noise), tensors, noise)
+
+
+def run(plan: LatentsPlan, tensors: Sequence[Tensor], noise: Tensor | None) -> Found:
+    """Likewise, once the plan is found."""
+    if plan.backend is None:
+        return Found(*traced.latents(plan.call, tensors, noise))
+    if not plan.is_dense:
+        tensors = plan.dense(tensors)
+    if noise is not None and noise.is_floating_point():
+        noise = noise.contiguous(memory_format=plan.layout)
+    if not plan.wants:
+        return Found(*plan.backend.latents_forward(plan, tensors, noise))
+    z, kl, weighted, *sums = _apply(plan, noise, *tensors)
+    return Found(z, kl, weighted, sums or None)
+
+
+class Latents(Function):
+    """The tensors come as the plan lays them out; the prior's are expanded to the shape of mu."""
+
+    @staticmethod
+    @never_compiled
+    def forward(ctx, plan: LatentsPlan, noise, *tensors):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(noise, *tensors)
+        ctx.plan = plan
+        z, kl, weighted, sums = plan.backend.latents_forward(plan, tensors, noise)
+        if plan.call.shares is not None and weighted is None:
+            weighted = kl.clone()  # the same number, whose gradient is another
+        if sums is None:
+            return z, kl, weighted
+        ctx.mark_non_differentiable(*sums)
+        return z, kl, weighted, *sums
+
+    @staticmethod
+    @never_compiled
+    def backward(ctx, grad_z, grad_kl, grad_weighted, *_):
+        plan, upstreams = ctx.plan, (grad_z, grad_kl, grad_weighted)
+        noise, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:]
+        if needs_formula(upstreams):
+            return None, None, *differentiated(plan, noise, tensors, needs, upstreams)
+        if grad_z is None and grad_kl is None and grad_weighted is None:
+            return (None,) * (2 + len(tensors))
+        tensors, noise = again(plan, tensors, noise)
+        return None, None, *plan.backend.latents_backward(plan, tensors, noise, needs, *upstreams)
+
+
+_apply = super(Function, Latents).apply  # not the one in Python, which looks for transformations again
+
+
+def again(plan: LatentsPlan, tensors: Sequence[Tensor], noise: Tensor | None):
+    """What was saved, as it was: a hook on saved tensors may bring it back with other strides."""
+    if noise is not None and noise.is_floating_point():
+        noise = noise.contiguous(memory_format=plan.layout)
+    return plan.dense(tensors), noise
+
+
+def differentiated(plan: LatentsPlan, noise: Tensor | None, tensors, needs, upstreams) -> list[Tensor | None]:
+    """Gradients of the formula by the latents' tensors, made of Torch operations."""
+    noise = normals(noise, tensors[0], plan.call.dtype, plan.layout)
+    return formula.differentiate(lambda *t: formula.divergence(plan.call, noise, *t)[:3], tensors, needs, upstreams)
+
+
+class Sample(NamedTuple):
+    """A sample and its KL, and how they were made."""
+
+    z: Tensor
+    kl: Tensor | None
+    plan: LatentsPlan | None  # None in a traced call
+    tensors: Sequence[Tensor]
+    noise: Tensor
+
+
+def sample(mu, logvar, posterior, prior, reduction: str | None, eps: Tensor | None, generator) -> Sample:
+    """A sample, and its KL unless `reduction` is None, from what users pass."""
+    if is_surrounded():
+        call, tensors = check_kl(mu, logvar, posterior, prior, reduction, True)
+        noise = draw(tensors[0], tensors[1], eps, generator)
+        z, kl, _, _ = traced.latents(call, tensors, noise)
+        return Sample(z, kl, None, tensors, noise)
+    plan, tensors = latents_plan_of(mu, logvar, posterior, prior, reduction, eps, True)
+    if eps is None and plan.backend is not None:
+        if generator is not None:
+            check_generator(generator, tensors[0])
+        noise = plan.backend.draw_noise(tensors[1], plan.noise_layout, generator)
+    else:
+        noise = draw(tensors[0], tensors[1], eps, generator)
+    z, kl, _, _ = run(plan, tensors, noise)
+    return Sample(z, kl, plan, tensors, noise)
+
+
+def draw(mu: Tensor, second: Tensor, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """The noise of a call, in whatever form the backend keeps it: the normals themselves, or a seed."""
+    if eps is not None:
+        check_noise(eps, generator, mu)
+        return eps
+    if generator is not None:
+        check_generator(generator, mu)
+    if is_traced(mu, second):
+        return traced.draw(mu, second, generator)
+    return backend_for(mu.device).draw_noise(second, layout_of(second), generator)

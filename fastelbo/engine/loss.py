@@ -1,0 +1,160 @@
+"""Reconstruction, KL and their sum: one autograd Function for every likelihood.
+
+It has the plain form, with ctx in forward, which costs the least in eager mode. Calls that are traced or transformed go to
+`traced`. A backward pass whose own result will be differentiated again uses `formula`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.autograd import Function
+
+from ..basics.tracing import is_surrounded, needs_formula, never_compiled
+from . import formula, traced
+from .call import Objective, check_loss
+from .plan import LossPlan, loss_plan
+
+
+class ELBOTerms(NamedTuple):
+    """The negative ELBO and its two terms, in nats: three separate tensors, `[]`, or `[B]` with `reduction="none"`."""
+
+    loss: Tensor
+    recon: Tensor
+    kl: Tensor
+
+
+def loss_terms(*call, known: Tensor | None = None) -> ELBOTerms:
+    """The terms of tensors as users passed them: see `planned_terms` and `traced_terms`."""
+    return traced_terms(*call) if is_surrounded() else planned_terms(*call, known=known)
+
+
+def traced_terms(
+    name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, latents: int, beta: float | Tensor
+) -> ELBOTerms:
+    """Likewise, of a call that something surrounds."""
+    call = check_loss(name, objective, tensors, parameters, weighted, latents)
+    return ELBOTerms(*traced.loss(call, beta, tensors))
+
+
+def planned_terms(
+    name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, latents: int, beta: float | Tensor,
+    known: Tensor | None = None,
+) -> ELBOTerms:  # fmt: skip
+    """Likewise, of an eager call.
+
+    The tensors are the parameters of the likelihood, of which errors speak as `name`, x, a weight if `weighted`, and the latents:
+    mu and logvar, a KL that is reduced already, or none, as `latents` says, 2, 1 or 0: without a KL, only `recon` is not None.
+    With the reduction "none" the parameters may have several samples of all of x, one after the other. `beta` is a float or a
+    0-d tensor. `known`: the upstream factor of each row, where it is known before backward.
+    """
+    plan = loss_plan(name, objective, tensors, parameters, weighted, latents, beta)
+    if not plan.is_dense:
+        tensors = plan.dense(tensors)
+    divisor = plan.count(tensors) if plan.divisor is None else plan.divisor
+    if plan.backend is None:
+        terms = traced.loss(plan.call, beta, tensors, divisor)
+    elif plan.path.wants:
+        terms = _apply(plan, beta, divisor, known, *tensors)
+    else:
+        terms = plan.backend.loss_forward(plan, beta, tensors, divisor, None, plan.path.stores)[:3]
+    if plan.looks:
+        plan.check_values(name, tensors, terms[1])
+    return tuple.__new__(ELBOTerms, terms)
+
+
+def composed_terms(
+    name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, kl: Tensor, beta: float | Tensor,
+    known: Tensor | None = None,
+) -> ELBOTerms:  # fmt: skip
+    """Likewise, of a KL that is reduced already, and of a likelihood that may be made of the sums of another one."""
+    likelihood, inner = objective.likelihood, objective.likelihood.inner
+    if inner is None:
+        return loss_terms(name, objective, (*tensors, kl), parameters, weighted, 1, beta, known=known)
+    call = check_loss(name, objective, (*tensors, kl), parameters, weighted, 1)
+    given, x, weight, _ = call.split(tensors)
+    weight = call.shaped(weight, given[0], x)
+    of_sums = objective._replace(likelihood=inner, reduction="none" if call.per_sample else "sum")
+    sums = loss_terms(name, of_sums, tensors, parameters, weighted, 0, 1.0).recon
+    counts = total = likelihood.count(given[0], x, weight, call.dtype)
+    if call.per_sample:
+        counts = x[0].numel()
+        if weight is not None:
+            counts = weight.to(call.dtype).expand(x.shape).reshape(x.shape[0], -1).sum(1)
+    recon = likelihood.compose(sums, counts, total) / call.divisor(given[0], x, weight)
+    kl = kl.to(recon.dtype, copy=True)
+    return ELBOTerms(recon + (beta.to(kl.dtype) if isinstance(beta, Tensor) else beta) * kl, recon, kl)
+
+
+def record_reconstruction(monitor, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, recon, statistics):
+    """Tell a monitor of a call."""
+    call = check_loss("recon_x", objective, tensors, parameters, weighted, 0)
+    given, x, weight, _ = call.split(tensors)
+    batch, elements = x.shape[0], objective.likelihood.count(given[0], x, call.shaped(weight, given[0], x), call.dtype)
+    factors = {"sum": 1.0, "none": 1.0, "batchmean": batch, "mean": elements}
+    monitor.record(batch, recon.detach().sum() * factors[call.reduction], elements, statistics)
+
+
+class Loss(Function):
+    """Its tensors come as the plan lays them out. `known` is the upstream factor of each row where it is known; else it is guessed."""
+
+    @staticmethod
+    @never_compiled
+    def forward(ctx, plan: LossPlan, beta, divisor, known, *tensors):
+        ctx.set_materialize_grads(False)
+        loss, recon, kl, *found = plan.backend.loss_forward(plan, beta, tensors, divisor, known, plan.path.stores)
+        save_loss(ctx, plan, beta, divisor, known, tensors, found)
+        return loss, recon, kl
+
+    @staticmethod
+    @never_compiled
+    def backward(ctx, *upstreams):
+        plan, (tensors, beta, divisor, sums) = ctx.plan, saved_loss(ctx, ctx.saved_tensors)
+        needs = ctx.needs_input_grad[4:]
+        if needs_formula(upstreams):
+            found = formula.differentiate(lambda *t: formula.terms(plan.call, beta, divisor, t), tensors, needs, upstreams)
+        else:
+            found = loss_backward(ctx, plan, beta, divisor, tensors, sums, upstreams, needs)
+        return None, None, None, None, *found
+
+
+_apply = super(Function, Loss).apply  # not the one in Python, which looks for transformations again
+
+
+def save_loss(ctx, plan: LossPlan, beta, divisor, known, tensors, found, *also) -> None:
+    """Keep on `ctx` what `loss_backward` needs: what forward has found are `stored`, `sums` and `used`."""
+    ctx.stored, sums, ctx.used = found
+    ctx.plan, ctx.guesses = plan, known is None
+    ctx.beta, beta = (None, beta) if isinstance(beta, Tensor) else (beta, None)
+    ctx.divisor, divisor = (None, divisor) if isinstance(divisor, Tensor) else (divisor, None)
+    if beta is divisor is sums is None:
+        ctx.count = 0
+        ctx.save_for_backward(*also, *tensors)
+    else:
+        ctx.count = 2 if sums is None else 2 + len(sums)
+        ctx.save_for_backward(*also, beta, divisor, *(sums or ()), *tensors)
+
+
+def saved_loss(ctx, saved: Sequence) -> tuple[Sequence, float | Tensor, float | Tensor, Sequence | None]:
+    """`(tensors, beta, divisor, sums)`, from what was saved, less `also`. It is unpacked once in a backward pass: checkpointing
+    allows no more."""
+    if ctx.count == 0:
+        return saved, ctx.beta, ctx.divisor, None
+    beta, divisor, *sums = saved[: ctx.count]
+    return saved[ctx.count :], ctx.beta if beta is None else beta, ctx.divisor if divisor is None else divisor, sums or None
+
+
+def loss_backward(ctx, plan: LossPlan, beta, divisor, tensors, sums, upstreams, needs) -> list[Tensor | None]:
+    """The gradients by the tensors in `needs`."""
+    if upstreams[0] is None and upstreams[1] is None:
+        stored = None
+    else:
+        # Handed out once, and without keeping a reference: it becomes `.grad` without a copy, and a second backward through a
+        # retained graph, which finds None, leaves it alone.
+        stored, ctx.stored = ctx.stored, None
+    tensors = plan.dense(tensors)  # a hook on saved tensors, such as `save_on_cpu`, may bring them back with other strides
+    used = None if stored is None else ctx.used
+    grads, seen = plan.backend.loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, needs)
+    if seen is not None and ctx.guesses:
+        plan.remember(seen)
+    return grads

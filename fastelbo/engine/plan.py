@@ -1,0 +1,238 @@
+"""Decide once, then run: what follows from a call's options and its tensors, kept for the next call like it.
+
+A *path* follows from options and from the tensors' types, dtypes, devices and who wants gradients; a *plan* from their shapes and
+strides on top of it. One look-up finds both, and a new shape costs some arithmetic. What the key does not hold is looked at each
+time: tracers and transformations, streams, capture, the upstream gradients. Neither holds a tensor of a user, or memory that a
+launch writes to.
+"""
+
+from collections.abc import Hashable, Sequence
+from operator import attrgetter
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..basics.layout import layout_of
+from ..basics.tracing import is_wrapper
+from ..likelihoods.values import Range, check_values, support_to_check
+from . import torch_backend
+from .backend import backend_for
+from .call import KLCall, LossCall, Objective, check_kl, check_loss
+from .guess import Guess
+
+LIMIT = 4096  # entries of a table, which is cleared then
+
+_objectives: dict[Hashable, Objective] = {}
+_paths: dict[Hashable, "LossPath"] = {}
+_plans: dict[Hashable, "LossPlan | LatentsPlan"] = {}
+
+_of_types = attrgetter("dtype", "device", "layout", "requires_grad")
+_of_shapes = attrgetter("dtype", "device", "layout", "requires_grad", "shape")
+_stride, _is_neg = Tensor.stride, Tensor.is_neg
+
+
+def keep(table: dict, key: Hashable, made):
+    if len(table) >= LIMIT:
+        table.clear()
+    table[key] = made
+    return made
+
+
+class LossPath:
+    """The share of a plan that follows from types. `backend` is None where the formula computes, for autograd to differentiate."""
+
+    __slots__ = "backend", "guess", "is_plain", "stores", "wants"
+
+    def __init__(self, call: LossCall, tensors: Sequence[Tensor], beta: float | Tensor, grad_mode: bool) -> None:
+        parameters, x, weight, latents = call.split(tensors)
+        self.is_plain = call.is_plain
+        self.stores = tuple(grad_mode and p.requires_grad for p in parameters)
+        self.wants = grad_mode and any(t.requires_grad for t in tensors)
+        self.guess = Guess()
+        # Gradients that are seldom wanted, and tensors that are not what they seem.
+        seldom = grad_mode and any(isinstance(t, Tensor) and t.requires_grad for t in (x, weight, beta))
+        strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or (isinstance(beta, Tensor) and is_wrapper(beta))
+        self.backend = None if seldom or strange else backend_for(x.device)
+        if self.backend is not None and self.backend is not torch_backend and call.likelihood.kernel is None:
+            self.backend = torch_backend
+
+
+class LossPlan:
+    """What is known of a call of `loss` before its values are. `guess` is the one thing that changes."""
+
+    __slots__ = (
+        "backend", "call", "divisor", "guess", "is_dense", "is_elementwise", "is_whole", "kl_weight", "latents_layout", "layout", "looks", "options",
+        "path", "rows", "scaling", "support", "weight_shape",
+    )  # fmt: skip
+
+    path: LossPath
+    call: LossCall
+    backend: ModuleType | None
+    divisor: float | None  # of the reconstruction's sum; None: it depends on values
+    kl_weight: float
+    rows: int  # results; 1 for a sum
+    layout: torch.memory_format  # of what is as large as the first parameter
+    latents_layout: torch.memory_format
+    is_dense: bool  # all tensors lie as the backends take them
+    is_elementwise: bool  # to the Torch backend: no weights, and parameters as large as the target
+    is_whole: bool  # and one block, in the dtype of the arithmetic
+    scaling: tuple[float, float]  # of the target
+    looks: bool  # at values
+    support: Range | None
+    options: dict  # of the likelihood's kernel
+    weight_shape: torch.Size | None
+    guess: Guess
+
+    def __init__(self, path: LossPath, call: LossCall, tensors: Sequence[Tensor]) -> None:
+        parameters, x, weight, latents = call.split(tensors)
+        likelihood, first = call.likelihood, parameters[0]
+        self.path, self.call, self.guess = path, call, Guess(path.guess)
+        self.rows = first.shape[0] if call.per_sample else 1
+        by_values = call.reduction == "mean" and (weight is not None or likelihood.counts_by_values(first, x))
+        self.divisor = None if by_values else call.divisor(first, x, None)
+        self.kl_weight = call.kl_factor(latents[0]) if call.latents == 2 else 1.0
+        self.weight_shape = None if weight is None else call.weight_shape(weight, first, x)
+        self.backend = path.backend if first.numel() and all(t.numel() for t in latents) else None
+        self.support = support_to_check(likelihood, first, x)
+        self.looks = x.device.type == "cpu" and (self.support is not None or any(likelihood.ranges))
+        self.options, self.scaling = likelihood.constants(parameters, x), likelihood.scaling(x)
+        self.layout = torch.contiguous_format if likelihood.dim is not None else layout_of(first)
+        self.latents_layout = layout_of(latents[0]) if call.latents == 2 else torch.contiguous_format
+        self.is_dense = all(a is b for a, b in zip(self.dense(tensors), tensors, strict=True))
+        dtype = call.dtype
+        self.is_elementwise = likelihood.dim is None and weight is None and all(t.shape == first.shape for t in parameters)
+        same = self.scaling == (1.0, 0.0) and all(t.dtype == dtype for t in (*parameters, x))
+        small = first.numel() <= torch_backend.BLOCK and (first.dim() == 2 or not call.per_sample)
+        self.is_whole = self.is_elementwise and same and small
+
+    def dense(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors as the backends take them; copied only where they are not so yet."""
+        call, layout = self.call, self.layout
+        found = list(tensors)
+        n, shape = call.parameters, tensors[0].shape
+        for i in range(n + 1):
+            t = found[i]
+            if t.shape == shape or i == n:
+                found[i] = t.contiguous(memory_format=layout if t.dim() == len(shape) else torch.contiguous_format)
+            elif t.device != found[0].device:  # a 0-d tensor on the CPU
+                found[i] = t.to(found[0].device)
+        if call.weighted:
+            weight = found[n + 1]
+            if weight.shape != self.weight_shape:
+                weight = weight.view(self.weight_shape)
+            found[n + 1] = weight.contiguous(memory_format=layout) if weight.shape == shape else weight
+        if call.latents == 2:
+            found[-2] = found[-2].contiguous(memory_format=self.latents_layout)
+            found[-1] = found[-1].contiguous(memory_format=self.latents_layout)
+        return found
+
+    def count(self, tensors: Sequence[Tensor]) -> float | Tensor:
+        """What the sum is divided by, where it depends on values."""
+        parameters, x, weight, _ = self.call.split(tensors)
+        return self.call.divisor(parameters[0], x, weight)
+
+    def check_values(self, name: str, tensors: Sequence[Tensor], recon: Tensor) -> None:
+        """Raise for values outside of where they must lie; only where the plan `looks`."""
+        call = self.call
+        n = call.parameters
+        weight = None
+        if call.weighted:
+            weight = tensors[n + 1].reshape(self.weight_shape)
+        check_values(call.likelihood, self.support, name, tensors[:n], tensors[n], weight, recon)
+
+    def remember(self, factor: Tensor) -> None:
+        """The upstream factor that the last backward saw, which the next forward guesses."""
+        self.guess.remember(factor)
+        if self.rows == 1:  # with which a new shape begins
+            self.path.guess = self.guess
+
+
+def find_objective(likelihood, posterior, reduction) -> Objective:
+    """The options that users pass, as they were checked and made canonical when they first came."""
+    try:
+        key = likelihood, posterior, reduction
+        found = _objectives.get(key)
+    except TypeError:  # a list of reductions, or what is none
+        return Objective.of(likelihood, posterior, reduction)
+    return found or keep(_objectives, key, Objective.of(likelihood, posterior, reduction))
+
+
+def loss_plan(
+    name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, latents: int, beta: float | Tensor
+) -> LossPlan:
+    """The plan of a call of `loss` with these tensors, of which errors call the first ones `name`."""
+    grad_mode = torch.is_grad_enabled()
+    start = objective, parameters, weighted, latents, grad_mode, type(beta), type(beta) is not float and beta.requires_grad
+    try:
+        key = (
+            *start, *map(type, tensors), *map(_of_shapes, tensors), *map(_is_neg, tensors), *map(_stride, tensors),
+        )  # fmt: skip
+        plan = _plans.get(key)
+    except (AttributeError, TypeError, RuntimeError):  # not tensors, or none with strides
+        check_loss(name, objective, tensors, parameters, weighted, latents)
+        raise
+    if plan is None:
+        call = check_loss(name, objective, tensors, parameters, weighted, latents)
+        types = *start, *map(type, tensors), *map(_of_types, tensors), *map(_is_neg, tensors)
+        path = _paths.get(types) or keep(_paths, types, LossPath(call, tensors, beta, grad_mode))
+        plan = keep(_plans, key, LossPlan(path, call, tensors))
+    return plan
+
+
+class LatentsPlan:
+    """What is known of a sample or a KL before its values are."""
+
+    __slots__ = "backend", "call", "is_dense", "layout", "noise_layout", "rows", "scale", "wants"
+
+    def __init__(self, call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None, grad_mode: bool) -> None:
+        mu, self.call = tensors[0], call
+        self.rows = mu.shape[0] if call.kind == "row" else 1
+        self.scale = call.scale(mu)
+        self.wants = grad_mode and any(t.requires_grad for t in tensors)
+        strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or (noise is not None and is_wrapper(noise))
+        seldom = noise is not None and grad_mode and noise.requires_grad
+        self.backend = None if strange or seldom or not mu.numel() else backend_for(mu.device)
+        if self.backend is torch_backend and not call.is_plain:
+            self.backend = None
+        self.layout, self.noise_layout = layout_of(mu), layout_of(tensors[1])
+        self.is_dense = all(a is b for a, b in zip(self.dense(tensors), tensors, strict=True))
+
+    def dense(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors as the backends take them; copied only where they are not so yet."""
+        mu, second, *prior = tensors
+        return [mu.contiguous(memory_format=self.layout), second.contiguous(memory_format=self.layout), *prior]
+
+
+def latents_plan(call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None) -> LatentsPlan:
+    """The plan of a sample or a KL of latents that have been checked."""
+    grad_mode = torch.is_grad_enabled()
+    key = (
+        call, grad_mode, noise is not None and (type(noise), noise.requires_grad, noise.is_neg()),
+        *map(type, tensors), *map(_of_shapes, tensors), *map(_is_neg, tensors), *map(_stride, tensors),
+    )  # fmt: skip
+    return _plans.get(key) or keep(_plans, key, LatentsPlan(call, tensors, noise, grad_mode))
+
+
+def latents_plan_of(
+    mu, logvar, posterior, prior, reduction: str | None, eps: Tensor | None, samples: bool
+) -> tuple[LatentsPlan, Sequence[Tensor]]:
+    """The plan and the tensors of a call from what users pass; of a sample, its KL (unless `reduction` is None), or both."""
+    key = None
+    if prior is None and eps is None and isinstance(mu, Tensor):
+        tensors = mu, logvar
+        try:
+            key = (
+                posterior, reduction, samples, torch.is_grad_enabled(),
+                *map(type, tensors), *map(_of_shapes, tensors), *map(_is_neg, tensors), *map(_stride, tensors),
+            )  # fmt: skip
+            found = _plans.get(key)
+        except (AttributeError, TypeError, RuntimeError):  # not tensors, none with strides, or options that are none
+            key = found = None
+        if found is not None:
+            return found, tensors
+    call, tensors = check_kl(mu, logvar, posterior, prior, reduction, samples)
+    plan = latents_plan(call, tensors, eps)
+    if key is not None:
+        keep(_plans, key, plan)
+    return plan, tensors

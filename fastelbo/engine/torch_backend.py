@@ -1,0 +1,306 @@
+"""The primitives in pure Torch: what runs on a CPU, and wherever Triton cannot.
+
+`triton_backend` has the same ones, so the two can be read side by side: `draw_noise`, `loss_forward`, `loss_backward`,
+`latents_forward` and `latents_backward`. Formulas are evaluated a block at a time, with results written into scratch memory that
+stays in cache, and gradients come from the same pass.
+
+Tensors come as the plan's `dense` lays them out. A `beta` is a float, or a 0-d tensor on the device.
+"""
+
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..likelihoods.base import HALF
+from . import formula
+
+# Elements of a block, and of each thread's part of it at least: a few buffers of 3 MB stay in the last-level cache. Smaller
+# blocks would fit in a nearer one, but starting the threads for every operation costs more than that gains.
+BLOCK, THREAD = 3 * 2**18, 2**16
+
+
+def draw_noise(like: Tensor, layout: torch.memory_format, generator: torch.Generator | None) -> Tensor:
+    """Standard normals of the shape and dtype of `like`: the ones that `torch.randn_like` would give in that layout."""
+    return torch.empty_like(like, memory_format=layout).normal_(generator=generator)
+
+
+def loss_forward(plan, beta, tensors, divisor, known, wants):
+    """Loss, reconstruction and KL, and the gradients of the reconstruction by the parameters in `wants`.
+
+    - `divisor`: what the sum of the reconstruction is divided by.
+    - `known`: the upstream factor of each row, `[B]`, where it is known; None: the plan's guess is taken.
+    - `wants`: of each parameter, whether it wants a gradient.
+
+    Returns `(loss, recon, kl, stored, sums, used)`: three results, `[]` or `[B]`, None where there is no KL; of each parameter
+    its gradient times the factor `used`, or None. `sums`, of small parameters, are none of this backend's.
+    """
+    call, used = plan.call, None
+    parameters, x, weight, latents = call.split(tensors)
+    # Elsewhere than on a CPU nothing could look at the guess in backward without a sync: it computes the gradient there.
+    if True in wants and x.device.type == "cpu":
+        used = plan.guess.factor(plan.rows, call.dtype, x.device) if known is None else known
+    recon, stored = _reconstruct(plan, parameters, x, weight, divisor, used, wants, True)
+    if not latents:
+        return None, recon, None, stored, None, used
+    if call.latents == 1:
+        kl = latents[0].to(call.dtype, copy=True)
+    else:
+        kl = _divergence(*latents, plan.kl_weight, call.per_sample, call.dtype)
+    if isinstance(beta, Tensor):
+        return recon + beta.to(call.dtype) * kl, recon, kl, stored, None, used
+    return torch.add(recon, kl, alpha=beta), recon, kl, stored, None, used
+
+
+def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, needs):
+    """Gradients by the tensors in `needs`, among which x and the weight never are.
+
+    `upstreams`: the gradients that arrived at loss, reconstruction and KL, each `[]`, `[B]` or None. `stored` is what forward
+    stored with the factor `used`, or both are None: handed on where the factor was right, computed anew where it was wrong.
+
+    Returns the gradients, a list, and the upstream factor of the reconstruction, `[B]` or `[1]`, for the next forward to guess.
+    """
+    call, grads, seen = plan.call, [None] * len(tensors), None
+    grad_loss, grad_recon, grad_kl = upstreams
+    parameters, x, weight, latents = call.split(tensors)
+    wants = needs[: call.parameters]
+    if True in wants and not (grad_loss is None and grad_recon is None):
+        seen = added(grad_loss, grad_recon).reshape(-1)
+        if stored is not None and torch.equal(seen, used):  # a NaN equals nothing
+            seen = used
+        else:
+            seen = seen.to(call.dtype, copy=True)  # whoever passed it in may write to it
+            _, stored = _reconstruct(plan, parameters, x, weight, divisor, seen, wants, False)
+        grads[: call.parameters] = stored
+    if True in needs[call.parameters :] and not (grad_loss is None and grad_kl is None):
+        factor = added(grad_loss, grad_kl, beta)
+        if call.latents == 1:
+            grads[-1] = factor.to(latents[0].dtype, copy=True)
+        else:
+            grads[-2:] = _latent_gradients(None, *latents, None, factor, plan.kl_weight, call.dtype)
+    return grads, seen
+
+
+def latents_forward(plan, tensors, noise):
+    """`(z, kl, weighted, sums)` of latents, each None where it is not computed: z if there is noise, the normals themselves; the
+    KL, `[]` or `[B]`, unless the call's kind is None. The other two are none of this backend's."""
+    call, (mu, logvar) = plan.call, tensors
+    dtype, per_sample = call.dtype, call.kind == "row"
+    if noise is None:
+        return None, _divergence(mu, logvar, plan.scale, per_sample, dtype), None, None
+    z, parts = torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype)), []
+    for rows, m, lv, eps, out in _blocks(per_sample, mu, logvar, noise, z):
+        m, lv, eps = _converted("mu", m, dtype), _converted("logvar", lv, dtype), _converted("noise", eps, dtype)
+        sampled = out if out.dtype == dtype else _scratch("spare", lv, dtype)
+        torch.mul(lv, HALF, out=sampled).exp_().mul_(eps).add_(m)  # addcmul would round otherwise than the naive code
+        if sampled is not out:
+            out.copy_(sampled)
+        if call.kind is not None:
+            parts.append((rows, _kl_sum(m, lv, per_sample)))
+    return z, None if call.kind is None else _total(parts, mu, plan.scale, per_sample, dtype), None, None
+
+
+def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted=None, grad_loss=None, beta=1.0):
+    """Gradients by mu and logvar, from those that arrived at z and at the KL, at least one of which is there.
+
+    `grad_loss` arrived at a loss in which the KL is times `beta`.
+    """
+    factor = None if grad_loss is None and grad_kl is None else added(grad_loss, grad_kl, beta)
+    return _latent_gradients(grad_z, *tensors, noise, factor, plan.scale, plan.call.dtype)
+
+
+log_ratio_forward = None  # the formula is as good, and autograd differentiates it
+
+
+def added(grad_loss: Tensor | None, own: Tensor | None, beta: float | Tensor = 1.0) -> Tensor:
+    """What arrives at a term by way of the loss, in which it is times `beta`, and on its own; one of the two may be None."""
+    if grad_loss is None:
+        return own
+    if isinstance(beta, Tensor) or beta != 1:
+        grad_loss = grad_loss * beta
+    return grad_loss if own is None else grad_loss + own
+
+
+def _reconstruct(plan, parameters, x, weight, divisor, factor, wants, wants_sum):
+    """`(sum, gradients)`: the reduced sum if it is wanted, and the gradients that are, times `factor`, unless that is None."""
+    call = plan.call
+    if len(parameters[0]) != len(x):  # several samples of all of x, one after the other
+        count = len(parameters[0]) // len(x)
+        factors = [None] * count if factor is None else factor.split(len(x))
+        samples = zip(*(p.split(len(x)) for p in parameters), strict=True)
+        found = [_reconstruct(plan, p, x, weight, divisor, f, wants, wants_sum) for p, f in zip(samples, factors, strict=True)]
+        sums, gradients = zip(*found, strict=True)
+        whole = None if factor is None else [g if g[0] is None else torch.cat(g) for g in zip(*gradients, strict=True)]
+        return torch.cat(sums) if wants_sum else None, whole
+    by = None
+    if factor is not None:
+        by = factor.unsqueeze(1) if call.per_sample else factor.item() if x.device.type == "cpu" else factor.squeeze(0)
+        by = by / divisor if _counts(divisor) else by
+    total, gradients = (_in_blocks if plan.is_elementwise else _at_once)(plan, parameters, x, weight, by, wants, wants_sum)
+    if wants_sum and _counts(divisor):
+        total = total / divisor
+    return total, gradients
+
+
+def _counts(divisor: float | Tensor) -> bool:
+    return isinstance(divisor, Tensor) or divisor != 1
+
+
+def _in_blocks(plan, parameters, x, weight, by, wants, wants_sum):
+    """`(sum, gradients)` by the likelihood's one-pass form, the gradients times `by`."""
+    call = plan.call
+    likelihood, dtype, per_sample = call.likelihood, call.dtype, call.per_sample
+    dim = (-1 if per_sample else None) if wants_sum else False
+    out = [torch.empty_like(p) if want and by is not None else None for p, want in zip(parameters, wants, strict=True)]
+    if plan.is_whole:
+        return likelihood.one_pass(parameters, x, dim, by, out, (_scratch("a", x, dtype), _scratch("b", x, dtype))), out
+    (scale, shift), parts, n = plan.scaling, [], len(parameters)
+    for rows, t, *blocks in _blocks(per_sample, x, *parameters, *out):
+        t = _converted("target", t, dtype)
+        if scale != 1:
+            t = torch.mul(t, scale, out=_scratch("target", t, dtype))
+        if shift != 0:
+            t = torch.add(t, shift, out=_scratch("target", t, dtype))
+        given = [_converted(f"parameter {i}", p, dtype) for i, p in enumerate(blocks[:n])]
+        slopes = [g if g is None or g.dtype == dtype else _scratch(f"gradient {i}", t, dtype) for i, g in enumerate(blocks[n:])]
+        f = by[rows] if isinstance(by, Tensor) and by.dim() else by
+        parts.append((rows, likelihood.one_pass(given, t, dim, f, slopes, (_scratch("a", t, dtype), _scratch("b", t, dtype)))))
+        for gradient, slope in zip(blocks[n:], slopes, strict=True):
+            if slope is not gradient:
+                gradient.copy_(slope)
+    return _total(parts, x, 1.0, per_sample, dtype) if wants_sum else None, out
+
+
+def _at_once(plan, parameters, x, weight, by, wants, wants_sum):
+    """Likewise, of tensors of any shapes and with weights, by the derivative of the formula."""
+    call = plan.call
+    differentiates = by is not None and True in wants
+    with torch.set_grad_enabled(differentiates):
+        leaves = [p.detach().requires_grad_(want and differentiates) for p, want in zip(parameters, wants, strict=True)]
+        values = formula.elements(call, leaves, x, weight)
+    gradients = [None] * len(leaves)
+    if differentiates:
+        if isinstance(by, Tensor):
+            by = by.reshape(-1, *[1] * (values.dim() - 1)) if by.dim() else by
+            upstream = by.to(values.dtype).expand_as(values)
+        else:
+            upstream = torch.full_like(values, by)
+        wrt = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(values, wrt, upstream, materialize_grads=True))
+        gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
+    return formula.reduced(values.detach(), call.reduction) if wants_sum else None, gradients
+
+
+def _divergence(mu, logvar, weight, per_sample, dtype):
+    """KL(N(mu, exp(logvar)) || N(0, 1)), reduced."""
+    parts = []
+    for rows, m, lv in _blocks(per_sample, mu, logvar):
+        parts.append((rows, _kl_sum(_converted("mu", m, dtype), _converted("logvar", lv, dtype), per_sample)))
+    return _total(parts, mu, weight, per_sample, dtype)
+
+
+def _kl_sum(mu, logvar, per_sample):
+    """The KL of a block. expm1 keeps what cancels near logvar = 0."""
+    terms = torch.expm1(logvar, out=_scratch("spare", logvar, logvar.dtype))
+    return terms.sub_(logvar).addcmul_(mu, mu).sum(-1 if per_sample else None).mul_(HALF)
+
+
+def _latent_gradients(grad_z, mu, logvar, noise, factor, weight, dtype):
+    """Gradients by `mu` and `logvar` of `grad_z . z + factor . weight . KL`; `grad_z` or `factor` may be None."""
+    per_sample = factor is not None and factor.dim() == 1
+    if factor is not None:
+        factor = factor.unsqueeze(1) if per_sample else factor
+        factor = factor * weight if weight != 1 else factor
+        half = factor * HALF
+    grad_mu, grad_logvar = torch.empty_like(mu), torch.empty_like(logvar)
+    for rows, m, lv, dz, eps, dm, dlv in _blocks(per_sample, mu, logvar, grad_z, noise, grad_mu, grad_logvar):
+        m, lv = _converted("mu", m, dtype), _converted("logvar", lv, dtype)
+        to_mu = dm if dm.dtype == dtype else _scratch("gradient", m, dtype)
+        to_logvar = dlv if dlv.dtype == dtype else _scratch("slope", lv, dtype)
+        if factor is not None:
+            torch.expm1(lv, out=to_logvar).mul_(half[rows] if per_sample else half)
+        if dz is not None:
+            dz = _converted("grad_z", dz, dtype)
+            shift = torch.mul(lv, HALF, out=_scratch("spare", lv, dtype)).exp_().mul_(eps)
+        if factor is None:
+            to_mu.copy_(dz)
+            torch.mul(shift, dz, out=to_logvar).mul_(0.5)
+        elif dz is None:
+            torch.mul(m, factor[rows] if per_sample else factor, out=to_mu)
+        else:
+            torch.addcmul(dz, m, factor[rows] if per_sample else factor, out=to_mu)
+            to_logvar.addcmul_(shift, dz, value=0.5)
+        if to_mu is not dm:
+            dm.copy_(to_mu)
+        if to_logvar is not dlv:
+            dlv.copy_(to_logvar)
+    return grad_mu, grad_logvar
+
+
+def _total(parts: list[tuple], like: Tensor, weight: float, per_sample: bool, dtype: torch.dtype) -> Tensor:
+    """The sums of blocks, `(index of the rows, sum)`, added up and times `weight`, `[]` or `[B]`."""
+    if len(parts) == 1:
+        return parts[0][1].mul_(weight) if weight != 1 else parts[0][1]
+    if not per_sample:
+        return torch.stack([part for _, part in parts]).sum(dtype=torch.float64).mul_(weight).to(dtype)
+    total = torch.zeros(like.shape[:1], dtype=torch.float64, device=like.device)
+    for rows, part in parts:
+        total[rows] += part
+    return total.mul_(weight).to(dtype)
+
+
+def _converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value if value.dtype == dtype else _scratch(name, value, dtype).copy_(value)
+
+
+class _Memory(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[tuple, Tensor] = {}
+
+
+_memory = _Memory()
+
+
+def _scratch(name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory of the shape of `like`. Each thread keeps its own for the next call: the page faults of fresh memory cost as much
+    as the arithmetic."""
+    if like.device.type != "cpu":
+        return torch.empty_like(like, dtype=dtype)
+    memory = _memory.buffers.get((name, dtype))
+    if memory is None or memory.numel() < like.numel():
+        with torch.inference_mode(False):  # what is made in inference mode cannot be written outside of it
+            memory = _memory.buffers[name, dtype] = torch.empty(max(_limit(), like.numel()), dtype=dtype, device=like.device)
+    return memory.as_strided(like.shape, like.stride())
+
+
+def _limit() -> int:
+    """Elements of a block on a CPU."""
+    return max(BLOCK, THREAD * torch.get_num_threads())
+
+
+def _blocks(per_sample: bool, *tensors: Tensor | None) -> Iterator[tuple]:
+    """The tensors cut alike into blocks that fit in cache, flat or as `[rows, features]`: `(index of the rows, *blocks)`.
+
+    The first of them is not None; None stays None. A device other than a CPU has nothing to gain from blocks and gets one.
+    """
+    first = tensors[0]
+    numel = first.numel()
+    limit = _limit() if first.device.type == "cpu" else numel
+    if numel <= limit and not per_sample:
+        yield ..., *tensors
+        return
+    rows = first.shape[0] if per_sample else 1
+    columns = numel // max(rows, 1)
+    if numel <= limit:
+        yield ..., *(t if t is None else t.as_strided((rows, columns), (columns, 1)) for t in tensors)
+        return
+    height, width = max(1, limit // columns), min(limit, columns)
+    for i in range(0, rows, height):
+        for j in range(0, columns, width):
+            shape, start = (min(height, rows - i), min(width, columns - j)), i * columns + j
+            index = slice(i, i + height) if per_sample else ...
+            yield (
+                index,
+                *(t if t is None else t.as_strided(shape, (columns, 1), t.storage_offset() + start) for t in tensors),
+            )

@@ -1,0 +1,244 @@
+"""The primitives by the Triton kernels: the same as in `torch_backend`, where their arguments are described.
+
+This is the only door to `fastelbo.kernels`. Here it is decided, from the plan, which kernels compute a call: one launch does all
+of most calls; the others have one for the reconstruction and one for the KL.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from .torch_backend import added
+
+INTERPRETED = kernels.INTERPRETED
+draw_noise = kernels.draw_noise
+
+
+def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
+    """See `torch_backend.loss_forward`. `sums`, in the place of the gradients by parameters smaller than the first, are the
+    derivatives of the sum by them, times no factor and not over the divisor.
+
+    `stateless`: keep nothing on the device for later calls.
+    """
+    call, used = plan.call, None
+    parameters, x, weight, latents = call.split(tensors)
+    large = _are_large(parameters, wants)
+    if True in large:
+        used = plan.guess.factor(plan.rows, call.dtype, x.device) if known is None else known
+    if plan.path.is_plain:
+        loss, recon, kl, gradient = kernels.loss_forward(
+            parameters[0], x, *_latents_or_kl(call, latents), beta, used, **_plain(plan, divisor), stateless=stateless
+        )
+        return (loss, recon, kl, [gradient], None, used) if latents else (None, recon, None, [gradient], None, used)
+    recon, gradients = _reconstruct(plan, parameters, x, weight, divisor, used, wants, stateless)
+    stored = [g if at else None for g, at in zip(gradients, large, strict=True)]
+    sums = None if large == list(wants) else [None if at else g for g, at in zip(gradients, large, strict=True)]
+    if not latents:
+        return None, recon, None, stored, sums, used
+    if call.latents == 1:
+        kl = latents[0].to(call.dtype, copy=True)
+    else:
+        _, kl = kernels.sample_forward(*latents, None, **_plain_kl(plan), wants_kl=True, stateless=stateless)
+    loss = recon + beta.to(call.dtype) * kl if isinstance(beta, Tensor) else torch.add(recon, kl, alpha=beta)
+    return loss, recon, kl, stored, sums, used
+
+
+def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, needs):
+    """See `torch_backend.loss_backward`. What was stored with another factor is corrected where it lies."""
+    call, grads, seen = plan.call, [None] * len(tensors), None
+    parameters, x, weight, latents = call.split(tensors)
+    (grad_loss, grad_recon, grad_kl), n = upstreams, call.parameters
+    wants_recon = True in needs[:n] and not (grad_loss is None and grad_recon is None)
+    wants_kl = True in needs[n:] and not (grad_loss is None and grad_kl is None)
+    if plan.path.is_plain:
+        if not (wants_recon or wants_kl):
+            return grads, None
+        mu, logvar, _ = _latents_or_kl(call, latents)
+        grads[0], grad_mu, grad_logvar, own, seen = kernels.loss_backward(
+            parameters[0], x, mu, logvar, beta, upstreams, None if stored is None else stored[0], used, **_plain(plan, divisor),
+            wants_recon=wants_recon, wants_latents=wants_kl and call.latents == 2, wants_kl=wants_kl and call.latents == 1,
+        )  # fmt: skip
+        if wants_kl:
+            grads[n + 1 :] = (grad_mu, grad_logvar) if call.latents == 2 else (own,)
+        return grads, seen
+    if wants_recon:
+        upstream, large = added(grad_loss, grad_recon), _are_large(parameters, needs)
+        if True in large:
+            grads[:n], seen = _correct(plan, parameters, x, weight, divisor, upstream, stored, used, large)
+        for i, total in enumerate(sums or ()):
+            if total is not None:
+                grads[i] = _times_upstream(total, upstream, divisor, parameters[i])
+    if wants_kl and call.latents == 1:
+        grads[-1] = added(grad_loss, grad_kl, beta).to(latents[0].dtype, copy=True)
+    elif wants_kl:
+        grads[-2:] = kernels.sample_backward(None, *latents, None, beta, (grad_loss, grad_kl), **_plain_kl(plan))
+    return grads, seen
+
+
+def latents_forward(plan, tensors, noise, stateless=False):
+    """See `torch_backend.latents_forward`; the noise may be a seed. `weighted` is the KL with a floor under each element, and
+    `sums` are those over the batch of mu and mu^2."""
+    call, (mu, second, *priors) = plan.call, tensors
+    if call.is_plain:
+        options = {"kl_weight": plan.scale, "per_sample": call.kind == "row", "dtype": call.dtype}
+        z, kl = kernels.sample_forward(mu, second, noise, **options, wants_kl=call.kind is not None, stateless=stateless)
+        return z, kl, None, None
+    priors, options = _priors(plan, priors), _divergence(plan)
+    if call.kind == "column":
+        kl, sums = kernels.divergence.divergence_columns(
+            mu, second, *priors, layout=plan.layout, statistics=call.statistics, **options
+        )
+        return None, kl, None, sums
+    z, kl, weighted = kernels.divergence.divergence_forward(
+        mu, second, noise, *priors, kind=call.kind, floor=call.floor, stateless=stateless, **options
+    )
+    return z, kl, weighted, None
+
+
+def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted=None, grad_loss=None, beta=1.0):
+    """See `torch_backend.latents_backward`. Gradients by the prior's two tensors as well, of the shape of mu, where `needs` says
+    so; `grad_weighted` arrived at the KL with a floor."""
+    call, (mu, second, *priors) = plan.call, tensors
+    if grad_z is not None:
+        grad_z = grad_z.contiguous(memory_format=plan.layout)
+    if call.is_plain:
+        options = {"kl_weight": plan.scale, "per_sample": call.kind == "row", "dtype": call.dtype}
+        return kernels.sample_backward(grad_z, mu, second, noise, beta, (grad_loss, grad_kl), **options)
+    factor = None if grad_loss is None and grad_kl is None else added(grad_loss, grad_kl, beta)
+    grads = kernels.divergence.divergence_backward(
+        grad_z, _as_latents(plan, factor), _as_latents(plan, grad_weighted), mu, second, noise, *_priors(plan, priors),
+        needs[2:] or (False, False), kind=call.kind, floor=call.floor, shares=call.shares or (1.0, 1.0), **_divergence(plan),
+    )  # fmt: skip
+    return grads[: len(tensors)]
+
+
+def log_ratio_forward(call, tensors, noise):
+    """Samples of latents with their log densities: see `kernels.log_ratio_forward`."""
+    mu, second, prior_mu, prior_second = (*tensors, None, None)[:4]
+    return kernels.log_ratio_forward(mu, second, noise, prior_mu, prior_second, wants_logs=call.wants_logs, **_ratio(call))
+
+
+def log_ratio_backward(call, tensors, noise, needs, upstreams, held, path_scale):
+    """Gradients by the latents' tensors: see `kernels.log_ratio_backward`."""
+    mu, second, prior_mu, prior_second = (*tensors, None, None)[:4]
+    grads = kernels.log_ratio_backward(
+        *upstreams, mu, second, noise, prior_mu, prior_second, needs[2:] or (False, False), held=held, path_scale=path_scale,
+        **_ratio(call),
+    )  # fmt: skip
+    return grads[: len(tensors)]
+
+
+def _ratio(call) -> dict:
+    posterior, prior = call.latents
+    return {
+        "posterior": posterior.parameter, "clamp": posterior.clamp, "prior": prior, "samples": call.samples, "dtype": call.dtype,
+    }  # fmt: skip
+
+
+def _are_large(parameters, wants) -> list[bool]:
+    """Which of the wanted gradients are as large as the target."""
+    return [want and p.shape == parameters[0].shape for p, want in zip(parameters, wants, strict=False)]
+
+
+def _latents_or_kl(call, latents):
+    """`(mu, logvar, kl)`, None where there is none."""
+    if call.latents == 2:
+        return *latents, None
+    return None, None, latents[0] if latents else None
+
+
+def _plain(plan, divisor) -> dict:
+    """The options of the kernel that does it all."""
+    call = plan.call
+    return {
+        "likelihood": call.likelihood.function(1), "scale": call.likelihood.fixed or 1.0, "target_scale": plan.scaling[0],
+        "weights": (1 / divisor, plan.kl_weight), "per_sample": call.per_sample, "dtype": call.dtype,
+    }  # fmt: skip
+
+
+def _plain_kl(plan) -> dict:
+    """The options of the kernel for the KL alone."""
+    return {"kl_weight": plan.kl_weight, "per_sample": plan.call.per_sample, "dtype": plan.call.dtype}
+
+
+def _divergence(plan) -> dict:
+    """The options of the kernels for any posterior and prior."""
+    posterior, prior = plan.call.latents
+    return {
+        "posterior": posterior.parameter, "clamp": posterior.clamp, "prior": prior, "scale": plan.scale, "dtype": plan.call.dtype,
+    }  # fmt: skip
+
+
+def _priors(plan, priors) -> list:
+    """The prior's two tensors as the kernels take them: what is the same for the whole batch is one sample of it."""
+    one = [p if p.shape[0] < 2 or p.stride(0) else p[:1] for p in priors]
+    return [p.contiguous(memory_format=plan.layout) for p in one] or [None, None]
+
+
+def _as_latents(plan, upstream):
+    """What arrived at a KL, in memory as the latents are, or one sample of them."""
+    if upstream is None or plan.call.kind not in ("column", "element"):
+        return upstream if upstream is None else upstream.contiguous()
+    upstream = upstream.unsqueeze(0) if plan.call.kind == "column" else upstream
+    return upstream.contiguous(memory_format=plan.layout)
+
+
+def _reconstruct(plan, parameters, x, weight, divisor, factor, wants, stateless):
+    """The reconstruction, and the gradients that are wanted: see `kernels.reconstruction.forward`."""
+    if plan.call.likelihood.dim is not None:
+        module, weight = getattr(kernels, plan.call.likelihood.kernel), _of_positions(plan, parameters, x, weight)
+        recon, gradient = module.forward(
+            parameters[0], x, weight, divisor, factor, **_common(plan), **plan.options, stateless=stateless
+        )
+        return recon, [gradient]
+    operands, family = _operands(plan, parameters)
+    wants = [*wants, *[False] * (len(operands) - len(wants))]
+    recon, gradients = kernels.reconstruction.forward(
+        operands, x, weight, divisor, factor, wants, family=family, **_common(plan), stateless=stateless
+    )
+    return recon, gradients[: len(parameters)]
+
+
+def _correct(plan, parameters, x, weight, divisor, upstream, stored, used, large):
+    """The gradients of large parameters with the factor `upstream`, and that factor: see `kernels.reconstruction.backward`."""
+    if plan.call.likelihood.dim is not None:
+        module, weight = getattr(kernels, plan.call.likelihood.kernel), _of_positions(plan, parameters, x, weight)
+        gradient, seen = module.backward(
+            parameters[0], x, weight, divisor, upstream, stored and stored[0], used, **_common(plan), **plan.options
+        )
+        return [gradient], seen
+    operands, family = _operands(plan, parameters)
+    missing = [None] * (len(operands) - len(parameters))
+    gradients, seen = kernels.reconstruction.backward(
+        operands, x, weight, divisor, upstream, stored and [*stored, *missing], used, [*large, *map(bool, missing)],
+        family=family, **_common(plan),
+    )  # fmt: skip
+    return gradients[: len(parameters)], seen
+
+
+def _common(plan) -> dict:
+    return {"per_sample": plan.call.per_sample, "dtype": plan.call.dtype}
+
+
+def _operands(plan, parameters):
+    """The parameters with the number that stands for a second one, and what the likelihood is to the kernel."""
+    call, operands = plan.call, list(parameters)
+    if len(operands) < call.operands:
+        first = parameters[0]
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        operands.append(torch.full((), call.likelihood.fixed, dtype=dtype, device=first.device))
+    return operands, kernels.reconstruction.Family(call.likelihood.function(len(operands)), **plan.options)
+
+
+def _of_positions(plan, parameters, x, weight):
+    """A weight for each position."""
+    return weight if weight is None else weight.expand(plan.call.likelihood.terms(parameters[0], x)).contiguous()
+
+
+def _times_upstream(total: Tensor, upstream: Tensor, divisor: float | Tensor, parameter: Tensor) -> Tensor:
+    """The gradient by a smaller parameter, from the sum's derivative by it: each sample's where each has an upstream."""
+    factor = upstream / divisor
+    if factor.dim():
+        factor = factor.view(-1, *[1] * (total.dim() - 1))
+    summed = (total * factor).sum_to_size([1] * (total.dim() - parameter.dim()) + list(parameter.shape))
+    return summed.view_as(parameter).to(parameter.dtype)

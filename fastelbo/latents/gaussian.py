@@ -1,0 +1,94 @@
+"""The formulas of Gaussian latents in plain Torch: sample, KL, log densities. Autograd can differentiate them as often as it likes.
+
+The device functions of the same names are in `kernels/posteriors.py`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..basics.arguments import result_dtype
+from ..basics.numerics import excess_of_logvar, excess_of_std, excess_of_var, nan_unless
+from .posterior import Latents, Posterior
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+def clamped(second: Tensor, posterior: Posterior, dtype: torch.dtype) -> Tensor:
+    second = second.to(dtype)
+    if posterior.clamp is not None:
+        low, high = posterior.clamp
+        # As torch.clamp, but that the gradient by NaN is not zero.
+        second = torch.where(second < low, low, torch.where(second > high, high, second))
+    return not_negative(second) if posterior.parameter in ("std", "var") else second
+
+
+def not_negative(raw: Tensor) -> Tensor:
+    """NaN with a gradient of NaN where it is negative: squares would hide the sign from the KL, and sums from z."""
+    return nan_unless(raw >= 0, raw)
+
+
+def std(raw: Tensor, parameter: str) -> Tensor:
+    """sigma, from a parameter that is clamped already."""
+    if parameter == "logvar":
+        return torch.exp(0.5 * raw)
+    if parameter == "log_std":
+        return torch.exp(raw)
+    return torch.sqrt(raw) if parameter == "var" else raw
+
+
+def inverse_std(raw: Tensor, parameter: str) -> Tensor:
+    return std(-raw, parameter) if parameter in ("logvar", "log_std") else 1 / std(raw, parameter)
+
+
+def log_variance(raw: Tensor, parameter: str) -> Tensor:
+    if parameter == "logvar":
+        return raw
+    if parameter == "log_std":
+        return 2 * raw
+    return torch.log(raw) if parameter == "var" else 2 * torch.log(raw)
+
+
+def excess(raw: Tensor, parameter: str) -> Tensor:
+    """sigma^2 - 1 - log sigma^2, without cancellation in its derivative."""
+    if parameter == "std":
+        return excess_of_std(raw)
+    return excess_of_var(raw) if parameter == "var" else excess_of_logvar(log_variance(raw, parameter))
+
+
+def kl_elements(latents: Latents, mu: Tensor, second: Tensor, *prior: Tensor | None) -> Tensor:
+    """KL(N(mu, sigma^2) || prior) of each element, in nats."""
+    posterior, kind = latents
+    dtype = result_dtype(mu, second, *(p for p in prior if p is not None))
+    mu, raw, parameter = mu.to(dtype), clamped(second, posterior, dtype), posterior.parameter
+    if kind is None:
+        return 0.5 * (mu.square() + excess(raw, parameter))
+    prior_mu, prior_raw = (p.to(dtype) for p in prior)
+    if kind in ("std", "var"):
+        prior_raw = not_negative(prior_raw)
+    distance = mu - prior_mu
+    distance = distance / prior_raw if kind == "std" else distance * inverse_std(prior_raw, kind)
+    if kind in ("std", "var") and parameter in ("std", "var"):
+        # Both terms from one quotient: what its rounding does to them cancels, where the two deviations are nearly alike.
+        beyond = excess_of_std(std(raw, parameter) / std(prior_raw, kind))
+    else:
+        beyond = excess_of_logvar(log_variance(raw, parameter) - log_variance(prior_raw, kind))
+    return 0.5 * (distance.square() + beyond)
+
+
+def sample(posterior: Posterior, mu: Tensor, second: Tensor, eps: Tensor, dtype: torch.dtype) -> Tensor:
+    """z = mu + sigma * eps, computed in `dtype`."""
+    z = mu.to(dtype) + eps.to(dtype) * std(clamped(second, posterior, dtype), posterior.parameter)
+    return z.to(torch.promote_types(mu.dtype, second.dtype))
+
+
+def log_prior(z: Tensor, latents: Latents, prior: tuple[Tensor, ...]) -> Tensor:
+    """log p(z) of each element, in nats."""
+    if latents.prior is None:
+        return -0.5 * z.square() - HALF_LOG_2PI
+    prior_mu, raw = (p.to(z.dtype) for p in prior)
+    if latents.prior in ("std", "var"):
+        raw = not_negative(raw)
+    distance = (z - prior_mu) * inverse_std(raw, latents.prior)
+    return -0.5 * distance.square() - 0.5 * log_variance(raw, latents.prior) - HALF_LOG_2PI

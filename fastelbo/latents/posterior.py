@@ -1,0 +1,120 @@
+"""What the latents of a call are: the posterior that the encoder parametrizes, and the prior that its KL is from."""
+
+from math import inf
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal
+
+from ..basics.arguments import check_alike, check_device, check_floats, check_prediction
+from ..basics.records import Record, canonical, check_choice, record
+from ..basics.scalars import check_real
+
+PARAMETERS = ("logvar", "log_std", "std", "var")
+
+
+@record
+class Posterior(metaclass=Record):
+    """What an encoder's second output means. Wherever there is `posterior=`, the name of a parameter alone will do.
+
+    Args:
+        parameter: `"logvar"`: log sigma^2; `"log_std"`: log sigma; `"std"`: sigma; `"var"`: sigma^2. The last two have to be
+            positive, which nothing looks at: sigma = 0 has an infinite KL, a negative one becomes NaN.
+        clamp: bounds that this output is clamped to, None for one that is not; its gradient is zero outside of them.
+            `(-30.0, 20.0)` is what latent diffusion does to `logvar` (Rombach et al., 2022: `DiagonalGaussianDistribution`).
+            NaN stays NaN.
+    """
+
+    parameter: str = "logvar"
+    clamp: tuple[float | None, float | None] | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("Posterior.parameter", self.parameter, PARAMETERS)
+        canonical(self, "clamp", _checked_clamp)
+
+
+def _checked_clamp(name: str, clamp) -> tuple[float, float] | None:
+    if clamp is None:
+        return None
+    if not isinstance(clamp, tuple | list) or len(clamp) != 2:
+        raise ValueError(f"{name} must be a pair (low, high); got {clamp!r}")
+    ends = zip(clamp, (-inf, inf), strict=True)
+    low, high = (
+        end if bound is None else check_real(f"{name}[{i}]", bound, "a number or None") for i, (bound, end) in enumerate(ends)
+    )
+    if not low <= high:
+        raise ValueError(f"{name} must be a pair (low, high) with low <= high; got {clamp!r}")
+    return None if (low, high) == (-inf, inf) else (low, high)
+
+
+LOGVAR, STD = Posterior(), Posterior("std")
+BY_NAME = {parameter: Posterior(parameter) for parameter in PARAMETERS}
+
+
+class Latents(NamedTuple):
+    """What the tensors of a call's latents are: mu and its second parameter, then those of a prior that is not N(0, I)."""
+
+    posterior: Posterior
+    prior: str | None = None  # what the prior's second tensor is, as `Posterior.parameter`
+
+
+def find_posterior(posterior) -> Posterior:
+    """The posterior that a name stands for, or the object that it is."""
+    if isinstance(posterior, Posterior):
+        return posterior
+    if not isinstance(posterior, str):
+        raise TypeError(f"posterior must be a name or a Posterior, got {type(posterior).__name__}")
+    check_choice("posterior", posterior, PARAMETERS)
+    return BY_NAME[posterior]
+
+
+def check_latents(mu, logvar, posterior, prior=None) -> tuple[Latents, tuple[Tensor, ...]]:
+    """What the latents are, and their tensors, the prior's expanded to the shape of mu; from what users pass."""
+    posterior, is_normal = find_posterior(posterior), isinstance(mu, Distribution)
+    if is_normal:
+        normal = _normal("mu", mu)
+        if logvar is not None:
+            raise ValueError("give mu and logvar, or a Normal, not both: mu is a distribution, and logvar was given")
+        if (posterior.parameter, posterior.clamp) not in (("logvar", None), ("std", None)):
+            raise ValueError(f"posterior is for tensors, and a Normal has its own parameters; got {posterior!r}")
+        mu, logvar, posterior = normal.loc, normal.scale, STD
+        if mu.dim() == 0:
+            raise ValueError("mu must have the batch as its first dimension, got a distribution without dimensions")
+    check_prediction("mu", mu)
+    check_prediction("logvar", logvar)
+    check_alike("logvar", logvar, "mu", mu)
+    if prior is None:
+        return Latents(posterior), (mu, logvar)
+    if isinstance(prior, Distribution):
+        normal = _normal("prior", prior)
+        tensors = _expanded("prior.loc", normal.loc, mu), _expanded("prior.scale", normal.scale, mu)
+        return Latents(posterior, "std"), (mu, logvar, *tensors)
+    if not isinstance(prior, tuple | list):
+        raise TypeError(f"prior must be None, a pair (mu, logvar) or a Normal, got {type(prior).__name__}")
+    if len(prior) != 2:
+        raise ValueError(f"prior must be a pair (mu, logvar) or a Normal; got {len(prior)} values")
+    if is_normal:
+        raise ValueError("prior must be a Normal where mu is one: a pair is parametrized as the posterior's tensors are")
+    tensors = [_expanded(f"prior[{i}]", value, mu) for i, value in enumerate(prior)]
+    return Latents(posterior, posterior.parameter), (mu, logvar, *tensors)
+
+
+def _normal(name: str, distribution: Distribution) -> Normal:
+    found = distribution
+    while isinstance(found, Independent):
+        found = found.base_dist
+    if not isinstance(found, Normal):
+        raise TypeError(f"{name} must be a Normal, or an Independent of one, if a distribution; got {distribution}")
+    return found
+
+
+def _expanded(name: str, value, mu: Tensor) -> Tensor:
+    check_floats(name, value)
+    check_device(name, value, "mu", mu)
+    try:
+        return value.expand(mu.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name} must have the shape of mu or one that broadcasts to it:"
+            f" got {name} {tuple(value.shape)} and mu {tuple(mu.shape)}"
+        ) from None

@@ -1,0 +1,99 @@
+"""The likelihoods p(x | z): what a decoder's output parametrizes.
+
+Wherever a likelihood is asked for, a name stands for one with its defaults, and an object of this module for one with options
+of its own. A likelihood of several parameters takes them as a tuple in place of `recon_x`, in the order given here; all but the
+first may be smaller, as long as they broadcast to its shape: a 0-d tensor, a number a channel `[C, 1, 1]`, a number a feature
+`[G]`.
+
+| name | object | `recon_x` |
+|---|---|---|
+| `"bernoulli"` | `Bernoulli` | probabilities |
+| `"bernoulli_logits"` | `BernoulliLogits` | logits, or (logits, weights of the positive part) |
+| `"mse"`, `"l1"` | `MSE`, `L1` | values |
+| `"gaussian"` | `Gaussian` | mean, or (mean, scale) |
+| `"laplace"` | `Laplace` | mean, or (mean, scale) |
+| `"categorical"` | `Categorical` | logits, with a dimension of classes |
+| `"multinomial"` | `Multinomial` | logits, with a dimension of items |
+| `"poisson"`, `"poisson_log"` | `Poisson`, `PoissonLog` | rate, or its logarithm |
+| `"negative_binomial"` | `NegativeBinomial` | (mean, inverse dispersion) |
+| `"zero_inflated_negative_binomial"` | `ZeroInflatedNegativeBinomial` | (mean, inverse dispersion, logits of the extra zeros) |
+| `"discretized_logistic"` | `DiscretizedLogistic` | (mean, log scale) |
+| `"discretized_logistic_mixture"` | `DiscretizedLogisticMixture` | all parameters of the mixture, along one dimension |
+| `"continuous_bernoulli"` | `ContinuousBernoulli` | probabilities |
+| `"continuous_bernoulli_logits"` | `ContinuousBernoulliLogits` | logits |
+
+All are negative log-likelihoods in nats with their constants, so that they can be compared with others and be turned into bits;
+but for `"mse"` and `"l1"`, which are no densities, and `"multinomial"`, without the coefficient that only the data determine.
+
+A likelihood of your own is a subclass of `Likelihood` with its formula, `nll`; it is computed in Torch.
+"""
+
+import ast
+import functools
+import math
+
+from .base import Likelihood
+from .bernoulli import Bernoulli, BernoulliLogits, ContinuousBernoulli, ContinuousBernoulliLogits
+from .classes import Categorical, Multinomial
+from .counts import NegativeBinomial, Poisson, PoissonLog, ZeroInflatedNegativeBinomial
+from .location import L1, MSE, Gaussian, Laplace
+from .logistic import DiscretizedLogistic, DiscretizedLogisticMixture
+
+__all__ = [
+    "L1",
+    "MSE",
+    "Bernoulli",
+    "BernoulliLogits",
+    "Categorical",
+    "ContinuousBernoulli",
+    "ContinuousBernoulliLogits",
+    "DiscretizedLogistic",
+    "DiscretizedLogisticMixture",
+    "Gaussian",
+    "Laplace",
+    "Likelihood",
+    "Multinomial",
+    "NegativeBinomial",
+    "Poisson",
+    "PoissonLog",
+    "ZeroInflatedNegativeBinomial",
+]
+
+BY_NAME: dict[str, Likelihood] = {
+    kind.name: kind()
+    for kind in (
+        Bernoulli, BernoulliLogits, MSE, L1, Gaussian, Laplace, Poisson, PoissonLog, ContinuousBernoulli,
+        ContinuousBernoulliLogits, Categorical, Multinomial, NegativeBinomial, ZeroInflatedNegativeBinomial,
+        DiscretizedLogistic, DiscretizedLogisticMixture,
+    )
+}  # fmt: skip
+"""The likelihood that a name stands for."""
+
+
+def find_likelihood(likelihood: str | Likelihood) -> Likelihood:
+    """The likelihood that a name stands for, or the object that it is."""
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    found = BY_NAME.get(likelihood) if isinstance(likelihood, str) else None
+    if found is None:
+        names = ", ".join(map(repr, BY_NAME))
+        raise ValueError(f"likelihood must be an object of fastelbo.likelihoods or one of {names}; got {likelihood!r}")
+    return found
+
+
+def code_of(likelihood: Likelihood) -> str | None:
+    """A likelihood of this module as a string, from which `likelihood_of` makes it again, in another process too."""
+    kind = type(likelihood)
+    if type(BY_NAME.get(likelihood.name)) is not kind:
+        return None
+    # Spelled so that torch.compile can trace it.
+    return likelihood.name + repr([getattr(likelihood, field) for field in kind.__dataclass_fields__])
+
+
+@functools.cache
+def likelihood_of(code: str) -> Likelihood:
+    name, values = code[:-1].split("[")
+    kind = type(BY_NAME[name])
+    numbers = {"inf": math.inf, "nan": math.nan}
+    found = (numbers[value] if value in numbers else ast.literal_eval(value) for value in values.split(", "))
+    return kind(**dict(zip(kind.__dataclass_fields__, found, strict=True)))

@@ -1,0 +1,201 @@
+"""What a likelihood is: a record that owns all that is true of it. Nobody else asks which likelihood it has."""
+
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..basics.arguments import check_alike, check_device, check_prediction, check_smaller
+from ..basics.records import Record, canonical, record
+from ..basics.scalars import check_integer, check_real
+from .values import Range
+
+# Torch makes a tensor of a number at every operation, which costs as much as the operation on a small input; and it has no
+# `rsub` that writes to given memory. Being 0-d, these go with every dtype and device.
+ONE, HALF = torch.tensor(1.0, device="cpu"), torch.tensor(0.5, device="cpu")
+
+
+def times(gradient: Tensor, factor: float | Tensor) -> None:
+    if isinstance(factor, Tensor) or factor != 1:
+        gradient.mul_(factor)
+
+
+@record
+class Likelihood(metaclass=Record):
+    """p(x | z): what a decoder's output parametrizes. The base of all likelihoods.
+
+    Args:
+        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
+    """
+
+    target_scale: float = field(default=1.0, kw_only=True)
+
+    name: ClassVar[str]
+    """By which it can be asked for, and under which errors speak of it."""
+    parameters: ClassVar[tuple[str, ...]] = ("recon_x",)
+    """What its tensors are; all but the first may be smaller, as long as they broadcast to it."""
+    ranges: ClassVar[tuple[Range | None, ...]] = ()
+    """Where its parameters must lie, in their order; None: anywhere, and so those that are not there."""
+    dim: ClassVar[int | None] = None
+    """The dimension along which one term is computed from many elements, as classes or channels; None: each element has its own."""
+    is_density: ClassVar[bool] = True
+    """Whether exp(-nll) is a density or a probability."""
+    kernel: ClassVar[str | None] = None
+    """Its device function in `kernels/likelihoods.py`; of one with a `dim`, the module of `kernels` that computes it; None: none."""
+
+    def __init_subclass__(cls) -> None:
+        """A formula of one's own has neither its parent's one-pass form nor its kernel."""
+        if "nll" in cls.__dict__:
+            cls.one_pass = cls.__dict__.get("one_pass", Likelihood.one_pass)
+            cls.kernel = cls.__dict__.get("kernel")
+
+    def __post_init__(self) -> None:
+        canonical(self, "target_scale", check_real)
+
+    # --- the tensors of a call
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many tensors of parameters it takes."""
+        return (len(self.parameters),)
+
+    def check(self, name: str, parameters: Sequence[Tensor], x: Tensor) -> None:
+        """Raise unless parameters, which errors call `name`, and target fit together."""
+        if len(parameters) not in self.counts:
+            expected = ("a tensor" if n == 1 else f"the tuple ({', '.join(self.parameters[:n])})" for n in self.counts)
+            raise ValueError(
+                f"{name} must be {' or '.join(expected)} for the likelihood {self.name!r}, got {len(parameters)} tensors"
+            )
+        labels = [name] if len(parameters) == 1 else [f"{name}[{i}]" for i in range(len(parameters))]
+        check_prediction(labels[0], parameters[0])
+        for label, value in zip(labels[1:], parameters[1:], strict=True):
+            check_smaller(label, value, labels[0], parameters[0])
+        self.check_target(labels[0], parameters[0], x)
+        check_device(labels[0], parameters[0], "x", x)
+
+    def check_target(self, name: str, first: Tensor, x: Tensor) -> None:
+        """Raise unless the target fits the first parameter."""
+        check_alike(name, first, "x", x)
+
+    def term_dim(self, first: Tensor, x: Tensor) -> int | None:
+        """The dimension of `x` that has one term."""
+        return None if self.dim is None else self.dim % x.dim()
+
+    def terms(self, first: Tensor, x: Tensor) -> torch.Size:
+        """The shape of the terms of the negative log-likelihood."""
+        dim = self.term_dim(first, x)
+        return x.shape if dim is None else x.shape[:dim] + x.shape[dim + 1 :]
+
+    def count(self, first: Tensor, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> float | Tensor:
+        """What a mean divides by: the number of terms, or the sum of their weights, which has as many dimensions."""
+        number = torch.sym_float(self.terms(first, x).numel())
+        if weight is None:
+            return number
+        return weight.to(dtype).sum() * (number / max(weight.numel(), 1))
+
+    def counts_by_values(self, first: Tensor, x: Tensor) -> bool:
+        """Whether `count` depends on the target's values."""
+        return False
+
+    def support(self, first: Tensor, x: Tensor) -> Range | None:
+        """Where the target `x`, as it came, must lie; None: anywhere."""
+
+    # --- the formula
+
+    def scaling(self, x: Tensor) -> tuple[float, float]:
+        """What the target is multiplied by, and what is added to it then."""
+        return self.target_scale, 0.0
+
+    def target(self, first: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The target as `nll` takes it."""
+        (scale, shift), x = self.scaling(x), x.to(dtype)
+        x = x if scale == 1 else x * scale
+        return x if shift == 0 else x + shift
+
+    def nll(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The negative log-likelihood in nats: one number for each of `terms`.
+
+        Made of Torch operations that autograd can differentiate as often as it likes. All tensors come in one floating dtype,
+        `x` as `target` makes it.
+        """
+        raise NotImplementedError
+
+    def one_pass(
+        self, parameters: Sequence[Tensor], x: Tensor, dim: int | bool | None, factor: float | Tensor | None,
+        out: Sequence[Tensor | None], spare: Sequence[Tensor],
+    ) -> Tensor | None:  # fmt: skip
+        """The sum of `nll` over `dim` (-1; None: over everything; False: not wanted), and its derivatives times `factor`.
+
+        The derivative by each parameter goes into the tensor of `out` at its place, unless that is None. All tensors have one
+        shape and dtype; `factor` is a float or broadcasts to them. `spare` are two buffers of that shape, to be written to.
+        """
+        wants = [gradient is not None for gradient in out]
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_(want) for p, want in zip(parameters, wants, strict=True)]
+            values = self.nll(leaves, x.detach())
+        if any(wants):
+            # Not afterwards: a derivative may overflow, as that by a rate of 1e-39.
+            upstream = factor.expand_as(values) if isinstance(factor, Tensor) else torch.full_like(values, factor)
+            wrt = [leaf for leaf, want in zip(leaves, wants, strict=True) if want]
+            found = torch.autograd.grad(values, wrt, upstream, materialize_grads=True)
+            for gradient, value in zip((g for g in out if g is not None), found, strict=True):
+                gradient.copy_(value)
+        return None if dim is False else values.detach().sum(dim)
+
+    def takes_samples(self, parameters: int, weighted: bool) -> bool:
+        """Whether a call may have several samples of all of x, one after the other."""
+        return self.is_plain(parameters) and not weighted
+
+    # --- one that is not a sum of terms
+
+    @property
+    def inner(self) -> "Likelihood | None":
+        """The likelihood of whose sums `compose` makes this one; None: it is a sum of terms itself."""
+
+    def compose(self, sums: Tensor, counts: float | Tensor, total: float | Tensor) -> Tensor:
+        """The reconstruction from sums of the `inner` likelihood, `[]` or `[B]`, each over `counts` elements, `total` in all."""
+        raise NotImplementedError
+
+    # --- the kernel
+
+    @property
+    def fixed(self) -> float | None:
+        """The number that stands for a second parameter that is not given; None: there is none."""
+
+    def function(self, parameters: int) -> str | None:
+        """The device function for so many parameters, the `fixed` one counted."""
+        return self.kernel
+
+    @property
+    def constant(self) -> float | None:
+        """A number that its device function takes beside the parameters."""
+
+    def is_plain(self, parameters: int) -> bool:
+        """Whether the kernel for most likelihoods computes it, from so many tensors: one, whose elements have a term each."""
+        alone = parameters == 1 and self.dim is None and self.constant is None
+        return alone and self.kernel is not None and self.function(1) == self.function(1 if self.fixed is None else 2)
+
+    def constants(self, parameters: Sequence[Tensor], x: Tensor) -> dict[str, Any]:
+        """What its kernel asks for beside tensors."""
+        scale, shift = self.scaling(x)
+        found = {"target_scale": scale, "centered": shift != 0}
+        return found if self.constant is None else found | {"constant": self.constant}
+
+
+def check_labelled_dim(likelihood: Likelihood, first: Tensor) -> int:
+    """The dimension of classes or channels in a first parameter, which has to have it beside that of the batch."""
+    dim = likelihood.dim
+    if not -first.dim() < dim < first.dim() or dim % first.dim() == 0:
+        raise ValueError(
+            f"{type(likelihood).__name__}.dim must be a dimension of recon_x {tuple(first.shape)} other than the batch,"
+            f" got {dim}"
+        )
+    return dim % first.dim()
+
+
+def check_own_dim(likelihood: Likelihood) -> None:
+    canonical(likelihood, "dim", check_integer)
+    if likelihood.dim == 0:
+        raise ValueError(f"{type(likelihood).__name__}.dim must not be 0, the dimension of the batch")

@@ -1,0 +1,155 @@
+"""Likelihoods of values in [0, 1]: Bernoulli and continuous Bernoulli, of probabilities or of their logits."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..basics.numerics import log_ratio_to_tanh, nan_unless, softplus
+from ..basics.records import canonical, record
+from ..basics.scalars import check_real
+from .base import ONE, Likelihood, times
+from .values import BITS, UNIT
+
+DENOMINATOR = 9.999999960041972e-13  # 1e-12 in float32, which Torch clamps by in every dtype
+
+
+@record
+class Bernoulli(Likelihood):
+    """Of probabilities, as `F.binary_cross_entropy`.
+
+    Args:
+        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
+    """
+
+    name = kernel = "bernoulli"
+    ranges = (UNIT,)
+
+    def support(self, first, x):
+        return UNIT
+
+    def nll(self, parameters, x):
+        (p,) = parameters
+        # Torch's function raises on a CPU, and stops a GPU, where something is NaN or outside: NaN here, in value and derivatives.
+        inside = (p.clamp(0, 1) == p) & (x.clamp(0, 1) == x)
+        invalid = (p + x) * torch.where(inside, 0.0, torch.nan).to(p.dtype)
+        p, x, kind = torch.where(inside, p, 0.5), torch.where(inside, x, 0.5), p.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):  # which refuses this function on a GPU, even for float32
+                return F.binary_cross_entropy(p, x, reduction="none") + invalid
+        return F.binary_cross_entropy(p, x, reduction="none") + invalid
+
+    def one_pass(self, parameters, x, dim, factor, out, spare):
+        # As in Torch: logarithms clamped at -100.
+        (p,), (gradient,), total = parameters, out, None
+        if dim is not False:
+            a, b = spare
+            torch.log(p, out=a).clamp_(min=-100)
+            torch.neg(p, out=b).log1p_().clamp_(min=-100)
+            total = torch.lerp(b, a, x, out=b).sum(dim).neg_()
+        if gradient is not None:
+            denominator = torch.sub(ONE, p, out=spare[1]).mul_(p).clamp_(min=DENOMINATOR)
+            times(torch.sub(p, x, out=gradient).div_(denominator), factor)
+        return total
+
+
+@record
+class BernoulliLogits(Likelihood):
+    """Of logits, as `F.binary_cross_entropy_with_logits(logits, x, pos_weight=pos_weight)`.
+
+    Args:
+        pos_weight: weight of the positive part, such as negatives / positives: a number. A tensor of weights that broadcasts to
+            `x` is the second of the tuple `(logits, pos_weight)` in place of `recon_x`.
+        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
+    """
+
+    pos_weight: float | None = None
+    name = kernel = "bernoulli_logits"
+    parameters = ("logits", "pos_weight")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.pos_weight, Tensor):
+            raise TypeError(
+                "BernoulliLogits.pos_weight must be a number: pass a tensor as the second of the tuple (logits, pos_weight)"
+            )
+        if self.pos_weight is not None:
+            canonical(self, "pos_weight", check_real)
+
+    @property
+    def counts(self):
+        return (1, 2) if self.pos_weight is None else (1,)
+
+    @property
+    def fixed(self):
+        return self.pos_weight
+
+    def support(self, first, x):
+        return BITS
+
+    def nll(self, parameters, x):
+        logits, *pos_weight = parameters
+        if not pos_weight and self.pos_weight is None:
+            return F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+        positive = x * softplus(-logits)
+        return (1 - x) * softplus(logits) + positive * (pos_weight[0] if pos_weight else self.pos_weight)
+
+    def one_pass(self, parameters, x, dim, factor, out, spare):
+        if len(parameters) > 1 or self.pos_weight is not None:
+            return super().one_pass(parameters, x, dim, factor, out, spare)
+        # max(l, 0) - x l + log1p(exp(-|l|)); the last term is -log(1 - q) with q = sigmoid(-|l|), which is cheaper than exp.
+        (logit,), (gradient,), total = parameters, out, None
+        if dim is not False:
+            a, b = spare
+            positive = torch.clamp_min(logit, 0, out=a)
+            torch.sub(logit, positive, alpha=2, out=b).sigmoid_().neg_().log1p_()
+            total = positive.addcmul_(logit, x, value=-1).sub_(b).sum(dim)
+        if gradient is not None:
+            times(torch.sigmoid(logit, out=gradient).sub_(x), factor)
+        return total
+
+    def function(self, parameters):
+        return self.kernel if parameters == 1 else "bernoulli_logits_weighted"
+
+
+@record
+class ContinuousBernoulli(Likelihood):
+    """Of probabilities, with the normalizer of Loaiza-Ganem and Cunningham (The continuous Bernoulli, 2019), by which the density
+    of values in [0, 1] integrates to 1.
+
+    Args:
+        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
+    """
+
+    name = kernel = "continuous_bernoulli"
+    ranges = (UNIT,)
+
+    def support(self, first, x):
+        return UNIT
+
+    def nll(self, parameters, x):
+        (p,) = parameters
+        p = nan_unless((p >= 0) & (p <= 1), p)
+        eps = torch.finfo(p.dtype).eps  # by which `torch.distributions.ContinuousBernoulli` keeps them from 0 and 1
+        p = torch.where(p < eps, eps, torch.where(p > 1 - eps, 1 - eps, p))  # as clamp, but that the gradient by NaN is not 0
+        return _continuous_nll(torch.log(p) - torch.log1p(-p), x)
+
+
+@record
+class ContinuousBernoulliLogits(Likelihood):
+    """As `ContinuousBernoulli`, of logits.
+
+    Args:
+        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
+    """
+
+    name = kernel = "continuous_bernoulli_logits"
+
+    def support(self, first, x):
+        return BITS
+
+    def nll(self, parameters, x):
+        return _continuous_nll(parameters[0], x)
+
+
+def _continuous_nll(logit: Tensor, x: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logit, x, reduction="none") - log_ratio_to_tanh(logit)

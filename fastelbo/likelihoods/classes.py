@@ -1,0 +1,136 @@
+"""Likelihoods over a dimension of classes or items: categorical and multinomial, of logits."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..basics.arguments import check_alike
+from ..basics.records import canonical, record
+from ..basics.scalars import check_integer
+from ..basics.tracing import is_seen
+from .base import Likelihood, check_labelled_dim, check_own_dim
+from .values import NONNEGATIVE, Range
+
+WEIGHTS = NONNEGATIVE._replace(silent=True)  # of logarithms; a negative one gives a finite loss
+
+
+@record
+class Classes(Likelihood):
+    """The base of both, whose targets are of the shape of the logits, one weight for each class."""
+
+    parameters = ("logits",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_own_dim(self)
+
+    def check_target(self, name, first, x):
+        check_labelled_dim(self, first)
+        check_alike(name, first, "x", x)
+
+    def support(self, first, x):
+        return WEIGHTS
+
+    def nll(self, parameters, x):
+        log_p = F.log_softmax(parameters[0], self.dim)
+        # An item that is masked by a logit of -infinity has no counts.
+        return -torch.where((x == 0) & log_p.isinf(), 0.0, log_p * x).sum(self.dim)
+
+
+@record
+class Categorical(Classes):
+    """As `F.cross_entropy`: logits `[B, K, ...]` and labels `[B, ...]`, or a target of the shape of the logits.
+
+    Targets of an integer dtype with one dimension less are labels; those of the shape of the logits are probabilities of the
+    classes, one-hot or soft.
+
+    Args:
+        dim: the dimension of the classes in the logits; -1 for `[B, ..., K]`.
+        ignore_index: positions with this label count neither in a sum nor in the number that a mean divides by.
+        target_scale: targets of the shape of the logits are multiplied by it.
+    """
+
+    dim: int = 1
+    ignore_index: int = -100
+    name = kernel = "categorical"
+
+    def __post_init__(self):
+        super().__post_init__()
+        canonical(self, "ignore_index", check_integer)
+
+    def check_target(self, name, first, x):
+        if x.dim() != first.dim() - 1:
+            super().check_target(name, first, x)
+            return
+        dim = check_labelled_dim(self, first)
+        if x.is_floating_point():
+            raise TypeError(f"x must be of an integer dtype for labels, got {x.dtype}")
+        expected = first.shape[:dim] + first.shape[dim + 1 :]
+        if x.shape != expected:
+            raise ValueError(
+                f"x must have the shape of {name} without its dimension {dim} of classes, {tuple(expected)}, or that of {name},"
+                f" {tuple(first.shape)}; got {tuple(x.shape)}"
+                + ("; for classes that come last, use likelihoods.Categorical(dim=-1)" if x.shape == first.shape[:-1] else "")
+            )
+
+    def term_dim(self, first, x):
+        return None if x.dim() < first.dim() else super().term_dim(first, x)
+
+    def counts_by_values(self, first, x):
+        return x.dim() < first.dim()
+
+    def count(self, first, x, weight, dtype):
+        if x.dim() == first.dim():
+            return super().count(first, x, weight, dtype)
+        counted = x.long() != self.ignore_index
+        return (counted if weight is None else counted * weight.to(dtype)).sum(dtype=dtype)
+
+    def support(self, first, x):
+        if x.dim() == first.dim():
+            return WEIGHTS
+        highest, ignored = first.shape[self.dim] - 1, self.ignore_index
+        return Range(f"have labels from 0 to {highest}, or ignore_index={ignored},", 0, highest, unscaled=True, but=ignored)
+
+    def target(self, first, x, dtype):
+        # Labels in 64 bits, since a short dtype may not hold what they are compared with.
+        return x.long() if x.dim() < first.dim() else super().target(first, x, dtype)
+
+    def nll(self, parameters, x):
+        (logits,) = parameters
+        if x.dim() == logits.dim():
+            return super().nll(parameters, x)
+        logits = logits.movedim(self.dim, 1)
+        ignored = x == self.ignore_index
+        # NaN for labels that are none, as nothing can be raised where the values are not seen.
+        outside = ~ignored & ((x < 0) | (x >= logits.shape[1]))
+        if not is_seen(x) or ignored.any():
+            logits = torch.where(ignored.unsqueeze(1), 0.0, logits)  # or the gradient by a NaN that does not count would be NaN
+        nll = F.cross_entropy(logits, torch.where(ignored | outside, 0, x), reduction="none")
+        return torch.where(outside, torch.nan, torch.where(ignored, 0.0, nll))
+
+    def constants(self, parameters, x):
+        return super().constants(parameters, x) | geometry(parameters[0], self.dim) | {"ignore_index": self.ignore_index}
+
+
+@record
+class Multinomial(Classes):
+    """`-(log_softmax(logits) * counts).sum(dim)`, without the multinomial coefficient, which only the data determine (Liang et
+    al., Variational Autoencoders for Collaborative Filtering, 2018). The counts have the shape of the logits.
+
+    Args:
+        dim: the dimension of the items.
+        target_scale: the counts are multiplied by it.
+    """
+
+    dim: int = -1
+    name = "multinomial"
+    kernel = "categorical"  # with targets of the shape of the logits
+
+    def constants(self, parameters, x):
+        return super().constants(parameters, x) | geometry(parameters[0], self.dim) | {"ignore_index": 0}
+
+
+def geometry(logits: Tensor, dim: int) -> dict[str, int]:
+    """How the kernel sees the logits, `[outer, classes, inner]`."""
+    dim %= logits.dim()
+    return {"classes": logits.shape[dim], "inner": logits.shape[dim + 1 :].numel()}

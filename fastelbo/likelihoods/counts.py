@@ -1,0 +1,108 @@
+"""Likelihoods of counts: Poisson, negative binomial and its zero-inflated form."""
+
+import torch
+from torch import Tensor
+
+from ..basics.numerics import log_factorial, log_gamma_ratio, softplus
+from ..basics.records import record
+from .base import Likelihood
+from .values import NONNEGATIVE, POSITIVE
+
+
+@record
+class Poisson(Likelihood):
+    """`-Poisson(rate).log_prob(x)`, of rates.
+
+    Args:
+        target_scale: `x` is multiplied by it.
+    """
+
+    name = kernel = "poisson"
+    ranges = (NONNEGATIVE,)
+
+    def support(self, first, x):
+        return NONNEGATIVE
+
+    def nll(self, parameters, x):
+        (rate,) = parameters
+        # At a rate of 0, x log(rate) has no derivative in Torch, though it is 0 for x = 0.
+        zero = (rate == 0) & (x == 0)
+        return rate - torch.where(zero, 0.0, x * torch.log(torch.where(zero, 1.0, rate))) + log_factorial(x)
+
+
+@record
+class PoissonLog(Likelihood):
+    """As `Poisson`, of the rates' logarithms.
+
+    Args:
+        target_scale: `x` is multiplied by it.
+    """
+
+    name = kernel = "poisson_log"
+
+    def support(self, first, x):
+        return NONNEGATIVE
+
+    def nll(self, parameters, x):
+        (log_rate,) = parameters
+        return torch.exp(log_rate) - x * log_rate + log_factorial(x)
+
+
+EPS = 1e-8  # by which scvi-tools keeps its logarithms from 0, and so a mean of 0 with a count above it from infinity
+
+
+@record
+class NegativeBinomial(Likelihood):
+    """Counts with mean mu and variance mu + mu^2 / theta, of the tuple (mu, theta), theta the inverse dispersion: scvi-tools'
+    `NegativeBinomial(mu, theta)` (Lopez et al., Deep generative modeling for single-cell transcriptomics, 2018).
+
+    Args:
+        target_scale: `x` is multiplied by it.
+    """
+
+    name = kernel = "negative_binomial"
+    parameters = ("mean", "inverse_dispersion")
+    ranges = (NONNEGATIVE, POSITIVE)
+
+    def support(self, first, x):
+        return NONNEGATIVE
+
+    def nll(self, parameters, x):
+        mean, theta = parameters
+        return zeros_nll(mean, theta) + _beyond_zero(mean, theta, x)
+
+
+@record
+class ZeroInflatedNegativeBinomial(Likelihood):
+    """A negative binomial with a share of extra zeros, whose logits are the third of the tuple: scvi-tools'
+    `ZeroInflatedNegativeBinomial(mu, theta, zi_logits)`.
+
+    Args:
+        target_scale: `x` is multiplied by it.
+    """
+
+    name = kernel = "zero_inflated_negative_binomial"
+    parameters = ("mean", "inverse_dispersion", "zi_logits")
+    ranges = (NONNEGATIVE, POSITIVE, None)
+
+    def support(self, first, x):
+        return NONNEGATIVE
+
+    def nll(self, parameters, x):
+        mean, theta, logits = parameters
+        zeros = zeros_nll(mean, theta)
+        # log p(0) = log(1 - q), q = sigmoid(-logits) (1 - exp(-zeros)); where q is near 1, as a difference.
+        q = -torch.sigmoid(-logits) * torch.expm1(-zeros)
+        near = q < 0.5
+        is_zero = torch.where(near, -torch.log1p(-torch.where(near, q, 0.0)), softplus(-logits) - softplus(-logits - zeros))
+        return torch.where((x < EPS) & (x >= 0), is_zero, softplus(logits) + zeros + _beyond_zero(mean, theta, x))
+
+
+def zeros_nll(mean: Tensor, theta: Tensor) -> Tensor:
+    """-log p(0) of a negative binomial."""
+    return torch.where((mean >= 0) & (theta > 0), theta, torch.nan) * torch.log1p(mean / (theta + EPS))
+
+
+def _beyond_zero(mean: Tensor, theta: Tensor, x: Tensor) -> Tensor:
+    """What -log p(x) is more than -log p(0)."""
+    return log_factorial(x) - log_gamma_ratio(theta, x) + x * torch.log1p(theta / (mean + EPS))

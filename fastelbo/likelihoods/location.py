@@ -1,0 +1,220 @@
+"""Likelihoods of real numbers around a location: squared and absolute errors, Gaussian, Laplace."""
+
+import math
+from dataclasses import field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..basics.numerics import positive, softplus
+from ..basics.records import canonical, check_choice, record
+from ..basics.scalars import check_real
+from ..basics.tracing import is_seen
+from .base import Likelihood
+from .values import POSITIVE
+
+SCALES = ("scale", "log_scale", "logvar")
+
+
+@record
+class MSE(Likelihood):
+    """Squared errors, as `F.mse_loss`. No density: no constant, and no scale.
+
+    Args:
+        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
+    """
+
+    name = kernel = "mse"
+    is_density = False
+
+    def nll(self, parameters, x):
+        return F.mse_loss(parameters[0], x, reduction="none")
+
+    def one_pass(self, parameters, x, dim, factor, out, spare):
+        (y,), (gradient,) = parameters, out
+        if gradient is None:
+            return torch.ops.aten.mse_loss.out(y, x, 0, out=spare[0]).sum(dim)  # not reduced; a pass less than below
+        torch.sub(y, x, out=gradient)
+        # torch.dot would be one pass less, but is off by 2e-4 for half a million elements.
+        total = None if dim is False else torch.mul(gradient, gradient, out=spare[1]).sum(dim)
+        gradient.mul_(2 * factor)
+        return total
+
+
+@record
+class L1(Likelihood):
+    """Absolute errors, as `F.l1_loss`. No density: no constant, and no scale.
+
+    Args:
+        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
+    """
+
+    name = kernel = "l1"
+    is_density = False
+
+    def nll(self, parameters, x):
+        return F.l1_loss(parameters[0], x, reduction="none")
+
+
+@record
+class Scaled(Likelihood):
+    """The base of those whose second parameter is a scale, its logarithm or twice that."""
+
+    parameter: str = field(default="scale", kw_only=True)
+    soft_min: float | None = field(default=None, kw_only=True)
+    parameters = ("mean", "scale")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice(f"{type(self).__name__}.parameter", self.parameter, SCALES)
+        if self.soft_min is not None:
+            canonical(self, "soft_min", check_real)
+
+    @property
+    def ranges(self):
+        return (None, POSITIVE if self.parameter == "scale" else None)
+
+    def scale_of(self, parameter: Tensor) -> Tensor:
+        """The scale that a second parameter means, of its shape."""
+        return torch.exp(self.log_and_inverse(parameter)[0])
+
+    def log_and_inverse(self, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithm and reciprocal of the scale."""
+        # `check_values` raises for the NaN that the logarithm of a negative scale is. Where it does not look, all becomes NaN.
+        if self.parameter == "scale" and (self.soft_min is not None or not is_seen(given)):
+            given = positive(given)
+        if self.soft_min is None and self.parameter == "scale":
+            return torch.log(given), 1 / given
+        log_scale = {"scale": torch.log, "log_scale": lambda t: t, "logvar": lambda t: 0.5 * t}[self.parameter](given)
+        return self.bounded(log_scale)
+
+    def bounded(self, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Likewise, from a logarithm that has no bound yet."""
+        if self.soft_min is not None:
+            log_scale = self.soft_min + softplus(log_scale - self.soft_min)
+        return log_scale, torch.exp(-log_scale)
+
+    def constants(self, parameters, x):
+        return super().constants(parameters, x) | {"scale": self.parameter, "soft_min": self.soft_min}
+
+
+@record
+class Located(Scaled):
+    """The base of those that have a fixed scale, for a single tensor of means."""
+
+    scale: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        name = f"{type(self).__name__}.scale"
+        if isinstance(self.scale, Tensor):
+            raise TypeError(f"{name} must be a number: pass a tensor as the second of the tuple (mean, scale)")
+        if self.scale in SCALES:
+            raise ValueError(f"{name} must be a number: what the second of the tuple is, parameter={self.scale!r} says")
+        canonical(self, "scale", self.check_scale)
+
+    def check_scale(self, name: str, scale) -> float:
+        scale = check_real(name, scale)
+        if not scale > 0:
+            raise ValueError(f"{name} must be positive, got {scale}")
+        return scale
+
+    @property
+    def counts(self):
+        return (1, 2)
+
+    @property
+    def fixed(self):
+        return self.scale
+
+    def check(self, name, parameters, x):
+        super().check(name, parameters, x)
+        if len(parameters) == 2 and self.scale != 1:
+            raise ValueError(f"give {type(self).__name__}.scale or the tuple (mean, scale), not both: got scale={self.scale}")
+
+    def constants(self, parameters, x):
+        if len(parameters) == 2:
+            return super().constants(parameters, x)
+        return Likelihood.constants(self, parameters, x) | {"scale": "scale"}  # the fixed one
+
+
+OPTIMAL = "optimal"
+
+
+@record
+class Gaussian(Located):
+    """`-Normal(mean, scale).log_prob(x)`, of a mean, or of a tuple of mean and scale.
+
+    Args:
+        scale: the standard deviation of a single tensor of means: a positive number, or `"optimal"`, the one that minimizes the
+            loss: the root of the mean squared error over all that `recon_x` holds (sigma-VAE: Rybkin et al., Simple and
+            Effective VAE Training with Calibrated Decoders, 2021).
+        parameter: what the second tensor of a tuple is: `"scale"`, `"log_scale"` or `"logvar"`.
+        soft_min: a lower bound on the logarithm of a scale that is a tensor or optimal, softly:
+            `soft_min + softplus(log_scale - soft_min)`; sigma-VAE has -6.
+        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
+    """
+
+    scale: float | str = 1.0
+    name = kernel = "gaussian"
+
+    def check_scale(self, name, scale):
+        return scale if scale == OPTIMAL else super().check_scale(name, scale)
+
+    @property
+    def counts(self):
+        return (1,) if self.scale == OPTIMAL else (1, 2)
+
+    @property
+    def inner(self):
+        return MSE(target_scale=self.target_scale) if self.scale == OPTIMAL else None
+
+    def compose(self, sums, counts, total):
+        square = sums.sum() / total
+        square = torch.where(square.isnan() & (sums.sum() == 0), 1.0, square)  # any, where nothing counts: the sum is 0
+        if self.soft_min is not None:  # which bounds it without a derivative of log(0)
+            square = square.clamp_min(torch.finfo(square.dtype).tiny)
+        log_scale, inverse = self.bounded(0.5 * torch.log(square))
+        return 0.5 * sums * inverse.square() + counts * (log_scale + HALF_LOG_2PI)
+
+    def nll(self, parameters, x):
+        mean, *scale = parameters
+        if not scale:
+            return 0.5 * ((x - mean) / self.scale).square() + (math.log(self.scale) + HALF_LOG_2PI)
+        log_scale, inverse = self.log_and_inverse(scale[0])
+        return 0.5 * ((x - mean) * inverse).square() + (log_scale + HALF_LOG_2PI)
+
+    def one_pass(self, parameters, x, dim, factor, out, spare):
+        if len(parameters) > 1:
+            return super().one_pass(parameters, x, dim, factor, out, spare)
+        precision = 0.5 / self.scale**2
+        total = MSE.one_pass(self, parameters, x, dim, None if factor is None else factor * precision, out, spare)
+        if dim is not False:
+            terms = x.numel() // max(total.numel(), 1)
+            total.mul_(precision).add_(terms * (math.log(self.scale) + HALF_LOG_2PI))
+        return total
+
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+@record
+class Laplace(Located):
+    """`-Laplace(mean, scale).log_prob(x)`, of a mean, or of a tuple of mean and scale.
+
+    Args:
+        scale: the mean absolute deviation for a single tensor of means: a positive number.
+        parameter: what the second tensor of a tuple is: `"scale"`, `"log_scale"`, or `"logvar"`, twice that.
+        soft_min: as in `Gaussian`.
+        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
+    """
+
+    name = kernel = "laplace"
+
+    def nll(self, parameters, x):
+        mean, *scale = parameters
+        if not scale:
+            return (x - mean).abs() / self.scale + (math.log(self.scale) + math.log(2))
+        log_scale, inverse = self.log_and_inverse(scale[0])
+        return (x - mean).abs() * inverse + (log_scale + math.log(2))

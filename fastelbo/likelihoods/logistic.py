@@ -1,0 +1,123 @@
+"""Likelihoods of values in steps: the discretized logistic distribution, and mixtures of it."""
+
+import math
+from dataclasses import field
+
+import torch
+
+from ..basics.numerics import log_bin, positive
+from ..basics.records import canonical, record
+from ..basics.scalars import check_integer
+from . import mixture
+from .base import Likelihood, check_labelled_dim, check_own_dim
+from .location import Scaled
+from .values import Range
+
+
+@record
+class Steps(Likelihood):
+    """The base of both: targets in [-1, 1], or the levels that integers are."""
+
+    levels: int = 256
+
+    def __post_init__(self):
+        super().__post_init__()
+        canonical(self, "levels", check_integer)
+        if self.levels < 2:
+            raise ValueError(f"{type(self).__name__}.levels must be at least 2, got {self.levels}")
+
+    def support(self, first, x):
+        if not x.is_floating_point():
+            return Range(f"have levels from 0 to {self.levels - 1}", 0, self.levels - 1, unscaled=True)
+        end = 1 + 1 / (self.levels - 1)  # where the step ends whose middle is 1
+        return Range("lie in [-1, 1]", -end, end)
+
+    def scaling(self, x):
+        return super().scaling(x) if x.is_floating_point() else (2 / (self.levels - 1), -1.0)
+
+
+@record
+class DiscretizedLogistic(Scaled, Steps):
+    """Logistic distribution of values in [-1, 1], integrated over the bin of each of `levels` equal steps, of the tuple
+    (mean, log scale).
+
+    The lowest bin reaches to -infinity, the highest to infinity. Integer targets are taken as the levels 0 to `levels` - 1. Of
+    images in [0, 1], whose loss would be another one, a `UserWarning` tells on a CPU, once in a process.
+    (Kingma et al., Improved Variational Inference with Inverse Autoregressive Flow, 2016; Salimans et al., PixelCNN++, 2017,
+    with their ends. The logarithm of a bin is exact, where theirs is that of a density once the bin holds less than 1e-5.)
+
+    Args:
+        levels: number of steps.
+        parameter: what the second tensor is: `"log_scale"`, `"scale"`, or `"logvar"`, twice the first.
+        soft_min: as in `Gaussian`.
+        target_scale: `x` is multiplied by it, if it is floating.
+    """
+
+    parameter: str = field(default="log_scale", kw_only=True)
+    name = kernel = "discretized_logistic"
+
+    def nll(self, parameters, x):
+        mean, scale = parameters
+        if self.parameter == "scale":  # the first and last bin are without its logarithm, which shows what is not positive
+            scale = positive(scale)
+        log_scale, inverse = self.log_and_inverse(scale)
+        half = 1 / (self.levels - 1)
+        lower, upper = (x - mean - half) * inverse, (x - mean + half) * inverse
+        log_width = math.log(2 * half) - log_scale
+        log_p = log_bin(lower, upper, 2 * half * inverse, log_width, x < half - 1, x > 1 - half)
+        return torch.where(x.abs() > 1 + half, torch.nan, -log_p)
+
+    @property
+    def constant(self):
+        return 1 / (self.levels - 1)
+
+
+@record
+class DiscretizedLogisticMixture(Steps):
+    """A mixture of discretized logistic distributions of each pixel in [-1, 1] (Salimans et al., PixelCNN++, 2017; Child, Very
+    Deep VAEs, 2021), of all its parameters along one dimension.
+
+    For targets of three channels, K components take 10 K parameters a pixel, G depends linearly on R and B on both; for C other
+    channels, they take K (1 + 2 C). They lie as in PixelCNN++: K logits of the components, then for each channel K means, K log
+    scales (not below -7) and, of three channels, K coefficients (through tanh). Targets and bins are those of
+    `DiscretizedLogistic`.
+
+    Args:
+        levels: number of steps.
+        dim: the dimension of parameters and channels; -1 for channels last.
+        target_scale: `x` is multiplied by it, if it is floating.
+    """
+
+    dim: int = 1
+    name = "discretized_logistic_mixture"
+    kernel = "mixture"
+    parameters = ("parameters",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_own_dim(self)
+
+    def check_target(self, name, first, x):
+        dim, last = check_labelled_dim(self, first), x.shape[:-1] == first.shape[:-1]
+        if x.dim() != first.dim() or any(n != m for d, (n, m) in enumerate(zip(x.shape, first.shape, strict=True)) if d != dim):
+            raise ValueError(
+                f"x must have the shape of {name} but for dimension {dim}, its channels:"
+                f" got {name} {tuple(first.shape)} and x {tuple(x.shape)}"
+                + ("; for channels that come last, use likelihoods.DiscretizedLogisticMixture(dim=-1)" if last else "")
+            )
+        channels, found = x.shape[dim], first.shape[dim]
+        each = mixture.parameters_of(channels)
+        if found % each or found == 0:
+            raise ValueError(
+                f"{name} must have {each} parameters a component for {channels} channels, along dimension {dim}: got {found} in all"
+            )
+
+    def count(self, first, x, weight, dtype):
+        return super().count(first, x, weight, dtype) * x.shape[self.dim]
+
+    def nll(self, parameters, x):
+        return mixture.nll(parameters[0], x, levels=self.levels, dim=self.dim)
+
+    def constants(self, parameters, x):
+        dim = self.dim % x.dim()
+        return {"levels": self.levels, "channels": x.shape[dim], "inner": x.shape[dim + 1 :].numel()}

@@ -1,0 +1,189 @@
+"""The parts of the objective, each of them useful alone: samples of the posterior, and their KL from the prior."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from .basics.arguments import check_alike, check_count, check_device, check_noise, check_prediction, result_dtype
+from .basics.tracing import is_surrounded
+from .engine.call import check_kl
+from .engine.latents import latents_terms, run, sample
+from .engine.log_ratio import draw_rows, log_density, log_ratio
+from .engine.plan import latents_plan_of
+from .latents.posterior import Posterior, check_latents
+
+
+class SampleKL(NamedTuple):
+    """A sample z of the shape of `mu`, and the KL in nats: `[]`, or `[B]` with `reduction="none"`."""
+
+    z: Tensor
+    kl: Tensor
+
+
+def reparameterize(
+    mu: Tensor | Distribution,
+    logvar: Tensor | None = None,
+    *,
+    posterior: str | Posterior = "logvar",
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A sample `mu + sigma * eps` of N(mu, sigma^2), differentiable by `mu`, `logvar` and `eps`.
+
+    On a CPU the noise is what `torch.randn_like` gives for the same seed. On a GPU it comes from a Philox stream of this
+    library's own, whose seed follows `torch.manual_seed`: other values than `torch.randn_like`, made again in backward
+    instead of stored.
+
+    Args:
+        mu: mean, `[B, ...]`, float16, bfloat16, float32 or float64; or a `torch.distributions.Normal`, or an `Independent` of
+            one, which stands for `mu` and `logvar`.
+        logvar: logarithm of the variance, of the shape of `mu`, or what `posterior` says that it is.
+        posterior: what `logvar` is: `"logvar"`, `"log_std"`, `"std"`, `"var"`, or a `Posterior`.
+        eps: noise to use, of the shape of `mu`.
+        generator: draws the noise, in place of the default generator; on the device of `mu`.
+
+    Returns:
+        z, of the shape of `mu` and the wider of the two dtypes.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or both `eps` and `generator` came.
+    """
+    return sample(mu, logvar, posterior, None, None, eps, generator)[0]
+
+
+def sample_kl(
+    mu: Tensor | Distribution,
+    logvar: Tensor | None = None,
+    *,
+    posterior: str | Posterior = "logvar",
+    prior: tuple[Tensor, Tensor] | Distribution | None = None,
+    reduction: str = "sum",
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> SampleKL:
+    """A sample as from `reparameterize`, and its KL from the prior, from one read of all of them.
+
+    Args:
+        mu, logvar, posterior, eps, generator: as in `reparameterize`.
+        prior: as in `kl_divergence`; None: N(0, I).
+        reduction: of the KL: `"sum"`, `"batchmean"`, `"mean"` (over all elements) or `"none"` (one value a sample).
+
+    Returns:
+        `SampleKL(z, kl)`. The KL is float64 if `mu`, `logvar` or the prior is, otherwise float32; it goes into
+        `loss(..., kl=kl)`.
+
+    Raises:
+        TypeError, ValueError: as `reparameterize`, or `prior` is none, or `reduction` is unknown.
+    """
+    return tuple.__new__(SampleKL, sample(mu, logvar, posterior, prior, reduction, eps, generator)[:2])
+
+
+def kl_divergence(
+    mu: Tensor | Distribution,
+    logvar: Tensor | None = None,
+    prior: tuple[Tensor, Tensor] | Distribution | None = None,
+    *,
+    posterior: str | Posterior = "logvar",
+    reduction: str = "sum",
+) -> Tensor:
+    """KL(N(mu, sigma^2) || prior), in nats, differentiable by every tensor.
+
+    Args:
+        mu: mean, `[B, ...]`, float16, bfloat16, float32 or float64; or a `torch.distributions.Normal`, or an `Independent` of
+            one, which stands for `mu` and `logvar`.
+        logvar: logarithm of the variance, of the shape of `mu`, or what `posterior` says that it is.
+        prior: None: N(0, I). A pair `(mu, logvar)` of tensors, the second of which is what `posterior` says, or a Normal or an
+            Independent of one; of the shape of `mu` or one that broadcasts to it. Its deviations have to be positive: an
+            infinite KL or NaN comes of others.
+        posterior: what `logvar` is: `"logvar"`, `"log_std"`, `"std"`, `"var"`, or a `Posterior`, whose clamp is not the prior's.
+        reduction: `"sum"`, `"batchmean"` (sum / B), `"mean"` (over all elements), `"none"` (one value a sample, `[B]`),
+            `"dimension"` (the mean over the batch, `mu.shape[1:]`), or `"element"` (of the shape of `mu`).
+
+    Returns:
+        The KL: float64 if an input is, otherwise float32.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or has an unknown name.
+    """
+    if is_surrounded():
+        call, tensors = check_kl(mu, logvar, posterior, prior, reduction, False)
+        return latents_terms(call, tensors).kl
+    plan, tensors = latents_plan_of(mu, logvar, posterior, prior, reduction, None, False)
+    return run(plan, tensors, None).kl
+
+
+class SampleLogRatio(NamedTuple):
+    """A sample z, `[B, ...]`, and its log densities in nats, `[B]`; with `n_samples` behind a dimension of so many."""
+
+    z: Tensor
+    log_q: Tensor
+    log_p: Tensor
+
+
+def sample_log_ratio(
+    mu: Tensor | Distribution,
+    logvar: Tensor | None = None,
+    *,
+    posterior: str | Posterior = "logvar",
+    prior: tuple[Tensor, Tensor] | Distribution | None = None,
+    flow: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+    n_samples: int | None = None,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> SampleLogRatio:
+    """A sample as from `reparameterize` of contiguous latents, with log q(z | x) and log p(z), sums over each sample's latents.
+
+    The mean of `log_q - log_p` over many samples is the KL; that of one sample is an estimate of it, for posteriors and priors
+    whose KL has no closed form. It goes into `loss(..., kl=log_q - log_p, reduction="none")`.
+
+    Args:
+        mu, logvar, posterior: as in `reparameterize`.
+        prior: as in `kl_divergence`; None: N(0, I).
+        flow: a normalizing flow (Rezende and Mohamed, Variational Inference with Normalizing Flows, 2015): a callable from z0,
+            `[rows, ...]`, to `(z, log_det)`, of the same shape and `[rows]`, the logarithm of |det dz / dz0|. Then
+            `log_q = log q(z0 | x) - log_det`, and `log_p` is that of the transformed z, which is returned.
+        n_samples: how many samples of each; None: one, without a dimension for it. A flow sees all as rows.
+        eps: noise to use, of the shape of z.
+        generator: draws the noise, in place of the default generator.
+
+    Returns:
+        `SampleLogRatio(z, log_q, log_p)`, differentiable by all that went in. z has the wider dtype of `mu` and `logvar`; the
+        densities are float64 if these, the prior or what the flow returns is, otherwise float32.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or has an unknown name; `n_samples` is
+            less than 1; both `eps` and `generator` came; or the flow returned anything else.
+    """
+    latents, tensors = check_latents(mu, logvar, posterior, prior)
+    mu, second, *priors = tensors
+    if flow is not None and not callable(flow):
+        raise TypeError(f"flow must be callable, got {type(flow).__name__}")
+    count = 1 if n_samples is None else check_count("n_samples", n_samples)
+    if eps is not None:
+        check_noise(eps, generator, mu, n_samples)
+    noise = draw_rows(mu, second, count, eps, generator)
+    z, log_q, log_p = log_ratio(latents, tensors, noise, count)
+    if flow is not None:
+        z, log_det = _check_flow(flow(z), z)
+        dtype = torch.promote_types(log_q.dtype, result_dtype(z, log_det))
+        log_q = log_q.to(dtype) - log_det
+        log_p = log_density(z.to(dtype).unflatten(0, (count, mu.shape[0])), latents, priors)
+    if n_samples is None:
+        return SampleLogRatio(z, log_q, log_p)
+    return SampleLogRatio(*(t.unflatten(0, (count, mu.shape[0])) for t in (z, log_q, log_p)))
+
+
+def _check_flow(found, z0: Tensor) -> tuple[Tensor, Tensor]:
+    if not isinstance(found, tuple | list) or len(found) != 2:
+        raise TypeError(f"flow(z) must be a pair (z, log_det) of tensors, got {type(found).__name__}")
+    z, log_det = found
+    check_prediction("flow(z)[0]", z)
+    check_alike("flow(z)[0]", z, "z", z0)
+    check_prediction("flow(z)[1]", log_det)
+    check_device("flow(z)[1]", log_det, "z", z0)
+    if log_det.shape != z0.shape[:1]:
+        raise ValueError(f"flow(z)[1] must have one log_det a row, {tuple(z0.shape[:1])}: got {tuple(log_det.shape)}")
+    return z, log_det
