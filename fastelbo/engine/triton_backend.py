@@ -188,7 +188,7 @@ def _reconstruct(plan, parameters, x, weight, divisor, factor, wants, stateless)
     if plan.call.likelihood.dim is not None:
         module, weight = getattr(kernels, plan.call.likelihood.kernel), _of_positions(plan, parameters, x, weight)
         recon, gradient = module.forward(
-            parameters[0], x, weight, divisor, factor, **_common(plan), **plan.options, stateless=stateless
+            parameters[0], _target(plan, x), weight, divisor, factor, **_common(plan), **plan.options, stateless=stateless
         )
         return recon, [gradient]
     operands, family = _operands(plan, parameters)
@@ -204,7 +204,7 @@ def _correct(plan, parameters, x, weight, divisor, upstream, stored, used, large
     if plan.call.likelihood.dim is not None:
         module, weight = getattr(kernels, plan.call.likelihood.kernel), _of_positions(plan, parameters, x, weight)
         gradient, seen = module.backward(
-            parameters[0], x, weight, divisor, upstream, stored and stored[0], used, **_common(plan), **plan.options
+            parameters[0], _target(plan, x), weight, divisor, upstream, stored and stored[0], used, **_common(plan), **plan.options
         )
         return [gradient], seen
     operands, family = _operands(plan, parameters)
@@ -214,6 +214,14 @@ def _correct(plan, parameters, x, weight, divisor, upstream, stored, used, large
         family=family, **_common(plan),
     )  # fmt: skip
     return gradients[: len(parameters)], seen
+
+
+def _target(plan, x):
+    """The target, multiplied here where its kernel does not."""
+    scale = plan.call.likelihood.target_scale
+    if scale == 1 or "target_scale" in plan.options or not x.is_floating_point():
+        return x
+    return x.to(plan.call.dtype) * scale
 
 
 def _common(plan) -> dict:

@@ -31,6 +31,12 @@ class Classes(Likelihood):
     def support(self, first, x):
         return WEIGHTS
 
+    def geometry(self, logits: Tensor) -> dict[str, float]:
+        """How the kernel sees the logits, `[outer, classes, inner]`, and what it multiplies their targets by."""
+        dim = self.dim % logits.dim()
+        inner = logits.shape[dim + 1 :].numel()
+        return {"classes": logits.shape[dim], "inner": inner, "target_scale": self.target_scale}
+
     def nll(self, parameters, x):
         log_p = F.log_softmax(parameters[0], self.dim)
         # An item that is masked by a logit of -infinity has no counts.
@@ -109,7 +115,7 @@ class Categorical(Classes):
         return torch.where(outside, torch.nan, torch.where(ignored, 0.0, nll))
 
     def constants(self, parameters, x):
-        return super().constants(parameters, x) | geometry(parameters[0], self.dim) | {"ignore_index": self.ignore_index}
+        return self.geometry(parameters[0]) | {"ignore_index": self.ignore_index}
 
 
 @record
@@ -127,10 +133,4 @@ class Multinomial(Classes):
     kernel = "categorical"  # with targets of the shape of the logits
 
     def constants(self, parameters, x):
-        return super().constants(parameters, x) | geometry(parameters[0], self.dim) | {"ignore_index": 0}
-
-
-def geometry(logits: Tensor, dim: int) -> dict[str, int]:
-    """How the kernel sees the logits, `[outer, classes, inner]`."""
-    dim %= logits.dim()
-    return {"classes": logits.shape[dim], "inner": logits.shape[dim + 1 :].numel()}
+        return self.geometry(parameters[0]) | {"ignore_index": 0}
