@@ -12,7 +12,7 @@ import torch
 import triton
 
 from fastelbo.kernels.launch import PROGRAMS, THREADS
-from fastelbo.plain import PLAIN
+from fastelbo.likelihoods import BY_NAME
 
 from . import compiled
 from .assembly import Loop, Machine, machine
@@ -149,7 +149,7 @@ class Kernel(NamedTuple):
 
 def kernels() -> Iterator[Kernel]:
     """Every primitive of the budget, for each likelihood and dtype."""
-    for likelihood in PLAIN:
+    for likelihood in (name for name, record in BY_NAME.items() if record.is_plain(1)):
         # The others differ by their device functions alone.
         for prediction, target in PAIRS if likelihood in LIKELIHOODS else PAIRS[:1]:
             latent = F64 if prediction == F64 else F32

@@ -23,7 +23,7 @@ from fastelbo.likelihoods import Gaussian
 
 LIKELIHOODS = {
     "fixed": Gaussian(),
-    "learned": Gaussian("log_scale", soft_min=-6.0),
+    "learned": Gaussian(parameter="log_scale", soft_min=-6.0),
     "optimal": Gaussian("optimal"),
 }
 HELD_OUT = 297  # digits that are not trained with

@@ -184,11 +184,12 @@ def elbo(
         beta = _checked_beta(beta, x, mu)
     each = isinstance(beta, Tensor) and beta.dim() > 0
     # What can be checked before the decoder runs, which may draw noise and move statistics.
-    if weighting is None and monitor is None and not each and objective.likelihood.inner is None:
-        found = sample(mu, logvar, posterior, prior, objective.kl_reduction, eps, generator)
+    if weighting is None and monitor is None and not each and objective.is_sum:
+        found = sample(mu, logvar, posterior, prior, objective.kl_reduction, eps, generator, surrounded)
         _check_target(x, found.tensors[0])
         edge = None if surrounded else edge_of(found)
-        given = _parameters(decoder(found.z), objective.likelihood)
+        given = decoder(found.z)
+        given = _parameters(given, objective.likelihood) if isinstance(given, tuple | list) else (given,)
         return decoded_terms(objective, found, edge, given, x, weight, beta)
     _check_sources(mu, logvar, None, objective, prior, weighting, reduction, monitor)
     latents, tensors = check_latents(mu, logvar, posterior, prior)

@@ -110,9 +110,9 @@ def kl_divergence(
     """
     if is_surrounded():
         call, tensors = check_kl(mu, logvar, posterior, prior, reduction, False)
-        return latents_terms(call, tensors).kl
+        return latents_terms(call, tensors)[1]
     plan, tensors = latents_plan_of(mu, logvar, posterior, prior, reduction, None, False)
-    return run(plan, tensors, None).kl
+    return run(plan, tensors, None)[1]
 
 
 class SampleLogRatio(NamedTuple):

@@ -12,9 +12,11 @@ from torch.distributions import Normal
 
 import fastelbo
 from conftest import BACKEND
-from fastelbo.arguments import factor_of
-from fastelbo.divergence import Weighting, check_beta, check_weighting, divergence_terms, kl_divergence
-from fastelbo.posteriors import check_gaussian, check_prior
+from fastelbo import Weighting, kl_divergence
+from fastelbo.basics.arguments import factor_of
+from fastelbo.engine.divergence import divergence_terms
+from fastelbo.latents.posterior import check_latents
+from fastelbo.latents.weighting import check_beta, check_weighting
 from support import gradients, relative
 
 REDUCED = {
@@ -146,12 +148,12 @@ def weighted_truth(name, elements, beta, reduction):
 
 def terms(latents, kind, posterior, weighting, beta, reduction, statistics=False):
     """As the objective calls it."""
-    mu, second, posterior = check_gaussian(*latents[:2], posterior)
-    prior = None if kind is None else check_prior(prior_for(kind, *latents[2:]), mu)
-    beta = check_beta(beta, mu)
-    weighting = check_weighting(weighting, mu, prior, beta, reduction)
+    prior = None if kind is None else prior_for(kind, *latents[2:])
+    latents, tensors = check_latents(*latents[:2], posterior, prior)
+    beta = check_beta(beta, tensors[0])
+    weighting = check_weighting(weighting, tensors[0], prior is not None, beta, reduction)
     return divergence_terms(
-        mu, second, posterior=posterior, prior=prior, weighting=weighting, beta=beta, reduction=reduction, statistics=statistics
+        latents, tensors, weighting=weighting, beta=beta, reduction=reduction, statistics=statistics
     )
 
 

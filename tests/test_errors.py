@@ -203,7 +203,7 @@ NUMBERS = {
     "free_bits": lambda n: fastelbo.loss(**GOOD, weighting=fastelbo.Weighting(free_bits=n)).loss,
     "balance": lambda n: fastelbo.loss(**GOOD, prior=(KL, KL), weighting=fastelbo.Weighting(balance=(n, 1.0))).loss,
     "clamp": lambda n: fastelbo.kl_divergence(GOOD["mu"], GOOD["mu"], posterior=fastelbo.Posterior("std", (n, 99.0))),
-    "soft_min": lambda n: fastelbo.loss(**GOOD, likelihood=lk.Gaussian("log_scale", n)).loss,
+    "soft_min": lambda n: fastelbo.loss(**GOOD, likelihood=lk.Gaussian(parameter="log_scale", soft_min=n)).loss,
     "pos_weight": lambda n: fastelbo.loss(**GOOD, likelihood=lk.BernoulliLogits(n)).loss,
     "step": lambda n: torch.tensor(fastelbo.schedules.linear(100)(n)),
     "steps": lambda n: torch.tensor(fastelbo.schedules.linear(n)(1)),
@@ -273,7 +273,7 @@ def test_records_hold_plain_numbers():
     """So that what is equal is printed, hashed and pickled alike."""
     pairs = (
         (lk.Gaussian(soft_min=np.float32(-6)), lk.Gaussian(soft_min=-6.0)),
-        (lk.Laplace("logvar", Fraction(-1, 2)), lk.Laplace("logvar", -0.5)),
+        (lk.Laplace(parameter="logvar", soft_min=Fraction(-1, 2)), lk.Laplace(parameter="logvar", soft_min=-0.5)),
         (lk.Categorical(np.int64(-1), np.int8(5)), lk.Categorical(-1, 5)),
         (lk.Multinomial(np.int32(2)), lk.Multinomial(2)),
         (lk.DiscretizedLogistic(levels=np.uint16(32)), lk.DiscretizedLogistic(levels=32)),

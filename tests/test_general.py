@@ -235,7 +235,7 @@ def test_layouts(first, second, device):
     mean, logvar, x, weight = (torch.randn(2, 4, 5, 6, device=device) for _ in range(4))
     mean, x = LAYOUTS[first](mean).requires_grad_(), LAYOUTS[second](x.abs())
     logvar, weight = LAYOUTS[second](logvar).requires_grad_(), LAYOUTS[first](weight > 0)
-    for likelihood, parameters in ((Gaussian("logvar"), (mean, logvar)), (Multinomial(2), (mean,))):
+    for likelihood, parameters in ((Gaussian(parameter="logvar"), (mean, logvar)), (Multinomial(2), (mean,))):
         mask = weight if len(parameters) == 2 else weight[:, :, :1]
         got = fastelbo.loss(recon_x(parameters), x, kl=torch.zeros((), device=device), likelihood=likelihood, weight=mask).recon
         terms = -Normal(mean, torch.exp(logvar / 2)).log_prob(x) if len(parameters) == 2 else -(mean.log_softmax(2) * x).sum(2)
@@ -271,7 +271,7 @@ def test_results_may_be_written_to(device):
     mean, x, mu, logvar = (torch.rand(3, 2, device=device) for _ in range(4))
     log_scale, given = torch.zeros(3, 2, device=device, requires_grad=True), torch.tensor(2.0, device=device)
     beta = torch.tensor(0.5, device=device, requires_grad=True)
-    for likelihood, parameters in (("mse", mean), (Gaussian("log_scale"), (mean, log_scale)), ("multinomial", log_scale)):
+    for likelihood, parameters in (("mse", mean), (Gaussian(parameter="log_scale"), (mean, log_scale)), ("multinomial", log_scale)):
         for latents in ({"kl": given}, {"mu": mu, "logvar": logvar, "posterior": "std"}):
             terms = fastelbo.loss(parameters, x, beta=beta, likelihood=likelihood, **latents)
             expected = gradients(terms.loss, beta, retain_graph=True)

@@ -100,7 +100,7 @@ def calls_with_options(device):
     mask, labels = torch.rand(64, 1, device=device) > 0.2, torch.randint(0, 300, (64,), device=device)
     prior, capacity = (mu.detach() / 2, logvar.detach() / 2), torch.tensor(3.0, device=device)
     monitor = fastelbo.diagnostics.Monitor()
-    soft = fastelbo.likelihoods.Gaussian("log_scale", -6.0)
+    soft = fastelbo.likelihoods.Gaussian(parameter="log_scale", soft_min=-6.0)
 
     def call():
         zeros = (mean.exp(), theta.exp(), logits)
@@ -166,7 +166,7 @@ def test_launches_of_several_parameters(device):
     mean, x, _, _ = make_inputs("mse", (128, 784), (128, 20), device=device)
     logvar = torch.randn(128, 784, device=device, requires_grad=True)
     kl, one = torch.zeros((), device=device), torch.ones((), device=device)
-    likelihood = fastelbo.likelihoods.Gaussian("logvar")
+    likelihood = fastelbo.likelihoods.Gaussian(parameter="logvar")
 
     def recon():
         return fastelbo.loss((mean, logvar), x, kl=kl, beta=0.0, likelihood=likelihood).recon

@@ -134,17 +134,16 @@ def test_two_threads(device):
     assert max(errors) < 1e-6
 
 
-def test_the_table_of_guesses_is_bounded(device):
-    from fastelbo import guess
+def test_the_tables_are_bounded(device):
+    from fastelbo.engine import plan
 
-    limit = guess.LIMIT
-    guess.LIMIT = 4
+    limit = plan.LIMIT
+    plan.LIMIT = 4
     try:
         for size in range(1, 12):
             recon_x, x, _, _ = make_inputs("mse", (1, size), (1, 1), device=device)
             (gradient,) = gradients(loss_of(recon_x, x, "mse") * 2, recon_x)
             assert relative(gradient, 4 * (recon_x - x)) < 1e-6
-            assert len(guess._table) <= 1025
-        assert len(guess._table) <= 4
+        assert max(len(table) for table in (plan._objectives, plan._paths, plan._plans)) <= 4
     finally:
-        guess.LIMIT = limit
+        plan.LIMIT = limit

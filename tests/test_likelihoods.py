@@ -18,7 +18,6 @@ from fastelbo.likelihoods import (
     Laplace,
     Multinomial,
 )
-from fastelbo.plain import PLAIN
 from likelihood_cases import CASES, SHAPE, recon_x, reduce
 from support import assert_no_worse, gradients
 
@@ -193,7 +192,7 @@ def test_scales_of_every_shape(layout, reduction, shape, device):
         mean = mean.contiguous(memory_format=torch.channels_last)
     mean.requires_grad_()
     logvar = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
-    got = recon((mean, logvar), x, Gaussian("logvar"), reduction)
+    got = recon((mean, logvar), x, Gaussian(parameter="logvar"), reduction)
     expected = reduce(-torch.distributions.Normal(mean, torch.exp(logvar / 2)).log_prob(x), reduction)
     upstream = torch.rand_like(expected)
     torch.testing.assert_close(got, expected)
@@ -208,7 +207,7 @@ def test_scales_of_long_rows(reduction, device):
     mean.requires_grad_()
     log_scale = torch.randn(3, 1, 1, dtype=torch.float64, device=device, requires_grad=True)
     weight = torch.rand(2, 1, 32, 33, device=device) > 0.3
-    got = recon((mean, log_scale), x, Gaussian("log_scale"), reduction, weight=weight)
+    got = recon((mean, log_scale), x, Gaussian(parameter="log_scale"), reduction, weight=weight)
     expected = reduce(-torch.distributions.Normal(mean, log_scale.exp()).log_prob(x), reduction, weight)
     upstream = torch.rand_like(expected)
     torch.testing.assert_close(got, expected)
@@ -226,10 +225,10 @@ def test_what_is_masked_may_be_anything(reduction, device):
     bad = torch.where(weight, x, torch.nan)
     with torch.no_grad():
         mean[2, 2], log_scale[2, 3] = torch.inf, torch.nan
-    got = recon((mean, log_scale), bad, Gaussian("log_scale"), reduction, weight=weight)
+    got = recon((mean, log_scale), bad, Gaussian(parameter="log_scale"), reduction, weight=weight)
     ours = gradients(got.sum(), mean, log_scale)
     clean = [torch.where(weight, p, 0.0) for p in (mean, log_scale)]
-    expected = recon(clean, x, Gaussian("log_scale"), reduction, weight=weight)
+    expected = recon(clean, x, Gaussian(parameter="log_scale"), reduction, weight=weight)
     torch.testing.assert_close(got, expected)
     for a, b in zip(ours, gradients(expected.sum(), mean, log_scale), strict=True):
         torch.testing.assert_close(a, torch.where(weight, b, 0.0))
@@ -253,9 +252,9 @@ EDGES = {
     "zeros": ("zero_inflated_negative_binomial", [0.0, 1e6], ([1e-6, 1.0, 1e6], [1e-6, 1e6], [-50.0, 0.0, 50.0])),
     "rates": ("poisson", [0.0, 1.0, 1e6], ([1e-6, 1.0, 1e6],)),
     "log rates": ("poisson_log", [0.0, 1e6], ([-50.0, 0.0, 14.0],)),
-    "scales": (Gaussian("scale"), [-1.0, 0.0, 1.0], ([0.0, 1.0], [1e-6, 1.0, 1e6])),
-    "absolute": (Laplace("log_scale"), [-1.0, 0.5], ([0.0, 1.0], [math.log(1e-6), math.log(1e6)])),
-    "soft scales": (Gaussian("log_scale", -6.0), [-1.0, 0.5], ([0.0, 1.0], [-50.0, 50.0])),
+    "scales": (Gaussian(), [-1.0, 0.0, 1.0], ([0.0, 1.0], [1e-6, 1.0, 1e6])),
+    "absolute": (Laplace(parameter="log_scale"), [-1.0, 0.5], ([0.0, 1.0], [math.log(1e-6), math.log(1e6)])),
+    "soft scales": (Gaussian(parameter="log_scale", soft_min=-6.0), [-1.0, 0.5], ([0.0, 1.0], [-50.0, 50.0])),
     "bins": (DiscretizedLogistic("scale"), [-1.0, 1 / 255, 1.0], ([-1.0, 0.1, 1.0], [1e-6, 0.01, 1e6, 1e38])),
     "bins of wide scales": (DiscretizedLogistic(), [-1.0, 0.1, 1.0], ([-1.0, 0.0, 1.0], [60.0, 84.0, 88.0, 104.0, 200.0])),
     "logits": ("continuous_bernoulli_logits", [0.0, 0.3, 1.0], ([-50.0, -1e-3, 0.0, 1e-3, 0.49, 0.51, 50.0],)),
@@ -363,7 +362,7 @@ def test_a_zero_without_a_sign_or_with_one(dtype, device):
 
 
 @pytest.mark.parametrize(
-    "likelihood", ("gaussian", "laplace", Gaussian("log_scale"), Gaussian("logvar"), Laplace("logvar")), ids=str
+    "likelihood", ("gaussian", "laplace", Gaussian(parameter="log_scale"), Gaussian(parameter="logvar"), Laplace(parameter="logvar")), ids=str
 )
 def test_an_infinite_scale_is_an_infinite_loss(likelihood, device):
     mean, x = torch.zeros(1, 2, device=device), torch.ones(1, 2, device=device)
@@ -406,7 +405,7 @@ def test_what_is_no_probability_has_a_gradient_of_nan(weighted, device):
     assert slope[0, 2] == slope[0, 3] == 0  # clamped, as torch.distributions does
     for value in (1.5, -0.1):
         outside = torch.tensor([[value]], requires_grad=True)
-        nll = PLAIN["continuous_bernoulli"].nll(outside, torch.ones(1, 1), 1.0)
+        nll = BY_NAME["continuous_bernoulli"].nll([outside], torch.ones(1, 1))
         assert nll.isnan()
         assert gradients(nll, outside)[0].isnan()
 
@@ -471,7 +470,7 @@ def test_optimal_scale(device):
     weight = torch.rand(5, 1, device=device) + 0.5
     error = (weight * (mean - x).square()).sum() / (6 * weight.sum())
     for reduction in ("sum", "mean", "none"):
-        got = recon([mean], x, Gaussian("optimal", -1.0), reduction, weight=weight)
+        got = recon([mean], x, Gaussian("optimal", soft_min=-1.0), reduction, weight=weight)
         scale = torch.exp(-1 + torch.nn.functional.softplus(0.5 * error.log() + 1))
         expected = reduce(-torch.distributions.Normal(mean, scale).log_prob(x), reduction, weight)
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
@@ -723,6 +722,6 @@ def test_a_perfect_reconstruction_with_an_optimal_scale(device):
     mean = torch.rand(4, device=device, requires_grad=True)
     x = mean.detach().clone()
     for reduction in ("sum", "none"):
-        got = recon([mean], x, Gaussian("optimal", -6.0), reduction, weight=torch.ones(4, device=device))
+        got = recon([mean], x, Gaussian("optimal", soft_min=-6.0), reduction, weight=torch.ones(4, device=device))
         torch.testing.assert_close(got.sum().item(), 4 * (-6 + 0.5 * math.log(2 * math.pi)), rtol=1e-6, atol=0)
         assert (gradients(got.sum(), mean)[0] == 0).all()

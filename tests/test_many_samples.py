@@ -445,15 +445,15 @@ def test_float16_loss_scale(device):
 def test_gradient_is_computed_once(device, monkeypatch):
     """Backward knows the factor of each row before the loss is computed again: nothing is corrected afterwards."""
     net, x, (mu, logvar) = network(device), target(device), latents(device)
-    from fastelbo import autograd
+    from fastelbo.engine.backend import backend_for
 
     factors = []
-    backend = autograd.backend_for(device)
+    backend = backend_for(device)
     original = backend.loss_backward
 
-    def recorded(recon_x, x, mu, logvar, beta, upstreams, gradient, used, **options):
-        factors.append(gradient is not None and torch.equal(upstreams[0], used))
-        return original(recon_x, x, mu, logvar, beta, upstreams, gradient, used, **options)
+    def recorded(plan, beta, tensors, divisor, upstreams, stored, sums, used, needs):
+        factors.append(stored is not None and torch.equal(upstreams[0], used))
+        return original(plan, beta, tensors, divisor, upstreams, stored, sums, used, needs)
 
     monkeypatch.setattr(backend, "loss_backward", recorded)
     gradients(3 * iwae(net, x, mu, logvar, chunk=3), mu)
@@ -510,7 +510,7 @@ def test_closure_over_features_of_the_encoder(estimator, device):
 def test_output_that_is_a_leaf(device):
     """A scale that is learned by itself."""
     net, log_scale = network(device), torch.zeros(FEATURES, device=device, requires_grad=True)
-    likelihood = fastelbo.likelihoods.Gaussian("log_scale")
+    likelihood = fastelbo.likelihoods.Gaussian(parameter="log_scale")
     agrees(lambda z: (net(z), log_scale), device, (log_scale, *net.parameters()), likelihood=likelihood)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import BACKEND
-from fastelbo.mixture import nll
+from fastelbo.likelihoods.mixture import nll
 from support import APPROXIMATE, assert_no_worse, relative
 
 LEVELS = 256

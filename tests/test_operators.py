@@ -6,25 +6,42 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastelbo
 from conftest import BACKEND
-from fastelbo import formula
+from fastelbo.engine import formula
+from fastelbo.engine.call import KLCall, LossCall
+from fastelbo.engine.operators import encoded
+from fastelbo.latents.posterior import LOGVAR, Latents, Posterior
+from fastelbo.likelihoods import BernoulliLogits, Gaussian, code_of, find_likelihood, likelihood_of
+from likelihood_cases import CASES
 from support import LIKELIHOODS, ContiguousWhenUnpacked, gradients, make_inputs, options
 
 ops = torch.ops.fastelbo
 SINGLE = torch.float32
 TAKES_SEEDS = BACKEND == "triton"
+SCALED = Gaussian(scale=0.4, target_scale=0.5)
 
 
-def loss_arguments(device, likelihood="mse", per_sample=False, given=False, channels_last=False):
+def loss_arguments(device, likelihood="mse", per_sample=False, given=False, channels_last=False, weight=None):
     shape = (3, 4, 5, 2) if channels_last else (3, 7)
-    recon_x, x, mu, logvar = make_inputs(likelihood, shape, (3, 2), device=device)
+    record = find_likelihood(likelihood)
+    recon_x, x, mu, logvar = make_inputs(record.name, shape, (3, 2), device=device)
     if channels_last:
         recon_x = recon_x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-    scale = torch.tensor(0.4, device=device) if likelihood == "gaussian" else None
     kl = None
     if given:
         mu = logvar = None
         kl = torch.rand(3 if per_sample else (), device=device, requires_grad=True)
-    return recon_x, x, mu, logvar, kl, scale, likelihood, 1.0, per_sample, SINGLE
+    return recon_x, None, None, x, weight, mu, logvar, kl, code_of(record), per_sample, SINGLE
+
+
+def of_several(name, device):
+    """A likelihood of any parameters, which all want gradients."""
+    case = CASES[name]
+    parameters, x = case.make(dtype=SINGLE, device=device)
+    first, second, third = (*(p.requires_grad_() for p in parameters), None, None)[:3]
+    return first, second, third, x, None, None, None, None, code_of(find_likelihood(case.likelihood)), False, SINGLE
+
+
+SEVERAL = [name for name, case in CASES.items() if find_likelihood(case.likelihood).inner is None]
 
 
 def latents(device, dtype=SINGLE, strided=False):
@@ -36,32 +53,63 @@ def seed(device):
     return torch.tensor(1234567, device=device)
 
 
+CALLS = {
+    "z": KLCall(Latents(LOGVAR), SINGLE, None),
+    "sum": KLCall(Latents(LOGVAR), SINGLE, "sum"),
+    "row": KLCall(Latents(LOGVAR), SINGLE, "row"),
+    "clamped": KLCall(Latents(Posterior("log_std", (-1.0, float("inf")))), SINGLE, "row"),
+    "floor": KLCall(Latents(Posterior("log_std")), SINGLE, "sum", floor=0.2),
+    "prior": KLCall(Latents(LOGVAR, "std"), SINGLE, "element"),
+    "balance": KLCall(Latents(LOGVAR, "logvar"), SINGLE, "row", shares=(0.2, 0.8)),
+    "columns": KLCall(Latents(LOGVAR, "log_std"), SINGLE, "column", statistics=True),
+}
+
+
+def latents_arguments(name, device, noise=None, strided=False):
+    mu, second = latents(device, strided=strided)
+    prior = None, None
+    if CALLS[name].latents.prior is not None:
+        prior = torch.randn_like(mu).requires_grad_(), torch.rand_like(mu).requires_grad_()
+    return mu, second, *prior, noise, *encoded(CALLS[name])
+
+
 def cases(name, device):
     """Arguments of each kind that the operator sees."""
     if name == "loss":
-        yield from (loss_arguments(device, likelihood) for likelihood in LIKELIHOODS)
+        yield from (loss_arguments(device, likelihood) for likelihood in (*LIKELIHOODS, SCALED))
         yield loss_arguments(device, per_sample=True)
         yield loss_arguments(device, given=True)
         yield loss_arguments(device, per_sample=True, given=True)
         yield loss_arguments(device, channels_last=True)
+        yield loss_arguments(device, BernoulliLogits(pos_weight=2.0), weight=torch.rand(3, 1, device=device))
+        yield from (of_several(name, device) for name in SEVERAL)
     elif name == "loss_backward":
         for per_sample in (False, True):
-            recon_x, x, mu, logvar, _, scale, *rest = loss_arguments(device, "gaussian", per_sample)
+            recon_x, _, _, x, weight, mu, logvar, kl, *rest = loss_arguments(device, "gaussian", per_sample)
             upstream = torch.rand(3 if per_sample else (), device=device)
-            for to_recon, to_kl in ((upstream, upstream), (upstream, None), (None, upstream)):
-                yield to_recon, to_kl, recon_x.detach(), x, mu.detach(), logvar.detach(), scale, *rest
-    elif name in ("reparameterize", "sample_kl"):
+            for to_recon, to_kl in ((upstream, upstream.clone()), (upstream, None), (None, upstream)):
+                latent = mu.detach(), logvar.detach()
+                yield to_recon, to_kl, recon_x.detach(), None, None, x, weight, *latent, kl, *rest, [True, False, False]
+        for case in SEVERAL:
+            tensors = [t.detach() if isinstance(t, torch.Tensor) else t for t in of_several(case, device)]
+            wants = [t is not None for t in tensors[:3]]
+            yield torch.tensor(2.0, device=device), None, *tensors, wants
+    elif name == "latents":
         for strided in (False, True):
-            mu, logvar = latents(device, strided=strided)
-            noises = [torch.randn_like(mu)] + [seed(device)] * TAKES_SEEDS
-            for noise in noises:
-                for per_sample in ((),) if name == "reparameterize" else ((False,), (True,)):
-                    yield mu, logvar, noise, *per_sample, SINGLE
-    elif name == "sample_backward":
-        mu, logvar = (t.detach() for t in latents(device))
-        grad_z, eps, per_sample = torch.rand_like(mu), torch.randn_like(mu), torch.rand(3, device=device)
-        for to_z, to_kl in ((grad_z, per_sample[0].clone()), (grad_z, None), (None, per_sample)):
-            yield to_z, to_kl, mu, logvar, eps, to_kl is per_sample, SINGLE
+            noises = [torch.randn_like(next(iter(latents(device, strided=strided))))] + [seed(device)] * TAKES_SEEDS
+            for call in CALLS:
+                for noise in (None,) if call in ("columns", "prior") else noises:
+                    yield latents_arguments(call, device, noise, strided)
+    elif name == "latents_backward":
+        for call in ("sum", "row", "balance"):
+            mu, second, prior_mu, prior_second, _, *rest = latents_arguments(call, device)
+            tensors = [t if t is None else t.detach() for t in (mu, second, prior_mu, prior_second)]
+            eps, grad_z = torch.randn_like(tensors[0]), torch.rand_like(tensors[0])
+            upstream = torch.rand(() if call == "sum" else 3, device=device)
+            to_weighted = upstream.clone() if call == "balance" else None
+            for to_z, to_kl in ((grad_z, upstream), (grad_z, None), (None, upstream)):
+                wants = [t is not None for t in tensors[2:]]
+                yield to_z, to_kl, None if to_kl is None else to_weighted, *tensors, eps, *rest, wants
 
 
 NAMES = sorted(
@@ -80,51 +128,70 @@ def test_opcheck(name, device):
         torch.library.opcheck(getattr(ops, name).default, args)
 
 
+@pytest.mark.parametrize("case", SEVERAL)
+def test_a_likelihood_from_its_code(case):
+    likelihood = find_likelihood(CASES[case].likelihood)
+    assert likelihood_of(code_of(likelihood)) is likelihood
+
+
 @pytest.mark.parametrize("per_sample", (False, True), ids=("sum", "none"))
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("likelihood", (*LIKELIHOODS, SCALED, *SEVERAL), ids=str)
 def test_loss_is_the_formula(likelihood, per_sample, device):
     """In values, gradients and second derivatives, that by the target included."""
-    *tensors, kl, scale, _, _, _, dtype = loss_arguments(device, likelihood, per_sample)
-    tensors[1].requires_grad_()
-
-    def by_operator():
-        return ops.loss(*tensors, kl, scale, likelihood, 0.5, per_sample, dtype)
+    if likelihood in SEVERAL:
+        *arguments, code, _, dtype = of_several(likelihood, device)
+    else:
+        *arguments, code, _, dtype = loss_arguments(device, likelihood, per_sample)
+    if arguments[3].is_floating_point():
+        arguments[3].requires_grad_()
+    there = [t for t in arguments if t is not None]
+    reduction = "none" if per_sample else "sum"
+    latents = 2 if arguments[5] is not None else 0
+    call = LossCall(likelihood_of(code), reduction, reduction, dtype, len(there) - 1 - latents, False, latents)
 
     def by_formula():
-        return formula.objective(
-            *tensors, kl, 1.0, likelihood=likelihood, scale=scale, target_scale=0.5, weights=(1.0, 1.0),
-            per_sample=per_sample, dtype=dtype,
-        )[1:]  # fmt: skip
+        _, recon, kl = formula.terms(call, 1.0, 1.0, there)
+        return recon, torch.zeros_like(recon) if kl is None else kl
 
     results = []
-    for way in (by_operator, by_formula):
+    for way in (lambda: ops.loss(*arguments, code, per_sample, dtype), by_formula):
         recon, kl_sum = way()
         total = (2 * recon + 3 * kl_sum).sum()
-        first = gradients(total, *tensors, retain_graph=True)
-        wrt = [tensors[0], *tensors[2:]]
-        plain = gradients(total, *wrt, retain_graph=True)  # without the target: by the operator's own backward
-        again = gradients(total, *tensors, create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in again), tensors, allow_unused=True)
+        wrt = [t for t in there if t.requires_grad]
+        first = gradients(total, *wrt, retain_graph=True)
+        others = [t for t in wrt if t is not arguments[3]]
+        plain = gradients(total, *others, retain_graph=True)  # without the target: by the operator's own backward
+        again = gradients(total, *wrt, create_graph=True)
+        second = []
+        if any(g.requires_grad for g in again):
+            second = torch.autograd.grad(sum(g.square().sum() for g in again), wrt, allow_unused=True, materialize_grads=True)
         results.append([recon, kl_sum, *first, *plain, *again, *second])
     for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("upstreams", ((2.0, 3.0), (2.0, None), (None, 3.0)), ids=str)
-def test_sampling_is_the_formula(upstreams, device):
-    mu, logvar = latents(device, torch.float64)
-    eps = torch.randn_like(mu).requires_grad_()
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.kind in ("sum", "row")])
+def test_sampling_is_the_formula(name, upstreams, device):
+    *tensors, eps, _, _, _, _, _, _, _, _ = latents_arguments(name, device)
+    call = CALLS[name]._replace(dtype=torch.float64)
+    tensors = [t.detach().double().requires_grad_() for t in tensors if t is not None]
+    eps = torch.randn_like(tensors[0]).requires_grad_()
     results = []
-    for z, kl in (
-        ops.sample_kl(mu, logvar, eps, False, torch.float64),
-        (formula.sample(mu, logvar, eps, torch.float64), formula.divergence(mu, logvar, 1.0, False, torch.float64)),
+    for z, kl, weighted in (
+        ops.latents(*(*tensors, None, None)[:4], eps, *encoded(call))[:3],
+        formula.divergence(call, eps, *tensors)[:3],
     ):
-        total = sum(c * t.square().sum() for c, t in zip(upstreams, (z, kl), strict=True) if c is not None)
-        plain = gradients(total, mu, logvar, retain_graph=True)
-        again = gradients(total, mu, logvar, create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in again), (mu, logvar), retain_graph=True)
-        by_noise = torch.autograd.grad(total, eps, allow_unused=True)[0]
-        results.append([z, kl, *plain, *again, *second, torch.zeros_like(eps) if by_noise is None else by_noise])
+        outputs = [z, kl] if weighted is None or weighted.shape != kl.shape else [z, kl + 2 * weighted]
+        total = sum(c * t.square().sum() for c, t in zip(upstreams, outputs, strict=True) if c is not None)
+        plain = gradients(total, *tensors, retain_graph=True, allow_unused=True)
+        again = gradients(total, *tensors, create_graph=True, allow_unused=True)
+        again = [g for g in again if g is not None]
+        second = torch.autograd.grad(
+            sum(g.square().sum() for g in again), tensors, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        by_noise = torch.autograd.grad(total, eps, allow_unused=True, materialize_grads=True)
+        results.append([z, kl, *(g for g in plain if g is not None), *again, *second, *by_noise])
     torch.testing.assert_close(*results)
 
 
@@ -133,7 +200,7 @@ def test_a_seed_gives_the_same_noise_again(device):
     """In forward, in backward and in the formula for second derivatives; also where mu comes back with other strides."""
     for strided in (False, True):
         mu, logvar = latents(device, strided=strided)
-        z = ops.reparameterize(mu, logvar, seed(device), SINGLE)
+        z = ops.latents(mu, logvar, None, None, seed(device), *encoded(CALLS["z"]))[0]
         upstream = torch.rand_like(z)
         for create_graph in (False, True):
             (by_logvar,) = gradients(z, logvar, grad_outputs=upstream, retain_graph=True, create_graph=create_graph)

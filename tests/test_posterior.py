@@ -11,7 +11,7 @@ from torch.distributions import kl_divergence as torch_kl
 
 import fastelbo
 from conftest import BACKEND
-from fastelbo.divergence import Posterior, kl_divergence
+from fastelbo import Posterior, kl_divergence
 from support import APPROXIMATE, as_double, assert_no_worse, gradients, relative
 
 triton_only = pytest.mark.skipif(BACKEND != "triton", reason="about the kernels")

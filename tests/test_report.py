@@ -17,9 +17,9 @@ import torch
 import fastelbo
 from conftest import BACKEND, DEVICE
 from fastelbo import __main__ as report
-from fastelbo import backend
+from fastelbo.engine import backend, torch_backend
 
-MODULE = {"torch": "fastelbo.torch_backend", "triton": "fastelbo.kernels"}[BACKEND]
+MODULE = f"fastelbo.engine.{BACKEND}_backend"
 SUBJECTS = ("loss bernoulli", "loss bernoulli_logits", "loss mse", "loss gaussian", "sample_kl")
 RESULTS = {
     **{subject: {"loss", "recon", "kl", "d recon_x", "d mu", "d logvar"} for subject in SUBJECTS[:4]},
@@ -189,7 +189,7 @@ def test_what_cannot_be_found_out(monkeypatch, main):
     monkeypatch.setattr(platform, "platform", broken)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", broken)
     if DEVICE.type == "cuda":
-        monkeypatch.setattr(backend, "choose", lambda device: backend.Choice(backend.torch_backend, ""))
+        monkeypatch.setattr(backend, "choose", lambda device: backend.Choice(torch_backend, ""))
     text, code = main()
     assert code == 0
     assert field(text, "platform") == "not known: OSError: not here"
@@ -227,31 +227,31 @@ def test_a_gpu_by_its_properties(monkeypatch):
     "device, forced, triton, interpreted, expected",
     (
         ("cpu", None, True, False, "torch_backend: the tensors are on cpu, and Triton is for a CUDA or ROCm GPU"),
-        ("cuda", None, True, False, "kernels: the tensors are on cuda, and triton is installed"),
+        ("cuda", None, True, False, "triton_backend: the tensors are on cuda, and triton is installed"),
         (
             "cuda:1",
             None,
             True,
             True,
-            "kernels: the tensors are on cuda:1, and triton is installed, interpreted (TRITON_INTERPRET)",
+            "triton_backend: the tensors are on cuda:1, and triton is installed, interpreted (TRITON_INTERPRET)",
         ),
         ("cuda", None, False, False, "torch_backend: the tensors are on cuda, but the package triton is not installed"),
         ("cuda", "torch", True, False, "torch_backend: FASTELBO_BACKEND=torch forces it"),
-        ("cuda", "triton", True, False, "kernels: FASTELBO_BACKEND=triton forces it"),
-        ("cpu", "triton", True, True, "kernels: FASTELBO_BACKEND=triton forces it, interpreted (TRITON_INTERPRET)"),
+        ("cuda", "triton", True, False, "triton_backend: FASTELBO_BACKEND=triton forces it"),
+        ("cpu", "triton", True, True, "triton_backend: FASTELBO_BACKEND=triton forces it, interpreted (TRITON_INTERPRET)"),
     ),
 )
 def test_why_a_backend_was_chosen(monkeypatch, device, forced, triton, interpreted, expected):
     """Without the caches, and with a stand-in for the kernels, which cannot all be had in one process."""
-    kernels = SimpleNamespace(__name__="fastelbo.kernels", INTERPRETED=interpreted)
+    kernels = SimpleNamespace(__name__="fastelbo.engine.triton_backend", INTERPRETED=interpreted)
     monkeypatch.setattr(backend, "_forced", lambda: forced)
     if triton:
-        monkeypatch.setattr(backend, "_kernels", lambda: kernels)
+        monkeypatch.setattr(backend, "_triton_backend", lambda: kernels)
     else:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        monkeypatch.setattr(backend, "_kernels", backend._kernels.__wrapped__)
+        monkeypatch.setattr(backend, "_triton_backend", backend._triton_backend.__wrapped__)
     choice = backend.choose.__wrapped__(torch.device(device))
-    assert f"{choice.backend.__name__}: {choice.reason}" == f"fastelbo.{expected}"
+    assert f"{choice.backend.__name__}: {choice.reason}" == f"fastelbo.engine.{expected}"
 
 
 def test_a_forced_backend():

@@ -9,7 +9,7 @@ import torch
 
 import fastelbo
 from conftest import DEVICE, INTERPRETED
-from fastelbo import torch_backend, values
+from fastelbo.likelihoods import values
 from fastelbo.likelihoods import (
     BernoulliLogits,
     Categorical,
@@ -56,11 +56,11 @@ CASES = {
         f"{name}, x={x}": Case(likelihood, (0.3, 0.5), x, {1: (0.0, -0.5, -math.inf)}, {1: "be positive"})
         for name, likelihood in (
             ("gaussian", "gaussian"),
-            ("gaussian, soft", Gaussian("scale", -1.0)),
+            ("gaussian, soft", Gaussian(soft_min=-1.0)),
             ("laplace", "laplace"),
-            ("laplace, soft", Laplace("scale", -1.0)),
+            ("laplace, soft", Laplace(soft_min=-1.0)),
             ("discretized_logistic", DiscretizedLogistic("scale")),
-            ("discretized_logistic, soft", DiscretizedLogistic("scale", -1.0)),
+            ("discretized_logistic, soft", DiscretizedLogistic("scale", soft_min=-1.0)),
         )
         for x in ((-1.0, 0.5, 1.0) if name == "discretized_logistic" else (0.5,))  # a bin at an end has no width
     },
@@ -190,7 +190,7 @@ def test_labels(labels):
 
 @pytest.mark.parametrize("number", (0.0, -0.5))
 @pytest.mark.parametrize(
-    "likelihood", ("gaussian", "laplace", Gaussian("scale", -1.0), DiscretizedLogistic("scale")), ids=lambda v: str(v)
+    "likelihood", ("gaussian", "laplace", Gaussian(soft_min=-1.0), DiscretizedLogistic("scale")), ids=lambda v: str(v)
 )
 def test_scales(likelihood, number):
     """As a number, as a tensor of any shape, and learned."""

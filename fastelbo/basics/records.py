@@ -1,4 +1,4 @@
-"""Records: options that are made once. They are frozen, and equal ones are one object, so that a look-up compares identities."""
+"""Records: options that are made once. They are frozen, and equal ones are one object, which a look-up finds by identity."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -6,27 +6,36 @@ from dataclasses import dataclass, fields
 
 import torch
 
+_made: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+
 
 class Record(type):
     """The type of records. A record's `__post_init__` checks its fields and makes them canonical, before equals are found."""
-
-    _made: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
     def __call__(cls, *args, **options):
         new = super().__call__(*args, **options)
         if torch.compiler.is_compiling():  # no state: compiled code compares values
             return new
-        return Record._made.setdefault((cls, *((type(value), value) for value in vars(new).values())), new)
+        return _made.setdefault((cls, *((type(value), value) for value in vars(new).values())), new)
 
 
 def record(cls):
     """Makes a dataclass of a class whose type is `Record`. Copies and pickles of a record are the record itself."""
-    cls.__reduce__ = _reduced
-    return dataclass(frozen=True, eq=False)(cls)
+    cls = dataclass(frozen=True, eq=False, repr=False)(cls)
+    cls.field_names = tuple(field.name for field in fields(cls))
+    cls.__repr__, cls.__reduce__ = _represented, _reduced
+    return cls
+
+
+def _represented(self) -> str:
+    """The fields that are not as they are by default."""
+    defaults = {field.name: field.default for field in fields(self)}
+    shown = (f"{name}={getattr(self, name)!r}" for name in self.field_names if getattr(self, name) != defaults[name])
+    return f"{type(self).__qualname__}({', '.join(shown)})"
 
 
 def _reduced(self):
-    return _made_again, (type(self), {field.name: getattr(self, field.name) for field in fields(self)})
+    return _made_again, (type(self), {name: getattr(self, name) for name in self.field_names})
 
 
 def _made_again(cls, options):

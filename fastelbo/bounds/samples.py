@@ -24,6 +24,7 @@ from ..basics.arguments import (
     result_dtype,
 )
 from ..basics.tracing import is_differentiated, is_traced, never_compiled
+from ..basics.warnings import stacklevel_of_user
 from ..engine.call import LossCall, Objective
 from ..engine.divergence import divergence_terms
 from ..engine.graph import decoder_leaves
@@ -137,7 +138,7 @@ def _estimate(call: Call, given: Given, generator: torch.Generator | None) -> tu
     with autocast_without_cache(given.mu.device.type) if eager else contextlib.nullcontext():
         leaves, rows, recon, first = _first_chunk(call, given, generator, helds[0], run)
         if several and leaves is None:
-            warnings.warn(GRAPHS_KEPT, stacklevel=4)
+            warnings.warn(GRAPHS_KEPT, stacklevel=stacklevel_of_user())
         rows, recon = [rows], [recon]
         with torch.set_grad_enabled(torch.is_grad_enabled() and leaves is None):
             for where, held in list(zip(call.bound.chunks, helds, strict=True))[1:]:

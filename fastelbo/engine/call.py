@@ -30,6 +30,7 @@ class Objective(NamedTuple):
     posterior: Posterior
     reduction: str
     kl_reduction: str
+    is_sum: bool  # of the likelihood's terms, and not made of another one's sums
     is_direct: bool  # one Function computes it from mu and logvar, if these have no prior of their own
     samples: int = 1  # of all of x, one after the other, that the parameters have
 
@@ -38,7 +39,8 @@ class Objective(NamedTuple):
         """From what users pass."""
         likelihood, posterior = find_likelihood(likelihood), find_posterior(posterior)
         is_usual = posterior.parameter == "logvar" and posterior.clamp is None
-        return cls(likelihood, posterior, *split_reduction(reduction), is_usual and likelihood.inner is None)
+        is_sum = likelihood.inner is None
+        return cls(likelihood, posterior, *split_reduction(reduction), is_sum, is_usual and is_sum)
 
 
 class LossCall(NamedTuple):
@@ -95,7 +97,7 @@ class LossCall(NamedTuple):
 
 def check_loss(name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, latents: int) -> LossCall:
     """The call, once its tensors, of which errors call the first ones `name`, are found to fit together."""
-    likelihood, _, reduction, kl_reduction, _, samples = objective
+    likelihood, _, reduction, kl_reduction, _, _, samples = objective
     given, x = tensors[:parameters], tensors[parameters]
     check_reals("x", x)
     likelihood.check(name, given if samples == 1 else [p[: x.shape[0]] for p in given], x)

@@ -25,7 +25,7 @@ class Statistics(NamedTuple):
 def kl_of(latents: Latents, tensors: Sequence[Tensor], reduction: str) -> Tensor:
     """The reduced KL."""
     kind = KINDS.get(reduction, "sum")
-    return latents_terms(KLCall(latents, result_dtype(*tensors), kind, reduction), tensors).kl
+    return latents_terms(KLCall(latents, result_dtype(*tensors), kind, reduction), tensors)[1]
 
 
 def divergence_terms(

@@ -8,53 +8,60 @@ from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..basics.tracing import is_differentiated, is_surrounded, never_compiled
+from ..likelihoods.values import check_values
 from .call import Objective
 from .graph import decoder_leaves
 from .latents import Sample, again
-from .loss import ELBOTerms, loss_backward, loss_terms, save_loss, saved_loss
+from .loss import ELBOTerms, loss_backward, loss_terms, planned_terms, save_loss, saved_loss
 from .plan import LatentsPlan, LossPlan, loss_plan
 
 
 def edge_of(sample: Sample) -> GradientEdge | None:
-    """Where the graph of all that is computed from z ends, if a Function may hold it: to be taken before the decoder runs, which
-    may write to z."""
-    plan = sample.plan
-    return None if plan is None or plan.backend is None or not plan.wants else get_gradient_edge(sample.z)
+    """Where the graph of all that is computed from z ends, if a Function may hold it.
+
+    To be taken before the decoder runs, which may write to z. It is what `get_gradient_edge` gives, less its calls.
+    """
+    plan, z = sample.plan, sample.z
+    if plan is None or plan.backend is None or not plan.wants:
+        return None
+    return tuple.__new__(GradientEdge, (z.grad_fn, z.output_nr, z.view_as(z).grad_fn)) if SHORT else get_gradient_edge(z)
+
+
+SHORT = GradientEdge._fields == ("node", "output_nr", "ownership_token")
 
 
 def decoded_terms(
-    objective: Objective, sample: Sample, edge: GradientEdge | None, parameters: Sequence[Tensor], x: Tensor,
-    weight: Tensor | None, beta: float | Tensor,
-) -> ELBOTerms:  # fmt: skip
+    objective: Objective,
+    sample: Sample,
+    edge: GradientEdge | None,
+    parameters: Sequence[Tensor],
+    x: Tensor,
+    weight: Tensor | None,
+    beta: float | Tensor,
+) -> ELBOTerms:
     """The terms of what the decoder made of a sample."""
     tensors = (*parameters, x, sample.kl) if weight is None else (*parameters, x, weight, sample.kl)
     arguments = "decoder(z)", objective, tensors, len(parameters), weight is not None, 1, beta
     if edge is None or is_surrounded():
         return loss_terms(*arguments)
     plan = loss_plan(*arguments)
-    wants = plan.path.stores
-    outputs = [p for p, want in zip(parameters, wants, strict=True) if want]
-    # A leaf that is itself a prediction is for the composition.
-    if plan.backend is None or not outputs or any(p.grad_fn is None for p in outputs):
-        return loss_terms(*arguments)
-    leaves = decoder_leaves(outputs, edge)
+    leaves = None if plan.backend is None else decoder_leaves(parameters, edge)
     if leaves is None:
-        return loss_terms(*arguments)
+        return planned_terms(*arguments)
     # Not in the Function, whose gradients are by the tensors that it is given.
     latents = sample.tensors if sample.plan.is_dense else sample.plan.dense(sample.tensors)
     given = tensors[len(parameters) : -1]
-    terms = Elbo.apply(
-        plan, sample.plan, beta, (parameters, outputs, edge), sample.noise, len(given), *given, sample.kl.detach(),
-        *latents, *leaves,
-    )  # fmt: skip
+    terms = _apply(
+        plan, sample.plan, beta, (parameters, edge), sample.noise, len(given), *given, sample.kl.detach(), *latents, *leaves
+    )
     if plan.looks:
-        plan.check_values("decoder(z)", tensors, terms[1])
+        check_values(plan, "decoder(z)", tensors, terms[1])
     return tuple.__new__(ELBOTerms, terms)
 
 
 class Elbo(Function):
-    """The decoder has run already. `inner` holds its outputs and the edge of z in the graph in between, in a tuple, so that this
-    graph does not become part of the outer one: it is differentiated in backward, by z and by its leaves, which are inputs.
+    """The decoder has run already. `inner` holds its outputs and the edge of z in the graph between them, in a tuple, so that
+    this graph does not become part of the outer one: backward differentiates it, by z and by its leaves, which are inputs.
 
     The tensors: x and maybe a weight, of which there are `given`, the KL, the latents, laid out, and the leaves.
     """
@@ -63,11 +70,11 @@ class Elbo(Function):
     @never_compiled
     def forward(ctx, plan: LossPlan, latents: LatentsPlan, beta, inner, noise, given, *tensors):
         ctx.set_materialize_grads(False)
-        parameters, *ctx.inner = inner
-        loss_tensors = [p.detach() for p in parameters] + list(tensors[: given + 1])
+        ctx.inner, loss_tensors = inner, list(tensors[: given + 1])
+        loss_tensors[:0] = map(Tensor.detach, inner[0])
         if not plan.is_dense:
             loss_tensors = plan.dense(loss_tensors)
-        divisor = plan.count(loss_tensors) if plan.divisor is None else plan.divisor
+        divisor = plan.divisor_of(loss_tensors) if plan.divisor is None else plan.divisor
         count = 2 if latents.call.latents.prior is None else 4
         ctx.latents, ctx.latent_tensors, ctx.leaves = latents, count, tensors[given + 1 + count :]
         loss, recon, kl, *found = plan.backend.loss_forward(plan, beta, loss_tensors, divisor, None, plan.path.stores)
@@ -94,16 +101,17 @@ class Elbo(Function):
         _, _, _, _, _, _, *needs = ctx.needs_input_grad
         given = len(needs) - 1 - count - len(ctx.leaves)
         wants_latents, wants_leaves = needs[given + 1 : given + 1 + count], needs[given + 1 + count :]
-        outputs, z = ctx.inner
+        parameters, z = ctx.inner
         wants_z = True in wants_latents
         wrt = [edge for edge, wanted in zip((z, *ctx.leaves), (wants_z, *wants_leaves), strict=True) if wanted]
         found = iter([None] * len(wrt))
         if wrt:
             wants = (*plan.path.stores, *[False] * (given + 1))
             grads = loss_backward(ctx, plan, beta, divisor, tensors, sums, upstreams, wants)
-            arrived = [g for g, want in zip(grads, plan.path.stores, strict=False) if want]
-            if any(g is not None for g in arrived):
+            pairs = [(p, g) for p, g in zip(parameters, grads, strict=False) if g is not None]
+            if pairs:
                 keep = torch._C._autograd._get_current_graph_task_keep_graph()
+                outputs, arrived = zip(*pairs, strict=True)
                 found = iter(torch.autograd.grad(outputs, wrt, arrived, retain_graph=keep, allow_unused=True))
                 if not keep:
                     ctx.inner = None
@@ -117,3 +125,6 @@ class Elbo(Function):
                 latents, latent_tensors, noise, wants_latents, grad_z, grad_kl, None, grad_loss, beta
             )
         return (*[None] * (7 + given), *grad_latents, *grad_leaves)
+
+
+_apply = super(Function, Elbo).apply  # not the one in Python, which looks for transformations again

@@ -18,22 +18,24 @@ class Guess:
 
     __slots__ = ("known",)
 
-    def __init__(self, like: "Guess | None" = None) -> None:
+    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device, like: "Guess | None" = None) -> None:
+        """At first it is 1, or what it is for calls that are nearly alike."""
         self.known: tuple[int, Tensor] | None = None if like is None else like.known
+        if self.known is None and device.type == "cpu":
+            self.known = 0, _ones(rows, dtype, device)
 
     def factor(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """What the last backward saw, `[rows]`; at first 1."""
+        """What the last backward saw, `[rows]`."""
         known = self.known
         if device.type == "cpu":
-            stream = 0
-        elif torch.cuda.is_current_stream_capturing():
+            return known[1]
+        if torch.cuda.is_current_stream_capturing():
             if known is None:
                 return _ones(rows, dtype, device)
             # Capture begins with a sync of the device, so what another stream wrote is there.
             _captured.append(known[1])
             return known[1]
-        else:
-            stream = torch.cuda.current_stream(device).cuda_stream
+        stream = torch.cuda.current_stream(device).cuda_stream
         if known is None or known[0] != stream:
             known = self.known = stream, _ones(rows, dtype, device)
         return known[1]

@@ -16,35 +16,32 @@ from .call import KLCall, check_kl
 from .operators import normals
 from .plan import LatentsPlan, latents_plan, latents_plan_of
 
-
-class Found(NamedTuple):
-    """What is computed of latents. The KLs are reduced alike: `[]`, `[B]`, `mu.shape[1:]` or `mu.shape`."""
-
-    z: Tensor | None
-    kl: Tensor | None
-    weighted: Tensor | None  # the KL with a floor under each element, or with shares of its gradient; None where that is `kl`
-    sums: Sequence[Tensor] | None  # over the batch, of mu and mu^2; no gradient
+Found = tuple[Tensor | None, Tensor | None, Tensor | None, Sequence[Tensor] | None]
 
 
 def latents_terms(call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None = None) -> Found:
-    """What `call` says of latents that have been checked; a sample, if there is noise, as `draw` returns it."""
+    """`(z, kl, weighted, sums)` of latents that have been checked, each None where `call` does not ask for it.
+
+    z, if there is noise, as `draw` returns it; the KL, reduced; the same with a floor under each element, or with shares of its
+    gradient, None where that is the KL itself; and the sums over the batch of mu and mu^2, without gradient.
+    """
     if is_surrounded():
-        return Found(*traced.latents(call, tensors, noise))
+        return traced.latents(call, tensors, noise)
     return run(latents_plan(call, tensors, noise), tensors, noise)
 
 
 def run(plan: LatentsPlan, tensors: Sequence[Tensor], noise: Tensor | None) -> Found:
     """Likewise, once the plan is found."""
     if plan.backend is None:
-        return Found(*traced.latents(plan.call, tensors, noise))
+        return traced.latents(plan.call, tensors, noise)
     if not plan.is_dense:
         tensors = plan.dense(tensors)
     if noise is not None and noise.is_floating_point():
         noise = noise.contiguous(memory_format=plan.layout)
     if not plan.wants:
-        return Found(*plan.backend.latents_forward(plan, tensors, noise))
+        return plan.backend.latents_forward(plan, tensors, noise)
     z, kl, weighted, *sums = _apply(plan, noise, *tensors)
-    return Found(z, kl, weighted, sums or None)
+    return z, kl, weighted, sums or None
 
 
 class Latents(Function):
@@ -104,9 +101,11 @@ class Sample(NamedTuple):
     noise: Tensor
 
 
-def sample(mu, logvar, posterior, prior, reduction: str | None, eps: Tensor | None, generator) -> Sample:
-    """A sample, and its KL unless `reduction` is None, from what users pass."""
-    if is_surrounded():
+def sample(
+    mu, logvar, posterior, prior, reduction: str | None, eps: Tensor | None, generator, surrounded: bool | None = None
+) -> Sample:
+    """A sample, and its KL unless `reduction` is None, from what users pass. `surrounded`: whether the call is, if that is known."""
+    if is_surrounded() if surrounded is None else surrounded:
         call, tensors = check_kl(mu, logvar, posterior, prior, reduction, True)
         noise = draw(tensors[0], tensors[1], eps, generator)
         z, kl, _, _ = traced.latents(call, tensors, noise)
@@ -119,7 +118,7 @@ def sample(mu, logvar, posterior, prior, reduction: str | None, eps: Tensor | No
     else:
         noise = draw(tensors[0], tensors[1], eps, generator)
     z, kl, _, _ = run(plan, tensors, noise)
-    return Sample(z, kl, plan, tensors, noise)
+    return tuple.__new__(Sample, (z, kl, plan, tensors, noise))
 
 
 def draw(mu: Tensor, second: Tensor, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..basics.tracing import is_surrounded, needs_formula, never_compiled
+from ..likelihoods.values import check_values
 from . import formula, traced
 from .call import Objective, check_loss
 from .plan import LossPlan, loss_plan
@@ -51,7 +52,7 @@ def planned_terms(
     plan = loss_plan(name, objective, tensors, parameters, weighted, latents, beta)
     if not plan.is_dense:
         tensors = plan.dense(tensors)
-    divisor = plan.count(tensors) if plan.divisor is None else plan.divisor
+    divisor = plan.divisor_of(tensors) if plan.divisor is None else plan.divisor
     if plan.backend is None:
         terms = traced.loss(plan.call, beta, tensors, divisor)
     elif plan.path.wants:
@@ -59,7 +60,7 @@ def planned_terms(
     else:
         terms = plan.backend.loss_forward(plan, beta, tensors, divisor, None, plan.path.stores)[:3]
     if plan.looks:
-        plan.check_values(name, tensors, terms[1])
+        check_values(plan, name, tensors, terms[1])
     return tuple.__new__(ELBOTerms, terms)
 
 

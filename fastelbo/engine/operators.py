@@ -55,7 +55,7 @@ def _loss_plan(first, second, third, x, weight, mu, logvar, kl, likelihood, per_
     parameters, latents = _given(first, second, third), _given(mu, logvar, kl)
     tensors = [*parameters, x, *_given(weight), *latents]
     reduction = "none" if per_sample else "sum"
-    objective = Objective(likelihood_of(likelihood), LOGVAR, reduction, reduction, True)
+    objective = Objective(likelihood_of(likelihood), LOGVAR, reduction, reduction, True, True)
     plan = loss_plan("recon_x", objective, tensors, len(parameters), weight is not None, len(latents), 1.0)
     return plan, plan.dense(tensors), tensors
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..basics.layout import layout_of
 from ..basics.tracing import is_wrapper
-from ..likelihoods.values import Range, check_values, support_to_check
+from ..likelihoods import Likelihood
+from ..likelihoods.values import Range, support_to_check
 from . import torch_backend
 from .backend import backend_for
 from .call import KLCall, LossCall, Objective, check_kl, check_loss
@@ -49,7 +50,7 @@ class LossPath:
         self.is_plain = call.is_plain
         self.stores = tuple(grad_mode and p.requires_grad for p in parameters)
         self.wants = grad_mode and any(t.requires_grad for t in tensors)
-        self.guess = Guess()
+        self.guess: Guess | None = None  # with which a new shape begins
         # Gradients that are seldom wanted, and tensors that are not what they seem.
         seldom = grad_mode and any(isinstance(t, Tensor) and t.requires_grad for t in (x, weight, beta))
         strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or (isinstance(beta, Tensor) and is_wrapper(beta))
@@ -62,12 +63,18 @@ class LossPlan:
     """What is known of a call of `loss` before its values are. `guess` is the one thing that changes."""
 
     __slots__ = (
-        "backend", "call", "divisor", "guess", "is_dense", "is_elementwise", "is_whole", "kl_weight", "latents_layout", "layout", "looks", "options",
-        "path", "rows", "scaling", "support", "weight_shape",
+        "backend", "call", "count", "divisor", "dtype", "guess", "is_dense", "is_elementwise", "is_whole", "kl_weight", "latents",
+        "latents_layout", "layout", "likelihood", "looks", "options", "path", "per_sample", "rows", "scaling", "support",
+        "weight_shape",
     )  # fmt: skip
 
     path: LossPath
     call: LossCall
+    likelihood: Likelihood
+    dtype: torch.dtype
+    per_sample: bool
+    count: int  # of the parameters
+    latents: int
     backend: ModuleType | None
     divisor: float | None  # of the reconstruction's sum; None: it depends on values
     kl_weight: float
@@ -87,8 +94,11 @@ class LossPlan:
     def __init__(self, path: LossPath, call: LossCall, tensors: Sequence[Tensor]) -> None:
         parameters, x, weight, latents = call.split(tensors)
         likelihood, first = call.likelihood, parameters[0]
-        self.path, self.call, self.guess = path, call, Guess(path.guess)
+        self.path, self.call = path, call
+        self.likelihood, self.dtype, self.per_sample = likelihood, call.dtype, call.per_sample
+        self.count, self.latents = call.parameters, call.latents
         self.rows = first.shape[0] if call.per_sample else 1
+        self.guess = Guess(self.rows, call.dtype, first.device, path.guess)
         by_values = call.reduction == "mean" and (weight is not None or likelihood.counts_by_values(first, x))
         self.divisor = None if by_values else call.divisor(first, x, None)
         self.kl_weight = call.kl_factor(latents[0]) if call.latents == 2 else 1.0
@@ -127,24 +137,15 @@ class LossPlan:
             found[-1] = found[-1].contiguous(memory_format=self.latents_layout)
         return found
 
-    def count(self, tensors: Sequence[Tensor]) -> float | Tensor:
+    def divisor_of(self, tensors: Sequence[Tensor]) -> float | Tensor:
         """What the sum is divided by, where it depends on values."""
         parameters, x, weight, _ = self.call.split(tensors)
         return self.call.divisor(parameters[0], x, weight)
 
-    def check_values(self, name: str, tensors: Sequence[Tensor], recon: Tensor) -> None:
-        """Raise for values outside of where they must lie; only where the plan `looks`."""
-        call = self.call
-        n = call.parameters
-        weight = None
-        if call.weighted:
-            weight = tensors[n + 1].reshape(self.weight_shape)
-        check_values(call.likelihood, self.support, name, tensors[:n], tensors[n], weight, recon)
-
     def remember(self, factor: Tensor) -> None:
         """The upstream factor that the last backward saw, which the next forward guesses."""
         self.guess.remember(factor)
-        if self.rows == 1:  # with which a new shape begins
+        if not self.per_sample:
             self.path.guess = self.guess
 
 
@@ -183,7 +184,7 @@ def loss_plan(
 class LatentsPlan:
     """What is known of a sample or a KL before its values are."""
 
-    __slots__ = "backend", "call", "is_dense", "layout", "noise_layout", "rows", "scale", "wants"
+    __slots__ = "backend", "call", "is_dense", "is_whole", "layout", "noise_layout", "rows", "scale", "wants"
 
     def __init__(self, call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None, grad_mode: bool) -> None:
         mu, self.call = tensors[0], call
@@ -196,6 +197,8 @@ class LatentsPlan:
         if self.backend is torch_backend and not call.is_plain:
             self.backend = None
         self.layout, self.noise_layout = layout_of(mu), layout_of(tensors[1])
+        # To the Torch backend: one small block, in the dtype of the arithmetic.
+        self.is_whole = mu.numel() <= torch_backend.SMALL and mu.dtype == tensors[1].dtype == call.dtype
         self.is_dense = all(a is b for a, b in zip(self.dense(tensors), tensors, strict=True))
 
     def dense(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -20,6 +20,9 @@ from . import formula
 # blocks would fit in a nearer one, but starting the threads for every operation costs more than that gains.
 BLOCK, THREAD = 3 * 2**18, 2**16
 
+# Elements that a temporary tensor may have without costing more than memory that is kept.
+SMALL = 2**14
+
 
 def draw_noise(like: Tensor, layout: torch.memory_format, generator: torch.Generator | None) -> Tensor:
     """Standard normals of the shape and dtype of `like`: the ones that `torch.randn_like` would give in that layout."""
@@ -36,20 +39,21 @@ def loss_forward(plan, beta, tensors, divisor, known, wants):
     Returns `(loss, recon, kl, stored, sums, used)`: three results, `[]` or `[B]`, None where there is no KL; of each parameter
     its gradient times the factor `used`, or None. `sums`, of small parameters, are none of this backend's.
     """
-    call, used = plan.call, None
-    parameters, x, weight, latents = call.split(tensors)
+    n, dtype, used = plan.count, plan.dtype, None
+    x = tensors[n]
     # Elsewhere than on a CPU nothing could look at the guess in backward without a sync: it computes the gradient there.
     if True in wants and x.device.type == "cpu":
-        used = plan.guess.factor(plan.rows, call.dtype, x.device) if known is None else known
-    recon, stored = _reconstruct(plan, parameters, x, weight, divisor, used, wants, True)
-    if not latents:
+        used = plan.guess.known[1] if known is None else known
+    recon, stored = _reconstruct(plan, tensors, divisor, used, wants, True)
+    latents = plan.latents
+    if latents == 0:
         return None, recon, None, stored, None, used
-    if call.latents == 1:
-        kl = latents[0].to(call.dtype, copy=True)
+    if latents == 1:
+        kl = tensors[-1].to(dtype, copy=True)
     else:
-        kl = _divergence(*latents, plan.kl_weight, call.per_sample, call.dtype)
+        kl = _divergence(tensors[-2], tensors[-1], plan.kl_weight, plan.per_sample, dtype)
     if isinstance(beta, Tensor):
-        return recon + beta.to(call.dtype) * kl, recon, kl, stored, None, used
+        return recon + beta.to(dtype) * kl, recon, kl, stored, None, used
     return torch.add(recon, kl, alpha=beta), recon, kl, stored, None, used
 
 
@@ -61,44 +65,46 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
 
     Returns the gradients, a list, and the upstream factor of the reconstruction, `[B]` or `[1]`, for the next forward to guess.
     """
-    call, grads, seen = plan.call, [None] * len(tensors), None
+    n, grads, seen = plan.count, [None] * len(tensors), None
     grad_loss, grad_recon, grad_kl = upstreams
-    parameters, x, weight, latents = call.split(tensors)
-    wants = needs[: call.parameters]
+    wants = needs[:n]
     if True in wants and not (grad_loss is None and grad_recon is None):
         seen = added(grad_loss, grad_recon).reshape(-1)
         if stored is not None and torch.equal(seen, used):  # a NaN equals nothing
             seen = used
         else:
-            seen = seen.to(call.dtype, copy=True)  # whoever passed it in may write to it
-            _, stored = _reconstruct(plan, parameters, x, weight, divisor, seen, wants, False)
-        grads[: call.parameters] = stored
-    if True in needs[call.parameters :] and not (grad_loss is None and grad_kl is None):
+            seen = seen.to(plan.dtype, copy=True)  # whoever passed it in may write to it
+            _, stored = _reconstruct(plan, tensors, divisor, seen, wants, False)
+        grads[:n] = stored
+    if True in needs[n:] and not (grad_loss is None and grad_kl is None):
         factor = added(grad_loss, grad_kl, beta)
-        if call.latents == 1:
-            grads[-1] = factor.to(latents[0].dtype, copy=True)
+        if plan.latents == 1:
+            grads[-1] = factor.to(tensors[-1].dtype, copy=True)
         else:
-            grads[-2:] = _latent_gradients(None, *latents, None, factor, plan.kl_weight, call.dtype)
+            grads[-2:] = _latent_gradients(None, *tensors[-2:], None, factor, plan.kl_weight, plan.dtype)
     return grads, seen
 
 
 def latents_forward(plan, tensors, noise):
     """`(z, kl, weighted, sums)` of latents, each None where it is not computed: z if there is noise, the normals themselves; the
     KL, `[]` or `[B]`, unless the call's kind is None. The other two are none of this backend's."""
-    call, (mu, logvar) = plan.call, tensors
-    dtype, per_sample = call.dtype, call.kind == "row"
+    kind, dtype, (mu, logvar) = plan.call.kind, plan.call.dtype, tensors
+    per_sample = kind == "row"
     if noise is None:
         return None, _divergence(mu, logvar, plan.scale, per_sample, dtype), None, None
+    if plan.is_whole and noise.dtype == dtype:
+        z = torch.mul(logvar, HALF).exp_().mul_(noise).add_(mu)  # addcmul would round otherwise than the naive code
+        return z, None if kind is None else _divergence(mu, logvar, plan.scale, per_sample, dtype), None, None
     z, parts = torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype)), []
     for rows, m, lv, eps, out in _blocks(per_sample, mu, logvar, noise, z):
         m, lv, eps = _converted("mu", m, dtype), _converted("logvar", lv, dtype), _converted("noise", eps, dtype)
         sampled = out if out.dtype == dtype else _scratch("spare", lv, dtype)
-        torch.mul(lv, HALF, out=sampled).exp_().mul_(eps).add_(m)  # addcmul would round otherwise than the naive code
+        torch.mul(lv, HALF, out=sampled).exp_().mul_(eps).add_(m)
         if sampled is not out:
             out.copy_(sampled)
-        if call.kind is not None:
+        if kind is not None:
             parts.append((rows, _kl_sum(m, lv, per_sample)))
-    return z, None if call.kind is None else _total(parts, mu, plan.scale, per_sample, dtype), None, None
+    return z, None if kind is None else _total(parts, mu, plan.scale, per_sample, dtype), None, None
 
 
 def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted=None, grad_loss=None, beta=1.0):
@@ -122,40 +128,47 @@ def added(grad_loss: Tensor | None, own: Tensor | None, beta: float | Tensor = 1
     return grad_loss if own is None else grad_loss + own
 
 
-def _reconstruct(plan, parameters, x, weight, divisor, factor, wants, wants_sum):
+def _reconstruct(plan, tensors, divisor, factor, wants, wants_sum):
     """`(sum, gradients)`: the reduced sum if it is wanted, and the gradients that are, times `factor`, unless that is None."""
-    call = plan.call
-    if len(parameters[0]) != len(x):  # several samples of all of x, one after the other
-        count = len(parameters[0]) // len(x)
-        factors = [None] * count if factor is None else factor.split(len(x))
-        samples = zip(*(p.split(len(x)) for p in parameters), strict=True)
-        found = [_reconstruct(plan, p, x, weight, divisor, f, wants, wants_sum) for p, f in zip(samples, factors, strict=True)]
-        sums, gradients = zip(*found, strict=True)
-        whole = None if factor is None else [g if g[0] is None else torch.cat(g) for g in zip(*gradients, strict=True)]
-        return torch.cat(sums) if wants_sum else None, whole
-    by = None
+    n, by = plan.count, None
+    x, divides = tensors[n], isinstance(divisor, Tensor) or divisor != 1
+    if tensors[0].shape[0] != x.shape[0]:
+        return _of_samples(plan, tensors, divisor, factor, wants, wants_sum)
     if factor is not None:
-        by = factor.unsqueeze(1) if call.per_sample else factor.item() if x.device.type == "cpu" else factor.squeeze(0)
-        by = by / divisor if _counts(divisor) else by
-    total, gradients = (_in_blocks if plan.is_elementwise else _at_once)(plan, parameters, x, weight, by, wants, wants_sum)
-    if wants_sum and _counts(divisor):
-        total = total / divisor
-    return total, gradients
+        by = factor.unsqueeze(1) if plan.per_sample else factor.item() if x.device.type == "cpu" else factor.squeeze(0)
+        by = by / divisor if divides else by
+    if plan.is_whole:
+        gradients = []
+        for p, want in zip(tensors[:n], wants, strict=True):
+            gradients.append(torch.empty_like(p) if want and by is not None else None)
+        dim = (-1 if plan.per_sample else None) if wants_sum else False
+        total = plan.likelihood.one_pass(tensors[:n], x, dim, by, gradients, _spare(x, plan.dtype))
+    else:
+        compute = _in_blocks if plan.is_elementwise else _at_once
+        total, gradients = compute(plan, tensors, by, wants, wants_sum)
+    return total / divisor if wants_sum and divides else total, gradients
 
 
-def _counts(divisor: float | Tensor) -> bool:
-    return isinstance(divisor, Tensor) or divisor != 1
+def _of_samples(plan, tensors, divisor, factor, wants, wants_sum):
+    """Likewise, of several samples of all of x, one after the other."""
+    n, batch = plan.count, tensors[plan.count].shape[0]
+    samples = list(zip(*(p.split(batch) for p in tensors[:n]), strict=True))
+    factors = [None] * len(samples) if factor is None else factor.split(batch)
+    found = [
+        _reconstruct(plan, (*p, *tensors[n:]), divisor, f, wants, wants_sum) for p, f in zip(samples, factors, strict=True)
+    ]
+    sums, gradients = zip(*found, strict=True)
+    joined = None if factor is None else [g if g[0] is None else torch.cat(g) for g in zip(*gradients, strict=True)]
+    return torch.cat(sums) if wants_sum else None, joined
 
 
-def _in_blocks(plan, parameters, x, weight, by, wants, wants_sum):
+def _in_blocks(plan, tensors, by, wants, wants_sum):
     """`(sum, gradients)` by the likelihood's one-pass form, the gradients times `by`."""
-    call = plan.call
-    likelihood, dtype, per_sample = call.likelihood, call.dtype, call.per_sample
+    dtype, per_sample, n = plan.dtype, plan.per_sample, plan.count
+    parameters, x, likelihood = tensors[:n], tensors[n], plan.likelihood
     dim = (-1 if per_sample else None) if wants_sum else False
     out = [torch.empty_like(p) if want and by is not None else None for p, want in zip(parameters, wants, strict=True)]
-    if plan.is_whole:
-        return likelihood.one_pass(parameters, x, dim, by, out, (_scratch("a", x, dtype), _scratch("b", x, dtype))), out
-    (scale, shift), parts, n = plan.scaling, [], len(parameters)
+    (scale, shift), parts = plan.scaling, []
     for rows, t, *blocks in _blocks(per_sample, x, *parameters, *out):
         t = _converted("target", t, dtype)
         if scale != 1:
@@ -165,16 +178,17 @@ def _in_blocks(plan, parameters, x, weight, by, wants, wants_sum):
         given = [_converted(f"parameter {i}", p, dtype) for i, p in enumerate(blocks[:n])]
         slopes = [g if g is None or g.dtype == dtype else _scratch(f"gradient {i}", t, dtype) for i, g in enumerate(blocks[n:])]
         f = by[rows] if isinstance(by, Tensor) and by.dim() else by
-        parts.append((rows, likelihood.one_pass(given, t, dim, f, slopes, (_scratch("a", t, dtype), _scratch("b", t, dtype)))))
+        parts.append((rows, likelihood.one_pass(given, t, dim, f, slopes, _spare(t, dtype))))
         for gradient, slope in zip(blocks[n:], slopes, strict=True):
             if slope is not gradient:
                 gradient.copy_(slope)
     return _total(parts, x, 1.0, per_sample, dtype) if wants_sum else None, out
 
 
-def _at_once(plan, parameters, x, weight, by, wants, wants_sum):
+def _at_once(plan, tensors, by, wants, wants_sum):
     """Likewise, of tensors of any shapes and with weights, by the derivative of the formula."""
     call = plan.call
+    parameters, x, weight, _ = call.split(tensors)
     differentiates = by is not None and True in wants
     with torch.set_grad_enabled(differentiates):
         leaves = [p.detach().requires_grad_(want and differentiates) for p, want in zip(parameters, wants, strict=True)]
@@ -194,6 +208,9 @@ def _at_once(plan, parameters, x, weight, by, wants, wants_sum):
 
 def _divergence(mu, logvar, weight, per_sample, dtype):
     """KL(N(mu, exp(logvar)) || N(0, 1)), reduced."""
+    if mu.dtype == logvar.dtype == dtype and mu.numel() <= SMALL and (not per_sample or mu.dim() == 2):
+        kl = torch.expm1(logvar).sub_(logvar).addcmul_(mu, mu).sum(-1 if per_sample else None)
+        return kl.mul_(HALF) if weight == 1 else kl.mul_(0.5 * weight)
     parts = []
     for rows, m, lv in _blocks(per_sample, mu, logvar):
         parts.append((rows, _kl_sum(_converted("mu", m, dtype), _converted("logvar", lv, dtype), per_sample)))
@@ -257,6 +274,7 @@ def _converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 class _Memory(threading.local):
     def __init__(self) -> None:
         self.buffers: dict[tuple, Tensor] = {}
+        self.pairs: dict[torch.dtype, Tensor] = {}
 
 
 _memory = _Memory()
@@ -272,6 +290,22 @@ def _scratch(name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.inference_mode(False):  # what is made in inference mode cannot be written outside of it
             memory = _memory.buffers[name, dtype] = torch.empty(max(_limit(), like.numel()), dtype=dtype, device=like.device)
     return memory.as_strided(like.shape, like.stride())
+
+
+def _spare(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two buffers of the shape of `like`, likewise."""
+    if like.device.type != "cpu" or (found := _memory.pairs.get(dtype)) is None or found.shape[1] < like.numel():
+        return _made_pair(like, dtype)
+    shape, stride = like.shape, like.stride()
+    return found[0].as_strided(shape, stride, 0), found[1].as_strided(shape, stride, found.shape[1])
+
+
+def _made_pair(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if like.device.type != "cpu":
+        return torch.empty_like(like, dtype=dtype), torch.empty_like(like, dtype=dtype)
+    with torch.inference_mode(False):  # what is made in inference mode cannot be written outside of it
+        _memory.pairs[dtype] = torch.empty(2, max(_limit(), like.numel()), dtype=dtype, device=like.device)
+    return _spare(like, dtype)
 
 
 def _limit() -> int:

@@ -87,7 +87,7 @@ def code_of(likelihood: Likelihood) -> str | None:
     if type(BY_NAME.get(likelihood.name)) is not kind:
         return None
     # Spelled so that torch.compile can trace it.
-    return likelihood.name + repr([getattr(likelihood, field) for field in kind.__dataclass_fields__])
+    return likelihood.name + repr([getattr(likelihood, field) for field in kind.field_names])
 
 
 @functools.cache
@@ -96,4 +96,4 @@ def likelihood_of(code: str) -> Likelihood:
     kind = type(BY_NAME[name])
     numbers = {"inf": math.inf, "nan": math.nan}
     found = (numbers[value] if value in numbers else ast.literal_eval(value) for value in values.split(", "))
-    return kind(**dict(zip(kind.__dataclass_fields__, found, strict=True)))
+    return kind(**dict(zip(kind.field_names, found, strict=True)))

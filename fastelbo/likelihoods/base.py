@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,11 +15,6 @@ from .values import Range
 # Torch makes a tensor of a number at every operation, which costs as much as the operation on a small input; and it has no
 # `rsub` that writes to given memory. Being 0-d, these go with every dtype and device.
 ONE, HALF = torch.tensor(1.0, device="cpu"), torch.tensor(0.5, device="cpu")
-
-
-def times(gradient: Tensor, factor: float | Tensor) -> None:
-    if isinstance(factor, Tensor) or factor != 1:
-        gradient.mul_(factor)
 
 
 @record
@@ -38,8 +33,11 @@ class Likelihood(metaclass=Record):
     """What its tensors are; all but the first may be smaller, as long as they broadcast to it."""
     ranges: ClassVar[tuple[Range | None, ...]] = ()
     """Where its parameters must lie, in their order; None: anywhere, and so those that are not there."""
-    dim: ClassVar[int | None] = None
-    """The dimension along which one term is computed from many elements, as classes or channels; None: each element has its own."""
+    if TYPE_CHECKING:
+        dim: int | None
+    else:  # which would decide where a field of this name stands, were it annotated
+        dim = None
+    """The dimension along which one term is computed from many elements, as classes or channels; None: an element has its own."""
     is_density: ClassVar[bool] = True
     """Whether exp(-nll) is a density or a probability."""
     kernel: ClassVar[str | None] = None

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..basics.numerics import log_ratio_to_tanh, nan_unless, softplus
 from ..basics.records import canonical, record
 from ..basics.scalars import check_real
-from .base import ONE, Likelihood, times
+from .base import ONE, Likelihood
 from .values import BITS, UNIT
 
 DENOMINATOR = 9.999999960041972e-13  # 1e-12 in float32, which Torch clamps by in every dtype
@@ -48,7 +48,9 @@ class Bernoulli(Likelihood):
             total = torch.lerp(b, a, x, out=b).sum(dim).neg_()
         if gradient is not None:
             denominator = torch.sub(ONE, p, out=spare[1]).mul_(p).clamp_(min=DENOMINATOR)
-            times(torch.sub(p, x, out=gradient).div_(denominator), factor)
+            torch.sub(p, x, out=gradient).div_(denominator)
+            if isinstance(factor, Tensor) or factor != 1:
+                gradient.mul_(factor)
         return total
 
 
@@ -104,7 +106,9 @@ class BernoulliLogits(Likelihood):
             torch.sub(logit, positive, alpha=2, out=b).sigmoid_().neg_().log1p_()
             total = positive.addcmul_(logit, x, value=-1).sub_(b).sum(dim)
         if gradient is not None:
-            times(torch.sigmoid(logit, out=gradient).sub_(x), factor)
+            torch.sigmoid(logit, out=gradient).sub_(x)
+            if isinstance(factor, Tensor) or factor != 1:
+                gradient.mul_(factor)
         return total
 
     def function(self, parameters):

@@ -1,7 +1,7 @@
 """Likelihoods of real numbers around a location: squared and absolute errors, Gaussian, Laplace."""
 
 import math
-from dataclasses import field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +61,10 @@ class L1(Likelihood):
 class Scaled(Likelihood):
     """The base of those whose second parameter is a scale, its logarithm or twice that."""
 
-    parameter: str = field(default="scale", kw_only=True)
-    soft_min: float | None = field(default=None, kw_only=True)
     parameters = ("mean", "scale")
+    if TYPE_CHECKING:  # fields, each class's in its own order
+        parameter: str
+        soft_min: float | None
 
     def __post_init__(self):
         super().__post_init__()
@@ -103,7 +104,8 @@ class Scaled(Likelihood):
 class Located(Scaled):
     """The base of those that have a fixed scale, for a single tensor of means."""
 
-    scale: float = 1.0
+    if TYPE_CHECKING:
+        scale: float | str
 
     def __post_init__(self):
         super().__post_init__()
@@ -157,6 +159,8 @@ class Gaussian(Located):
     """
 
     scale: float | str = 1.0
+    parameter: str = "scale"
+    soft_min: float | None = None
     name = kernel = "gaussian"
 
     def check_scale(self, name, scale):
@@ -210,6 +214,9 @@ class Laplace(Located):
         target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
     """
 
+    scale: float = 1.0
+    parameter: str = "scale"
+    soft_min: float | None = None
     name = kernel = "laplace"
 
     def nll(self, parameters, x):

@@ -1,7 +1,7 @@
 """Likelihoods of values in steps: the discretized logistic distribution, and mixtures of it."""
 
 import math
-from dataclasses import field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,7 +18,8 @@ from .values import Range
 class Steps(Likelihood):
     """The base of both: targets in [-1, 1], or the levels that integers are."""
 
-    levels: int = 256
+    if TYPE_CHECKING:  # a field
+        levels: int
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,13 +48,15 @@ class DiscretizedLogistic(Scaled, Steps):
     with their ends. The logarithm of a bin is exact, where theirs is that of a density once the bin holds less than 1e-5.)
 
     Args:
-        levels: number of steps.
         parameter: what the second tensor is: `"log_scale"`, `"scale"`, or `"logvar"`, twice the first.
+        levels: number of steps.
         soft_min: as in `Gaussian`.
         target_scale: `x` is multiplied by it, if it is floating.
     """
 
-    parameter: str = field(default="log_scale", kw_only=True)
+    parameter: str = "log_scale"
+    levels: int = 256
+    soft_min: float | None = None
     name = kernel = "discretized_logistic"
 
     def nll(self, parameters, x):
@@ -88,6 +91,7 @@ class DiscretizedLogisticMixture(Steps):
         target_scale: `x` is multiplied by it, if it is floating.
     """
 
+    levels: int = 256
     dim: int = 1
     name = "discretized_logistic_mixture"
     kernel = "mixture"

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..basics.warnings import stacklevel_of_user
+
 
 class Range(NamedTuple):
     """Where numbers must lie: from `low` to `high`."""
@@ -40,20 +42,25 @@ def support_to_check(likelihood, first: Tensor, x: Tensor) -> Range | None:
     return None if support is not None and support.integers and x.is_floating_point() else support
 
 
-def check_values(
-    likelihood, support: Range | None, name: str, parameters: Sequence[Tensor], x: Tensor, weight: Tensor | None, recon: Tensor
-) -> None:
+def check_values(plan, name: str, tensors: Sequence[Tensor], recon: Tensor) -> None:
     """Raise for a value that made the reconstruction NaN or infinite, or finite and meaningless.
 
-    `support` is what `support_to_check` returns, and `name` what errors call the prediction.
+    `plan` has the `likelihood` and the `support` that is looked at; the tensors are its parameters, of which errors speak as
+    `name`, x and, with `weight_shape`, a weight.
     """
+    support, likelihood = plan.support, plan.likelihood
+    parameters, x, *others = tensors[: plan.count], *tensors[plan.count :]
     factor = 1.0 if support is None or support.unscaled else likelihood.target_scale
     if support is not None and -math.inf < support.low < 0:
         _warn_of_unit_interval(likelihood.name, x, factor)
-    total = recon.sum() if recon.dim() else recon
-    if math.isfinite(total.item()) and not (support is not None and support.silent and _is_outside(support, x, factor)):
-        return
-    counts = None if weight is None else weight != 0
+    if math.isfinite((recon.sum() if recon.dim() else recon).item()):
+        if support is None or not support.silent or x.dtype == torch.bool or x.numel() == 0:
+            return
+        # A NaN hides the others, and may have the weight 0.
+        low, high = _bounds(x, factor)
+        if low >= support.low and high <= support.high:
+            return
+    counts = None if plan.weight_shape is None else others[0].reshape(plan.weight_shape) != 0
     if counts is not None and counts.dim() < x.dim():
         counts = counts.unsqueeze(likelihood.dim)  # one for all classes or channels
     of = f"for the likelihood {likelihood.name!r}"
@@ -81,14 +88,6 @@ def _bounds(x: Tensor, factor: float) -> tuple[float, float]:
     low, high = torch.aminmax(x.detach())
     low, high = low.item() * factor, high.item() * factor
     return (low, high) if factor >= 0 else (high, low)
-
-
-def _is_outside(support: Range, x: Tensor, factor: float) -> bool:
-    """Whether some of a target may be: a NaN hides the others, and may have the weight 0."""
-    if x.dtype == torch.bool or x.numel() == 0:
-        return False
-    low, high = _bounds(x, factor)
-    return not (low >= support.low and high <= support.high)
 
 
 def _span(allowed: Range, value: Tensor, factor: float, counts: Tensor | None) -> Span | None:
@@ -140,5 +139,5 @@ def _warn_of_unit_interval(likelihood: str, x: Tensor, factor: float) -> None:
     warnings.warn(
         f"all of x lies in [0, 1], where the likelihood {likelihood!r} has targets in [-1, 1]: pass 2 * x - 1, or integers"
         " as levels (this is said once)",
-        stacklevel=5,
+        stacklevel=stacklevel_of_user(),
     )
