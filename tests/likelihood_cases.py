@@ -108,13 +108,9 @@ def _zero_inflated(parameters, x):
     return -torch.where(x == 0, with_zero, log_count)
 
 
-def _weighted_bernoulli(weight):
-    def truth(parameters, x):
-        log_p, log_q = F.logsigmoid(parameters[0]), F.logsigmoid(-parameters[0])
-        w = weight.to(x.device) if isinstance(weight, Tensor) else weight
-        return -(w * x * log_p + (1 - x) * log_q)
-
-    return truth
+def _weighted_bernoulli(parameters, x):
+    logits, weight = parameters if len(parameters) == 2 else (parameters[0], 3.0)
+    return -(weight * x * F.logsigmoid(logits) + (1 - x) * F.logsigmoid(-logits))
 
 
 def _discretized(kind: str, levels: int = 256):
@@ -186,7 +182,7 @@ def _continuous_logits(parameters, x):
 
 WHOLE, EACH = (SHAPE,), (SHAPE, SHAPE)
 OF_CHANNELS, OF_FEATURES = (SHAPE, CHANNEL), (SHAPE, FEATURE)
-POSITIVE_SECOND, RATIOS = _first_real_others_positive, torch.arange(1.0, 7.0)
+POSITIVE_SECOND = _first_real_others_positive
 
 CASES = {
     case.name: case
@@ -194,12 +190,17 @@ CASES = {
         Case("l1", "l1", _real, _reals, lambda p, x: (p[0] - x).abs(), WHOLE),
         Case("gaussian, scale", "gaussian", POSITIVE_SECOND, _reals, _normal("scale"), EACH),
         Case("gaussian, log scale 0-d", Gaussian(parameter="log_scale"), _real, _reals, _normal("log_scale"), (SHAPE, ())),
-        Case("gaussian, soft log scale", Gaussian(parameter="log_scale", soft_min=-1.0), _real, _reals, _normal("log_scale", -1.0), OF_CHANNELS),
+        Case(
+            "gaussian, soft log scale", Gaussian(parameter="log_scale", soft_min=-1.0), _real, _reals,
+            _normal("log_scale", -1.0), OF_CHANNELS,
+        ),
         Case("gaussian, soft scale", Gaussian(soft_min=-1.0), POSITIVE_SECOND, _reals, _normal("scale", -1.0), EACH),
         Case("gaussian, logvar", Gaussian(parameter="logvar"), _real, _reals, _normal("logvar"), OF_FEATURES),
         Case("laplace, scale", "laplace", POSITIVE_SECOND, _reals, _laplace("scale"), OF_FEATURES),
         Case("laplace, log scale", Laplace(parameter="log_scale"), _real, _reals, _laplace("log_scale"), EACH),
-        Case("laplace, logvar", Laplace(parameter="logvar", soft_min=-2.0), _real, _reals, _laplace("logvar", -2.0), OF_CHANNELS),
+        Case(
+            "laplace, logvar", Laplace(parameter="logvar", soft_min=-2.0), _real, _reals, _laplace("logvar", -2.0), OF_CHANNELS
+        ),
         Case("poisson", "poisson", _positive, _counts, lambda p, x: -D.Poisson(p[0]).log_prob(x), WHOLE),
         Case("poisson_log", "poisson_log", _real, _counts, lambda p, x: -D.Poisson(p[0].exp()).log_prob(x), WHOLE),
         Case("negative_binomial", "negative_binomial", _positive, _counts, _negative_binomial, OF_FEATURES),
@@ -215,8 +216,8 @@ CASES = {
         ),
         Case("continuous_bernoulli", "continuous_bernoulli", _uniform, _units, _continuous, WHOLE),
         Case("continuous_bernoulli_logits", "continuous_bernoulli_logits", _real, _units, _continuous_logits, WHOLE),
-        Case("pos_weight", BernoulliLogits(3.0), _real, _units, _weighted_bernoulli(3.0), WHOLE),
-        Case("pos_weight of features", BernoulliLogits(RATIOS), _real, _units, _weighted_bernoulli(RATIOS), WHOLE),
+        Case("pos_weight", BernoulliLogits(3.0), _real, _units, _weighted_bernoulli, WHOLE),
+        Case("pos_weight of features", "bernoulli_logits", POSITIVE_SECOND, _units, _weighted_bernoulli, OF_FEATURES),
         Case("categorical", "categorical", _real, _labels, _categorical, WHOLE),
         Case("categorical, ignored", Categorical(), _real, lambda: _labels(True), _categorical, WHOLE),
         Case("categorical, soft", Categorical(), _real, lambda: _double(SHAPE).softmax(1), _soft(1), WHOLE),

@@ -4,19 +4,23 @@ import torch
 from torch import Tensor
 
 from conftest import COMPILED
-from fastelbo import reference
+from fastelbo import likelihoods, reference
+from fastelbo.likelihoods import BY_NAME
 
 LIKELIHOODS = ("bernoulli", "bernoulli_logits", "mse", "gaussian")
-SCALE = {"gaussian": 0.3}
 
 
-def options(likelihood: str) -> dict:
-    """The keyword arguments that go with a likelihood."""
-    return {"likelihood": likelihood, "scale": SCALE.get(likelihood)}
+def options(likelihood: str, target_scale: float = 1.0) -> dict:
+    """The likelihood as a keyword argument: a name alone stands for one with its defaults."""
+    if likelihood == "gaussian":
+        return {"likelihood": likelihoods.Gaussian(scale=0.3, target_scale=target_scale)}
+    return {"likelihood": likelihood if target_scale == 1 else type(BY_NAME[likelihood])(target_scale=target_scale)}
 
 
-def naive(recon_x, x, mu, logvar, beta=1.0, *, likelihood="bernoulli", scale=None):
-    return reference.elbo_loss(recon_x, x, mu, logvar, beta, likelihood=likelihood, scale=scale or 1.0)
+def naive(recon_x, x, mu, logvar, beta=1.0, *, likelihood="bernoulli"):
+    record = likelihoods.find_likelihood(likelihood)
+    x = record.target(recon_x, x, x.dtype)
+    return reference.elbo_loss(recon_x, x, mu, logvar, beta, likelihood=record.name, scale=record.fixed or 1.0)
 
 
 def make_inputs(likelihood, shape, latent, dtype=torch.float32, device="cpu", extremes=False) -> tuple[Tensor, ...]:

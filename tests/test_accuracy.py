@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastelbo
+from fastelbo.likelihoods import find_likelihood
 from support import LIKELIHOODS, as_double, assert_no_worse, gradients, make_inputs, naive, options, relative
 
 # One element; a lone tail of the last 15 or fewer; a tile and a tail; MNIST; more than a block and odd.
@@ -31,7 +32,7 @@ def test_float64_equals_the_naive_code(likelihood, shapes, device):
 def magnitudes(likelihood, inputs):
     """Sums of the absolute values of what is added up: for the three results, and element by element for the gradients."""
     recon_x, x, mu, logvar = as_double(*inputs)
-    scale = options(likelihood)["scale"] or 1.0
+    scale = find_likelihood(options(likelihood)["likelihood"]).fixed or 1.0
     elementwise = {
         "bernoulli": lambda: torch.nn.functional.binary_cross_entropy(recon_x, x, reduction="none"),
         "bernoulli_logits": lambda: torch.nn.functional.binary_cross_entropy_with_logits(recon_x, x, reduction="none"),
