@@ -91,7 +91,8 @@ def loss(
     given = tuple(recon_x) if isinstance(recon_x, tuple | list) else (recon_x,)
     if type(beta) is not float:
         beta = _checked_beta(beta, x, mu)
-    if objective.is_direct and prior is weighting is monitor is None and (type(beta) is float or beta.dim() == 0):
+    whole = weighting is None or weighting is ALL
+    if objective.is_direct and whole and prior is monitor is None and (type(beta) is float or beta.dim() == 0):
         if kl is None and isinstance(mu, Tensor) and logvar is not None:
             latents = mu, logvar
         elif kl is not None and mu is logvar is None and not isinstance(reduction, tuple | list):
@@ -184,7 +185,7 @@ def elbo(
         beta = _checked_beta(beta, x, mu)
     each = isinstance(beta, Tensor) and beta.dim() > 0
     # What can be checked before the decoder runs, which may draw noise and move statistics.
-    if weighting is None and monitor is None and not each and objective.is_sum:
+    if (weighting is None or weighting is ALL) and monitor is None and not each and objective.is_sum:
         found = sample(mu, logvar, posterior, prior, objective.kl_reduction, eps, generator, surrounded)
         _check_target(x, found.tensors[0])
         edge = None if surrounded else edge_of(found)

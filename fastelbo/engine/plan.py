@@ -152,9 +152,9 @@ class LossPlan:
 def find_objective(likelihood, posterior, reduction) -> Objective:
     """The options that users pass, as they were checked and made canonical when they first came."""
     try:
-        key = likelihood, posterior, reduction
+        key = likelihood, posterior, tuple(reduction) if type(reduction) is list else reduction
         found = _objectives.get(key)
-    except TypeError:  # a list of reductions, or what is none
+    except TypeError:  # of what is no option
         return Objective.of(likelihood, posterior, reduction)
     return found or keep(_objectives, key, Objective.of(likelihood, posterior, reduction))
 
