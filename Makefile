@@ -42,6 +42,7 @@ test-triton-a-l test-triton-m-z: test-triton-%: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 # Lightning and Accelerate, and pythae, scvi-tools and diffusers to compare losses with. They bring much with them, so have an
 # environment of their own, and need Python 3.11.

@@ -2,9 +2,13 @@
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TypeVar
 
 import torch
+from typing_extensions import dataclass_transform
+
+Kind = TypeVar("Kind", bound=type)
 
 _made: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
@@ -19,10 +23,12 @@ class Record(type):
         return _made.setdefault((cls, *((type(value), value) for value in vars(new).values())), new)
 
 
-def record(cls):
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def record(cls: Kind) -> Kind:
     """Makes a dataclass of a class whose type is `Record`. Copies and pickles of a record are the record itself."""
     cls = dataclass(frozen=True, eq=False, repr=False)(cls)
     cls.field_names = tuple(field.name for field in fields(cls))
+    cls.has_defaults = all(field.default is not MISSING for field in fields(cls))
     cls.__repr__, cls.__reduce__ = _represented, _reduced
     return cls
 

@@ -59,14 +59,9 @@ __all__ = [
     "ZeroInflatedNegativeBinomial",
 ]
 
-BY_NAME: dict[str, Likelihood] = {
-    kind.name: kind()
-    for kind in (
-        Bernoulli, BernoulliLogits, MSE, L1, Gaussian, Laplace, Poisson, PoissonLog, ContinuousBernoulli,
-        ContinuousBernoulliLogits, Categorical, Multinomial, NegativeBinomial, ZeroInflatedNegativeBinomial,
-        DiscretizedLogistic, DiscretizedLogisticMixture,
-    )
-}  # fmt: skip
+_KINDS: dict[str, type[Likelihood]] = {kind.name: kind for kind in map(globals().get, __all__) if kind is not Likelihood}
+
+BY_NAME: dict[str, Likelihood] = {name: kind() for name, kind in _KINDS.items() if kind.has_defaults}
 """The likelihood that a name stands for."""
 
 
@@ -84,7 +79,7 @@ def find_likelihood(likelihood: str | Likelihood) -> Likelihood:
 def code_of(likelihood: Likelihood) -> str | None:
     """A likelihood of this module as a string, from which `likelihood_of` makes it again, in another process too."""
     kind = type(likelihood)
-    if type(BY_NAME.get(likelihood.name)) is not kind:
+    if _KINDS.get(likelihood.name) is not kind:
         return None
     # Spelled so that torch.compile can trace it.
     return likelihood.name + repr([getattr(likelihood, field) for field in kind.field_names])
@@ -93,7 +88,6 @@ def code_of(likelihood: Likelihood) -> str | None:
 @functools.cache
 def likelihood_of(code: str) -> Likelihood:
     name, values = code[:-1].split("[")
-    kind = type(BY_NAME[name])
     numbers = {"inf": math.inf, "nan": math.nan}
-    found = (numbers[value] if value in numbers else ast.literal_eval(value) for value in values.split(", "))
-    return kind(**dict(zip(kind.field_names, found, strict=True)))
+    found = [numbers[value] if value in numbers else ast.literal_eval(value) for value in values.split(", ")]
+    return _KINDS[name](**dict(zip(_KINDS[name].field_names, found, strict=True)))
