@@ -1,9 +1,7 @@
 """Triton kernels of fastelbo, and the functions that launch them.
 
-This package knows tensors: no options, no autograd, no users. It offers the same primitives, with the same signatures,
-as `fastelbo.torch_backend`: `draw_noise`, `loss_forward`, `loss_backward`, `sample_forward` and `sample_backward`. What has no
-such twin, since the Torch backend takes the formula, is `log_ratio_forward` and `log_ratio_backward`, and in modules:
-`reconstruction`, `categorical` and `mixture`, each with `forward` and `backward`, and `divergence`.
+This package knows tensors and constants: no options, no autograd, no users. Below each kernel stands the function that launches
+it, with a docstring that says what it takes.
 """
 
 from . import categorical, divergence, mixture, reconstruction

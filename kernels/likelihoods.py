@@ -4,7 +4,7 @@
 derivatives by second and third)`: tiles of the accumulation dtype, or scalars, and nothing of memory. The upstream factor comes
 before a division that may overflow, as that by a rate of 1e-39. A parameter that a likelihood does not have it does not read,
 and what it returns in its place means nothing. Those with a scale get its logarithm as `second` and its reciprocal as `third`,
-and return the derivative by the logarithm. The formulas in Torch are in `fastelbo/plain.py` and `fastelbo/likelihoods.py`.
+and return the derivative by the logarithm. The formulas in Torch are in `fastelbo/likelihoods/`.
 """
 
 import triton

@@ -12,7 +12,7 @@ import triton.language as tl
 from . import likelihoods
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, arrivals, as_bytes, launch, pointer_and_value, tile_size
 from .numerics import exp_and_expm1
-from .operands import kl_factor, positive_scalar, row_bounds, scalar, upstream_of
+from .operands import kl_factor, row_bounds, scalar, upstream_of
 from .reduction import arrive_last, fold, ordered_sum
 
 
@@ -59,7 +59,7 @@ def kl_backward_tile(mu, logvar, grad_mu, grad_logvar, offsets, mask, factor, DT
 
 @triton.jit(do_not_specialize=["features", "latents", "recon_programs", "programs", "batch"])
 def loss_fwd_kernel(
-    prediction, target, gradient, guess, mu, logvar, kl, partials, arrived, loss_out, recon_out, kl_out, scale, beta,
+    prediction, target, gradient, guess, mu, logvar, kl, partials, arrived, loss_out, recon_out, kl_out, beta,
     scale_value: tl.float64, beta_value: tl.float64, target_scale: tl.float64, recon_weight: tl.float64, kl_weight: tl.float64,
     features: tl.int64, latents: tl.int64, recon_programs: tl.int32, programs: tl.int32, batch,
     LIKELIHOOD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LATENTS_ALIGNED: tl.constexpr, WIDE: tl.constexpr,
@@ -72,7 +72,7 @@ def loss_fwd_kernel(
         factor = scalar(None, recon_weight, DTYPE)
         if gradient is not None:
             factor *= tl.load(guess + row)
-        s = positive_scalar(scale, scale_value, DTYPE)
+        s = scalar(None, scale_value, DTYPE)
         ts = scalar(None, target_scale, DTYPE)
         base, end = row_bounds(row, features, ALIGNED, WIDE)
         target = target_row(target, base, row, batch, features, ALIGNED, WIDE)
@@ -108,7 +108,7 @@ def loss_fwd_kernel(
 @triton.jit(do_not_specialize=["features", "latents", "recon_programs", "programs", "batch"])
 def loss_bwd_kernel(
     prediction, target, gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl, grad_loss, grad_recon, grad_own_kl,
-    scale, beta,
+    beta,
     scale_value: tl.float64, beta_value: tl.float64, target_scale: tl.float64, recon_weight: tl.float64, kl_weight: tl.float64,
     features: tl.int64, latents: tl.int64, recon_programs: tl.int32, programs: tl.int32, batch,
     LIKELIHOOD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LATENTS_ALIGNED: tl.constexpr, WIDE: tl.constexpr,
@@ -126,7 +126,7 @@ def loss_bwd_kernel(
                 wrong = factor != tl.load(used + row)  # NaN is never what was guessed
             if wrong:
                 factor *= scalar(None, recon_weight, DTYPE)
-                s = positive_scalar(scale, scale_value, DTYPE)
+                s = scalar(None, scale_value, DTYPE)
                 ts = scalar(None, target_scale, DTYPE)
                 base, end = row_bounds(row, features, ALIGNED, WIDE)
                 target = target_row(target, base, row, batch, features, ALIGNED, WIDE)
@@ -157,7 +157,18 @@ def loss_forward(
     recon_x, x, mu, logvar, kl, beta, guess, *,
     likelihood, scale, target_scale, weights, per_sample, dtype, stateless=False,
 ):  # fmt: skip
-    """See `fastelbo.torch_backend.loss_forward`.
+    """Loss, reconstruction and KL, and the gradient of the reconstruction.
+
+    - `recon_x`, `x`: prediction and target of one shape `[B, ...]` and one dense memory layout. `mu`, `logvar`: likewise, or None.
+    - `kl`: a KL that is reduced already, where mu and logvar are None.
+    - `beta`: a float, or a 0-d tensor on the device. `guess`, `[B]` or `[1]`: the upstream factor to store the gradient with;
+      None: no gradient is wanted.
+    - `likelihood`: the name of its device function; `scale`: of those that have a fixed one.
+    - `weights`: the factors that turn the sums of reconstruction and KL into the reduction asked for. `per_sample`: one result
+      a sample, `[B]`, instead of one, `[]`. `dtype`: that of results and arithmetic.
+    - `stateless`: keep nothing for later calls.
+
+    Returns `(loss, recon, kl, gradient)`: three tensors `[]` or `[B]`, and `guess * d recon / d recon_x` or None.
 
     With `per_sample`, `x` may have a fraction of the rows of `recon_x`, which has several samples of each datum, one of every
     datum in turn: row r of it is held against row r % B of x. `mu` and `logvar` are None then.
@@ -172,7 +183,7 @@ def loss_forward(
         loss_fwd_kernel, rows * programs, recon_x.device,
         recon_x, as_bytes(x), gradient, guess, mu, logvar, kl if kl is None else kl.contiguous(),
         recon_x.new_empty(rows * programs, dtype=torch.float64), arrivals(recon_x.device, rows, stateless), *terms,
-        *pointer_and_value(scale, beta), target_scale, *weights,
+        *_numbers(beta, scale), target_scale, *weights,
         recon.columns, latents.columns, recon.programs, programs, _batch(recon_x, x, per_sample),
         LIKELIHOOD=_device_function(likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,
         LATENTS_ALIGNED=latents.aligned, WIDE=recon.wide or latents.wide, BLOCK=tile, THREADS=THREADS,
@@ -185,7 +196,15 @@ def loss_backward(
     recon_x, x, mu, logvar, beta, upstreams, gradient, used, *,
     likelihood, scale, target_scale, weights, per_sample, dtype, wants_recon, wants_latents, wants_kl,
 ):  # fmt: skip
-    """See `fastelbo.torch_backend.loss_backward`, and `loss_forward` here. A stored `gradient` is corrected where it lies."""
+    """Gradients by `recon_x`, `mu`, `logvar` and `kl`, each of which may be unwanted; the other arguments are `loss_forward`'s.
+
+    `upstreams`: the gradients that arrived at loss, reconstruction and KL, each `[]`, `[B]` or None; one that a wanted
+    gradient needs is there. `gradient` is what forward stored with the factor `used`, or None: corrected where it lies, or
+    computed anew.
+
+    Returns `(grad_recon_x, grad_mu, grad_logvar, grad_kl, seen)`, None where unwanted; `seen`, `[B]` or `[1]`, is the upstream
+    factor of the reconstruction, for the next forward to guess.
+    """
     rows = recon_x.shape[0] if per_sample else 1
     upstreams = [g if g is None else g.contiguous() for g in upstreams]
     seen = grad_mu = grad_logvar = grad_kl = None
@@ -210,12 +229,18 @@ def loss_backward(
     launch(
         loss_bwd_kernel, rows * programs, recon_x.device,
         recon_x, as_bytes(x), gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl,
-        *upstreams, *pointer_and_value(scale, beta), target_scale, *weights,
+        *upstreams, *_numbers(beta, scale), target_scale, *weights,
         recon.columns, latents.columns, recon.programs, programs, _batch(recon_x, x, per_sample),
         LIKELIHOOD=_device_function(likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,
         LATENTS_ALIGNED=latents.aligned, WIDE=recon.wide or latents.wide, BLOCK=tile,
     )  # fmt: skip
     return gradient, grad_mu, grad_logvar, grad_kl, seen
+
+
+def _numbers(beta, scale) -> tuple:
+    """beta's pointer, and the values of scale and beta."""
+    pointer, value = pointer_and_value(beta)
+    return pointer, scale, value
 
 
 def _batch(recon_x, x, per_sample) -> int | None:

@@ -14,15 +14,6 @@ def scalar(pointer, value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def positive_scalar(pointer, value, DTYPE: tl.constexpr):
-    """Likewise, and NaN where the device's number is not positive; the host's has been checked."""
-    number = scalar(pointer, value, DTYPE)
-    if pointer is not None:
-        number = tl.where(number > 0.0, number, float("nan"))
-    return number
-
-
-@triton.jit
 def row_bounds(row, columns, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
     """Start of a row, and how much of it is streamed in whole tiles; ALIGNED rows leave the last 15 or fewer elements.
 

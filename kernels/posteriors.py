@@ -1,4 +1,4 @@
-"""Posteriors and priors on the device, found by name; their plain Torch twins are in `fastelbo/posteriors.py`.
+"""Posteriors and priors on the device, found by name; their plain Torch twins are in `fastelbo/latents/gaussian.py`.
 
 A posterior, from the encoder's second output: `(sigma, d sigma, logvar, excess, d)`. `excess` is sigma^2 - 1, without
 cancellation. `d sigma` is the derivative of sigma by that output, and `d` half that of logvar: the KL's from N(0, 1) is

@@ -20,7 +20,10 @@ class Record(type):
         new = super().__call__(*args, **options)
         if torch.compiler.is_compiling():  # no state: compiled code compares values
             return new
-        return _made.setdefault((cls, *((type(value), value) for value in vars(new).values())), new)
+        try:
+            return _made.setdefault((cls, *((type(value), value) for value in vars(new).values())), new)
+        except TypeError:  # a user's own record of what has no hash
+            return new
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
