@@ -1,8 +1,11 @@
 """The objective as a module."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from typing_extensions import Self
 
 from .basics.arguments import split_reduction
 from .basics.scalars import check_real
@@ -29,6 +32,8 @@ class ELBOLoss(nn.Module):
         TypeError, ValueError: as `fastelbo.loss`.
     """
 
+    beta: Tensor
+
     def __init__(
         self,
         likelihood: str | Likelihood = "bernoulli",
@@ -46,7 +51,7 @@ class ELBOLoss(nn.Module):
         self.likelihood, self.reduction, self.posterior, self.weighting = likelihood, reduction, posterior, weighting
         self.register_buffer("beta", torch.tensor(check_real("beta", beta), dtype=_widest(torch.get_default_device())))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `to`, `half`, `double` and the like do to the module: they move beta, and do not cast it."""
         device = fn(torch.zeros((), device=self.beta.device)).device
         beta = self.beta = self.beta.to(_widest(device))

@@ -1,6 +1,7 @@
 """The objective: `loss` from a decoder's output, `elbo` around the decoder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from .bounds.records import ELBO, ONE_SAMPLE, check_bound
 from .bounds.samples import many_samples
 from .diagnostics import Monitor
 from .engine.call import Objective
-from .engine.divergence import divergence_terms, kl_of
+from .engine.divergence import Statistics, divergence_terms, kl_of
 from .engine.elbo import decoded_terms, edge_of
 from .engine.latents import sample
 from .engine.loss import ELBOTerms, composed_terms, planned_terms, record_reconstruction, traced_terms
@@ -85,29 +86,26 @@ def loss(
             others NaN.
     """
     surrounded = is_surrounded()
-    objective = (
-        Objective.of(likelihood, posterior, reduction) if surrounded else find_objective(likelihood, posterior, reduction)
-    )
+    objective = (Objective.of if surrounded else find_objective)(likelihood, posterior, reduction)
     given = tuple(recon_x) if isinstance(recon_x, tuple | list) else (recon_x,)
     if type(beta) is not float:
-        beta = _checked_beta(beta, x, mu)
-    whole = weighting is None or weighting is ALL
-    if objective.is_direct and whole and prior is monitor is None and (type(beta) is float or beta.dim() == 0):
+        beta = _checked_beta(beta, x)
+    each = isinstance(beta, Tensor) and beta.dim() > 0
+    if objective.is_direct and (weighting is None or weighting is ALL) and prior is None and monitor is None and not each:
+        latents: tuple[Tensor, ...] = ()
         if kl is None and isinstance(mu, Tensor) and logvar is not None:
             latents = mu, logvar
         elif kl is not None and mu is logvar is None and not isinstance(reduction, tuple | list):
             latents = (kl,)
-        else:
-            latents = None
-        if latents is not None:
+        if latents:
             tensors = (*given, x, *latents) if weight is None else (*given, x, weight, *latents)
             compute = traced_terms if surrounded else planned_terms
             return compute("recon_x", objective, tensors, len(given), weight is not None, len(latents), beta)
     _check_sources(mu, logvar, kl, objective, prior, weighting, reduction, monitor)
     if kl is not None:
-        return _with_kl("recon_x", objective, given, x, weight, kl, beta, None, monitor)
-    latents, tensors = check_latents(mu, logvar, posterior, prior)
-    kl, beta, weighted, statistics = _divergence(latents, tensors, objective, beta, weighting, monitor)
+        return _with_kl("recon_x", objective, given, x, weight, kl, check_number("beta", beta, x), None, monitor)
+    kind, tensors = check_latents(mu, logvar, posterior, prior)
+    kl, beta, weighted, statistics = _divergence(kind, tensors, objective, beta, weighting, monitor)
     check_reals("x", x)
     check_device("mu", tensors[0], "recon_x", x)
     check_batch("mu", tensors[0], "x", x)
@@ -173,16 +171,14 @@ def elbo(
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
     surrounded = is_surrounded()
-    objective = (
-        Objective.of(likelihood, posterior, reduction) if surrounded else find_objective(likelihood, posterior, reduction)
-    )
+    objective = (Objective.of if surrounded else find_objective)(likelihood, posterior, reduction)
     if bound is not None and (bound := check_bound(bound)) is not ONE_SAMPLE:
         return many_samples(
             decoder, x, mu, logvar, beta, objective, bound, prior=prior, weighting=weighting, weight=weight, eps=eps,
             generator=generator, monitor=monitor,
         )  # fmt: skip
     if type(beta) is not float:
-        beta = _checked_beta(beta, x, mu)
+        beta = _checked_beta(beta, x)
     each = isinstance(beta, Tensor) and beta.dim() > 0
     # What can be checked before the decoder runs, which may draw noise and move statistics.
     if (weighting is None or weighting is ALL) and monitor is None and not each and objective.is_sum:
@@ -196,12 +192,12 @@ def elbo(
     latents, tensors = check_latents(mu, logvar, posterior, prior)
     _check_target(x, tensors[0])
     kl, beta, weighted, statistics = _divergence(latents, tensors, objective, beta, weighting, monitor)
-    z = sample(*tensors[:2], latents.posterior, None, None, eps, generator).z
+    z = sample(tensors[0], tensors[1], latents.posterior, None, None, eps, generator).z
     given = _parameters(decoder(z), objective.likelihood)
     return _with_kl("decoder(z)", objective, given, x, weight, kl, beta, weighted, monitor, statistics)
 
 
-def _parameters(prediction, likelihood: Likelihood) -> tuple[Tensor, ...]:
+def _parameters(prediction: Any, likelihood: Likelihood) -> tuple[Tensor, ...]:
     """The tensors of a decoder's output."""
     if not isinstance(prediction, tuple | list):
         return (prediction,)
@@ -213,7 +209,7 @@ def _parameters(prediction, likelihood: Likelihood) -> tuple[Tensor, ...]:
     return tuple(prediction)
 
 
-def _checked_beta(beta, x, mu) -> float | Tensor:
+def _checked_beta(beta: Any, x: Any) -> float | Tensor:
     """A number as a float; a tensor as it is, which for each latent dimension is checked with the latents."""
     if isinstance(beta, Tensor) and beta.dim() > 0:
         return beta
@@ -221,7 +217,7 @@ def _checked_beta(beta, x, mu) -> float | Tensor:
     return check_number("beta", beta, x)
 
 
-def _check_target(x, mu: Tensor) -> None:
+def _check_target(x: Any, mu: Tensor) -> None:
     """A target for these latents."""
     if isinstance(x, Tensor) and x.dtype in REALS and x.layout == torch.strided and x.device == mu.device:
         if x.shape[:1] == mu.shape[:1] and not x.is_nested:
@@ -231,7 +227,9 @@ def _check_target(x, mu: Tensor) -> None:
     check_batch("x", x, "mu", mu)
 
 
-def _check_sources(mu, logvar, kl, objective: Objective, prior, weighting, reduction, monitor) -> None:
+def _check_sources(
+    mu: Any, logvar: Any, kl: Any, objective: Objective, prior: Any, weighting: Any, reduction: Any, monitor: Any
+) -> None:
     """Raise unless it is clear where the KL comes from."""
     if not isinstance(monitor, Monitor | None):
         raise TypeError(f"monitor must be a Monitor, got {type(monitor).__name__}")
@@ -247,12 +245,14 @@ def _check_sources(mu, logvar, kl, objective: Objective, prior, weighting, reduc
         raise ValueError(f"reduction must be one name where kl is given, which is reduced already; got {reduction!r}")
 
 
-def _given_or_not(**arguments) -> str:
+def _given_or_not(**arguments: Any) -> str:
     return ", ".join(f"{name} {'None' if value is None else 'given'}" for name, value in arguments.items())
 
 
-def _divergence(latents: Latents, tensors, objective: Objective, beta, weighting, monitor):
-    """`(kl, beta, what of the KL is added to the reconstruction, statistics)`; the third is None where it is beta times the KL."""
+def _divergence(
+    latents: Latents, tensors: Sequence[Tensor], objective: Objective, beta: Any, weighting: Any, monitor: Monitor | None
+) -> tuple[Tensor, float | Tensor, Tensor | None, Statistics | None]:
+    """The KL, beta, what of the KL is added to the reconstruction, None for beta times the KL, and a monitor's statistics."""
     reduction, mu = objective.kl_reduction, tensors[0]
     beta = check_beta(beta, mu)
     weighting = check_weighting(weighting, mu, latents.prior is not None, beta, reduction)
@@ -264,7 +264,10 @@ def _divergence(latents: Latents, tensors, objective: Objective, beta, weighting
     return kl, beta, weighted, statistics
 
 
-def _with_kl(name, objective, given, x, weight, kl, beta, weighted, monitor, statistics=None) -> ELBOTerms:
+def _with_kl(
+    name: str, objective: Objective, given: tuple[Tensor, ...], x: Tensor, weight: Tensor | None, kl: Tensor,
+    beta: float | Tensor, weighted: Tensor | None, monitor: Monitor | None, statistics: Statistics | None = None,
+) -> ELBOTerms:  # fmt: skip
     """The objective of a KL that is reduced already; `weighted`, if it is not None, is what of it enters."""
     tensors = (*given, x) if weight is None else (*given, x, weight)
     shape = len(given), weight is not None

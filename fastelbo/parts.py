@@ -1,7 +1,7 @@
 """The parts of the objective, each of them useful alone: samples of the posterior, and their KL from the prior."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,10 +109,10 @@ def kl_divergence(
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or has an unknown name.
     """
     if is_surrounded():
-        call, tensors = check_kl(mu, logvar, posterior, prior, reduction, False)
-        return latents_terms(call, tensors)[1]
-    plan, tensors = latents_plan_of(mu, logvar, posterior, prior, reduction, None, False)
-    return run(plan, tensors, None)[1]
+        kl: Tensor = latents_terms(*check_kl(mu, logvar, posterior, prior, reduction, False))[1]
+    else:
+        kl = run(*latents_plan_of(mu, logvar, posterior, prior, reduction, None, False), None)[1]
+    return kl
 
 
 class SampleLogRatio(NamedTuple):
@@ -176,7 +176,7 @@ def sample_log_ratio(
     return SampleLogRatio(*(t.unflatten(0, (count, mu.shape[0])) for t in (z, log_q, log_p)))
 
 
-def _check_flow(found, z0: Tensor) -> tuple[Tensor, Tensor]:
+def _check_flow(found: Any, z0: Tensor) -> tuple[Tensor, Tensor]:
     if not isinstance(found, tuple | list) or len(found) != 2:
         raise TypeError(f"flow(z) must be a pair (z, log_det) of tensors, got {type(found).__name__}")
     z, log_det = found

@@ -112,20 +112,20 @@ def cyclical(
     period, ratio = _positive("period", period), _positive("ratio", ratio)
     if ratio > 1:
         raise ValueError(f"ratio must be at most 1, got {ratio:g}")
-    cycles = inf if cycles is None else check_count("cycles", cycles, "an integer or None")
+    number = inf if cycles is None else check_count("cycles", cycles, "an integer or None")
     if shape not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(map(repr, SHAPES))}; got {shape!r}")
-    return Schedule(_finite("start", start), _finite("stop", stop), period * ratio, 0, period, cycles, shape)
+    return Schedule(_finite("start", start), _finite("stop", stop), period * ratio, 0, period, number, shape)
 
 
-def _ramp(steps, start, stop, delay, shape: str) -> Schedule:
+def _ramp(steps: float, start: float, stop: float, delay: float, shape: str) -> Schedule:
     delay = _finite("delay", delay)
     if delay < 0:
         raise ValueError(f"delay must not be negative, got {delay:g}")
     return Schedule(_finite("start", start), _finite("stop", stop), _positive("steps", steps), delay, shape=shape)
 
 
-def _finite(name: str, value) -> float:
+def _finite(name: str, value: float) -> float:
     """A whole number as an integer, so that arithmetic with integer tensors stays exact."""
     number = check_real(name, value)
     if not isfinite(number):
@@ -133,7 +133,7 @@ def _finite(name: str, value) -> float:
     return int(number) if number.is_integer() else number
 
 
-def _positive(name: str, value) -> float:
+def _positive(name: str, value: float) -> float:
     number = _finite(name, value)
     if not number > 0:
         raise ValueError(f"{name} must be positive, got {number:g}")

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,7 +80,8 @@ def log_likelihood(
     chunks = bound.chunks
     if progress:
         chunks = _tqdm()(chunks, unit="chunk")
-    total = squares = None  # logarithms of the sums of the weights and of their squares
+    total: Any = None
+    squares: Any = None  # logarithms of the sums of the weights and of their squares
     for where in chunks:
         with contextlib.nullcontext() if is_traced(*given) else autocast_without_cache(given.mu.device.type):
             z, log_q, log_p = sample(call, given, where, generator, None)
@@ -95,7 +96,7 @@ def log_likelihood(
     return LogLikelihood((total - math.log(n_samples)).to(rows.dtype), error.to(rows.dtype))
 
 
-def _tqdm():
+def _tqdm() -> Any:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:

@@ -56,7 +56,7 @@ class IWAE(ELBO):
         check_choice("IWAE.estimator", self.estimator, ESTIMATORS)
 
 
-def check_bound(bound) -> ELBO:
+def check_bound(bound: object) -> ELBO:
     """A bound, None being the ELBO of one sample."""
     if bound is None:
         return ONE_SAMPLE

@@ -1,7 +1,7 @@
 """Samples of the latents and their KL: one autograd Function for every posterior and prior."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .call import KLCall, check_kl
 from .operators import normals
 from .plan import LatentsPlan, latents_plan, latents_plan_of
 
-Found = tuple[Tensor | None, Tensor | None, Tensor | None, Sequence[Tensor] | None]
+Found = tuple[Any, Any, Any, Any]  # tensors, each None where it is not asked for
 
 
 def latents_terms(call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None = None) -> Found:
@@ -95,7 +95,7 @@ class Sample(NamedTuple):
     """A sample and its KL, and how they were made."""
 
     z: Tensor
-    kl: Tensor | None
+    kl: Any  # a tensor, or None
     plan: LatentsPlan | None  # None in a traced call
     tensors: Sequence[Tensor]
     noise: Tensor

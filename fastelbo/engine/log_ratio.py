@@ -4,7 +4,7 @@ On a GPU one kernel each way. Elsewhere, and where calls are traced or transform
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def draw_rows(mu: Tensor, second: Tensor, samples: int, eps: Tensor | None, gene
 def log_ratio(
     latents: Latents, tensors: Sequence[Tensor], noise: Tensor, samples: int,
     *, held: Held | None = None, wants_logs: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Any, Any]:  # fmt: skip
     """`(z, log_q, log_p)` in rows, `[samples * B, ...]` and `[samples * B]`: all of the batch for each sample in turn.
 
     The tensors have been checked; `noise` is what `draw_rows` gives. The log densities are None unless they are wanted.
