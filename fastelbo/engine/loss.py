@@ -79,9 +79,9 @@ def composed_terms(
     sums = loss_terms(name, of_sums, tensors, parameters, weighted, 0, 1.0).recon
     counts = total = likelihood.count(given[0], x, weight, call.dtype)
     if call.per_sample:
-        counts = x[0].numel()
+        counts = x.shape[1:].numel()
         if weight is not None:
-            counts = weight.to(call.dtype).expand(x.shape).reshape(x.shape[0], -1).sum(1)
+            counts = formula.reduced(weight.to(call.dtype).expand(x.shape), "none")
     recon = likelihood.compose(sums, counts, total) / call.divisor(given[0], x, weight)
     kl = kl.to(recon.dtype, copy=True)
     return ELBOTerms(recon + (beta.to(kl.dtype) if isinstance(beta, Tensor) else beta) * kl, recon, kl)
