@@ -182,6 +182,15 @@ class Likelihood(metaclass=Record):
         return found if self.constant is None else found | {"constant": self.constant}
 
 
+def check_given_once(likelihood: Likelihood, field: str, parameters: Sequence[Tensor]) -> None:
+    """Raise where the second of two parameters has a number of the record in its place as well."""
+    value = getattr(likelihood, field)
+    if len(parameters) == 2 and value != getattr(type(likelihood), field):
+        tensors = ", ".join(likelihood.parameters)
+        name = type(likelihood).__name__
+        raise ValueError(f"give {name}.{field} or the tuple ({tensors}), not both: got {field}={value!r}")
+
+
 def check_labelled_dim(likelihood: Likelihood, first: Tensor) -> int:
     """The dimension of classes or channels in a first parameter, which has to have it beside that of the batch."""
     dim = likelihood.dim

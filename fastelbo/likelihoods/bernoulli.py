@@ -7,7 +7,7 @@ from torch import Tensor
 from ..basics.numerics import log_ratio_to_tanh, nan_unless, softplus
 from ..basics.records import canonical, record
 from ..basics.scalars import check_real
-from .base import ONE, Likelihood
+from .base import ONE, Likelihood, check_given_once
 from .values import BITS, UNIT
 
 DENOMINATOR = 9.999999960041972e-13  # 1e-12 in float32, which Torch clamps by in every dtype
@@ -79,11 +79,15 @@ class BernoulliLogits(Likelihood):
 
     @property
     def counts(self):
-        return (1, 2) if self.pos_weight is None else (1,)
+        return (1, 2)
 
     @property
     def fixed(self):
         return self.pos_weight
+
+    def check(self, name, parameters, x):
+        super().check(name, parameters, x)
+        check_given_once(self, "pos_weight", parameters)
 
     def support(self, first, x):
         return BITS

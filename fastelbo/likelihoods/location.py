@@ -11,7 +11,7 @@ from ..basics.numerics import positive, softplus
 from ..basics.records import canonical, check_choice, record
 from ..basics.scalars import check_real
 from ..basics.tracing import is_seen
-from .base import Likelihood
+from .base import Likelihood, check_given_once
 from .values import POSITIVE
 
 SCALES = ("scale", "log_scale", "logvar")
@@ -116,8 +116,8 @@ class Located(Scaled):
             raise ValueError(f"{name} must be a number: what the second of the tuple is, parameter={self.scale!r} says")
         canonical(self, "scale", self.check_scale)
 
-    def check_scale(self, name: str, scale) -> float:
-        scale = check_real(name, scale)
+    def check_scale(self, name: str, scale, expected: str = "a number") -> float:
+        scale = check_real(name, scale, expected)
         if not scale > 0:
             raise ValueError(f"{name} must be positive, got {scale}")
         return scale
@@ -132,8 +132,7 @@ class Located(Scaled):
 
     def check(self, name, parameters, x):
         super().check(name, parameters, x)
-        if len(parameters) == 2 and self.scale != 1:
-            raise ValueError(f"give {type(self).__name__}.scale or the tuple (mean, scale), not both: got scale={self.scale}")
+        check_given_once(self, "scale", parameters)
 
     def constants(self, parameters, x):
         if len(parameters) == 2:
@@ -164,11 +163,7 @@ class Gaussian(Located):
     name = kernel = "gaussian"
 
     def check_scale(self, name, scale):
-        return scale if scale == OPTIMAL else super().check_scale(name, scale)
-
-    @property
-    def counts(self):
-        return (1,) if self.scale == OPTIMAL else (1, 2)
+        return scale if scale == OPTIMAL else super().check_scale(name, scale, f"a number or {OPTIMAL!r}")
 
     @property
     def inner(self):
