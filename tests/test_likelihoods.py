@@ -1,6 +1,8 @@
 """Every likelihood: values and gradients against the truth in float64, derivatives, errors, edges and weights."""
 
 import math
+from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import fastelbo
 from conftest import BACKEND
 from fastelbo.likelihoods import (
+    BY_NAME,
     BernoulliLogits,
     Categorical,
     DiscretizedLogistic,
@@ -17,14 +20,13 @@ from fastelbo.likelihoods import (
     Gaussian,
     Laplace,
     Multinomial,
+    find_likelihood,
 )
 from likelihood_cases import CASES, SHAPE, recon_x, reduce
 from support import assert_no_worse, gradients
 
 
 def recon(parameters, x, likelihood, reduction="sum", **options):
-    if isinstance(likelihood, BernoulliLogits) and isinstance(likelihood.pos_weight, torch.Tensor):
-        likelihood = BernoulliLogits(likelihood.pos_weight.to(x.device))
     kl = torch.zeros(x.shape[:1] if reduction == "none" else (), device=x.device)
     return fastelbo.loss(recon_x(parameters), x, kl=kl, likelihood=likelihood, reduction=reduction, **options).recon
 
@@ -84,9 +86,6 @@ def test_derivatives(name, reduction, check, device):
     keep = tuple(slice(None) if d == classes else slice(size) for d, size in enumerate((2, 2, 1, 2)))
     first = [p.detach()[keep[4 - p.dim() :]] if p.dim() else p.detach() for p in parameters]
     x = x[(keep[0], *keep[2:])] if x.dim() == 3 else x[keep]
-    likelihood = case.likelihood
-    if name == "pos_weight of features":
-        likelihood = BernoulliLogits(likelihood.pos_weight[:2])
     inputs = [p.clone().requires_grad_() for p in first]
     if name == "l1" or name.startswith("laplace"):
         x = x + 0.01  # not at the kink
@@ -96,7 +95,7 @@ def test_derivatives(name, reduction, check, device):
         and (reduction == "none" or name not in ("gaussian, logvar", "multinomial"))
     ):
         pytest.skip("the second derivative is the formula's")
-    assert check(lambda *p: recon(p, x, likelihood, reduction), inputs)
+    assert check(lambda *p: recon(p, x, case.likelihood, reduction), inputs)
 
 
 @pytest.mark.parametrize("name", ("gaussian, logvar", "zero_inflated", "categorical, soft", "pos_weight"))
@@ -276,7 +275,7 @@ def exact(likelihood, x, parameters):
         return -(log_p + mp.loggamma(x + t) - mp.loggamma(t) - mp.loggamma(x + 1))
 
     def scale(given):
-        kind, soft_min = likelihood.scale, likelihood.soft_min
+        kind, soft_min = likelihood.parameter, likelihood.soft_min
         log_scale = {"scale": mp.log(given) if kind == "scale" else given, "log_scale": given, "logvar": given / 2}[kind]
         return log_scale if soft_min is None else soft_min + softplus(log_scale - soft_min)
 
@@ -362,7 +361,9 @@ def test_a_zero_without_a_sign_or_with_one(dtype, device):
 
 
 @pytest.mark.parametrize(
-    "likelihood", ("gaussian", "laplace", Gaussian(parameter="log_scale"), Gaussian(parameter="logvar"), Laplace(parameter="logvar")), ids=str
+    "likelihood",
+    ("gaussian", "laplace", Gaussian(parameter="log_scale"), Gaussian(parameter="logvar"), Laplace(parameter="logvar")),
+    ids=str,
 )
 def test_an_infinite_scale_is_an_infinite_loss(likelihood, device):
     mean, x = torch.zeros(1, 2, device=device), torch.ones(1, 2, device=device)
@@ -527,8 +528,22 @@ def bad_calls(device):
         "unknown likelihood": ((p, x, "gamma"), {}, "likelihood must be an object of fastelbo.likelihoods or one of"),
         "too few parameters": ((p, x, "negative_binomial"), {}, r"the tuple \(mean, inverse_dispersion\)"),
         "too many parameters": (((p, p), x, "l1"), {}, "recon_x must be a tensor"),
-        "scale twice": (((p, p), x, "gaussian"), {"scale": 2.0}, "give scale, or recon_x as a tuple, not both"),
-        "scale of none": ((p, x, "poisson"), {"scale": 2.0}, "scale is for the likelihoods"),
+        "scale twice": (
+            ((p, p), x, Gaussian(2.0)),
+            {},
+            r"give Gaussian.scale or the tuple \(mean, scale\), not both: got scale=2.0",
+        ),
+        "Laplace's scale twice": (((p, p), x, Laplace(0.5)), {}, r"give Laplace.scale or the tuple \(mean, scale\), not both"),
+        "optimal and a scale": (
+            ((p, p), x, Gaussian("optimal")),
+            {},
+            "give Gaussian.scale or the tuple .* not both: got scale='optimal'",
+        ),
+        "pos_weight twice": (
+            ((p, p), x, BernoulliLogits(2.0)),
+            {},
+            r"give BernoulliLogits.pos_weight or the tuple \(logits, pos_weight\), not both: got pos_weight=2.0",
+        ),
         "shape of a parameter": (((p, p[:, :3]), x, "gaussian"), {}, r"recon_x\[1\] must broadcast to recon_x\[0\]"),
         "dtype of a parameter": (((p, labels), x, "gaussian"), {}, r"recon_x\[1\] must be float16"),
         "shape of weight": ((p, x, "l1"), {"weight": p[:2]}, "weight must broadcast to x"),
@@ -558,7 +573,6 @@ def bad_calls(device):
         "negative counts of two": (((p, p), x - 3, "negative_binomial"), {}, "x must not be negative for the likelihood"),
         "negative rates": ((-p, x, "poisson"), {}, "recon_x must not be negative for the likelihood"),
         "negative dispersion": (((p, -p), x, "negative_binomial"), {}, r"recon_x\[1\] must be positive for the likelihood"),
-        "optimal and a scale": ((p, x, Gaussian("optimal")), {"scale": 1.0}, "scale must not be given"),
     }
 
 
@@ -575,9 +589,25 @@ def test_errors(name, device):
 @pytest.mark.parametrize(
     ("make", "message"),
     (
-        (lambda: Gaussian("sigma"), "Gaussian.scale must be one of"),
+        (lambda: Gaussian("sigma"), "Gaussian.scale must be a number or 'optimal', got str"),
+        (lambda: Gaussian("log_scale"), "Gaussian.scale must be a number: .*parameter='log_scale'"),
+        (lambda: Laplace("logvar"), "Laplace.scale must be a number: .*parameter='logvar'"),
+        (lambda: Laplace("optimal"), "Laplace.scale must be a number, got str"),
+        (lambda: Gaussian(torch.ones(())), r"Gaussian.scale must be a number: pass a tensor as the second .*\(mean, scale\)"),
+        (
+            lambda: Laplace(torch.nn.Parameter(torch.ones(4))),
+            r"Laplace.scale must be a number: pass a tensor .*\(mean, scale\)",
+        ),
+        (lambda: Gaussian(0), "Gaussian.scale must be positive, got 0.0"),
+        (lambda: Laplace(-0.5), "Laplace.scale must be positive, got -0.5"),
+        (lambda: Gaussian(math.nan), "Gaussian.scale must be positive, got nan"),
+        (
+            lambda: BernoulliLogits(torch.ones(4)),
+            r"BernoulliLogits.pos_weight must be a number: pass a tensor as the second .*\(logits, pos_weight\)",
+        ),
+        (lambda: Gaussian(parameter="sigma"), "Gaussian.parameter must be one of 'scale', 'log_scale', 'logvar'.*got 'sigma'"),
+        (lambda: DiscretizedLogistic("optimal"), "DiscretizedLogistic.parameter must be one of"),
         (lambda: Gaussian(soft_min="low"), "Gaussian.soft_min must be a number"),
-        (lambda: Laplace("optimal"), "Laplace.scale must be one of"),
         (lambda: Categorical(dim=0), "Categorical.dim must not be 0"),
         (lambda: Categorical(ignore_index=1.5), "Categorical.ignore_index must be an integer"),
         (lambda: DiscretizedLogistic(levels=1), "DiscretizedLogistic.levels must be at least 2"),
@@ -621,11 +651,13 @@ def test_target_scale_of_every_likelihood(device):
         parameters, x = case.make(device=device)
         if x.is_floating_point():
             torch.testing.assert_close(
-                recon(parameters, 4 * x, case.likelihood, target_scale=0.25), recon(parameters, x, case.likelihood), msg=name
+                recon(parameters, 4 * x, replace(find_likelihood(case.likelihood), target_scale=0.25)),
+                recon(parameters, x, case.likelihood),
+                msg=name,
             )
     parameters, x = [torch.randn(2, 9, 5, device=device)], 2 * torch.rand(2, 1, 5, device=device) - 1
-    likelihood = DiscretizedLogisticMixture()
-    torch.testing.assert_close(recon(parameters, 4 * x, likelihood, target_scale=0.25), recon(parameters, x, likelihood))
+    scaled = DiscretizedLogisticMixture(target_scale=0.25)
+    torch.testing.assert_close(recon(parameters, 4 * x, scaled), recon(parameters, x, DiscretizedLogisticMixture()))
 
 
 INVALID = {
@@ -640,7 +672,7 @@ INVALID = {
 @pytest.fixture
 def unseen(monkeypatch):
     """As on a GPU, or traced: nobody looks at values."""
-    monkeypatch.setattr("fastelbo.terms.check_values", lambda *_: None)
+    monkeypatch.setattr("fastelbo.engine.loss.check_values", lambda *_: None)
 
 
 @pytest.mark.parametrize("name", INVALID)
@@ -684,12 +716,33 @@ def test_confident_logits_keep_their_loss_and_gradient_under_pos_weight(device):
     torch.testing.assert_close(gradients(got, logits)[0].double(), sign * exact, rtol=1e-6, atol=0)
 
 
-def test_gradient_of_pos_weight(device):
+@pytest.mark.parametrize("shape", ((), (4,), (3, 1), (3, 4)), ids=str)
+def test_gradient_of_pos_weight(shape, device):
+    """Of each that wants one, the target too."""
     logits, x = torch.randn(3, 4, device=device, requires_grad=True), torch.rand(3, 4, device=device, requires_grad=True)
-    pos_weight = torch.rand(4, device=device, requires_grad=True)
-    got = recon([logits], x, BernoulliLogits(pos_weight))
+    pos_weight = torch.rand(shape, device=device, requires_grad=True)
+    got = recon((logits, pos_weight), x, "bernoulli_logits")
     expected = (pos_weight * x * F.softplus(-logits) + (1 - x) * F.softplus(logits)).sum()
     torch.testing.assert_close(*(gradients(v, logits, x, pos_weight) for v in (got, expected)))
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_name_is_the_object_with_its_defaults(name, device):
+    """In the value and in the gradients, to the last bit; and records are compared by value."""
+    kind = type(BY_NAME[name])
+    likelihood = kind()
+    assert likelihood is find_likelihood(name)
+    assert likelihood != kind(target_scale=0.5) == kind(target_scale=Fraction(1, 2))
+    if name in ("bernoulli", "bernoulli_logits", "mse", "gaussian"):
+        parameters, x = [torch.rand(3, 7, device=device, requires_grad=True)], torch.rand(3, 7, device=device)
+    elif name == "discretized_logistic_mixture":
+        parameters, x = [torch.randn(2, 9, 5, device=device, requires_grad=True)], torch.rand(2, 1, 5, device=device) - 0.5
+    else:
+        parameters, x = next(c for c in CASES.values() if c.likelihood == name).make(torch.float32, device)
+    for weight in (None, torch.rand(len(x), *[1] * (x.dim() - 1), device=device)):
+        named, made = (recon(parameters, x, likelihood, "mean", weight=weight) for likelihood in (name, likelihood))
+        assert torch.equal(named, made)
+        assert all(torch.equal(a, b) for a, b in zip(*(gradients(v, *parameters) for v in (named, made)), strict=True))
 
 
 @pytest.mark.parametrize("shape", ((), (1,), (1, 1)), ids=str)

@@ -2,6 +2,7 @@
 count may be anything; NaN becomes NaN. On a GPU nobody looks, and it becomes NaN too, or a loss that means nothing."""
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 
 import fastelbo
 from conftest import DEVICE, INTERPRETED
-from fastelbo.likelihoods import values
 from fastelbo.likelihoods import (
+    Bernoulli,
     BernoulliLogits,
     Categorical,
     DiscretizedLogistic,
@@ -18,6 +19,7 @@ from fastelbo.likelihoods import (
     Gaussian,
     Laplace,
     Multinomial,
+    values,
 )
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="nobody looks on a GPU")
@@ -97,7 +99,7 @@ def loss(parameters, x, likelihood, **options):
 
 def elbo(parameters, x, likelihood, function=fastelbo.elbo, **options):
     def decoder(z):
-        found = tuple(p.repeat(len(z) // 3, 1) + 0 * z[:, :1] for p in parameters)
+        found = tuple(p.repeat(len(z) // 3, 1) + 0 * z[:, :1] if p.shape[:1] == (3,) else p for p in parameters)
         return found[0] if len(found) == 1 else found
 
     mu = torch.zeros(3, 2, requires_grad=True)
@@ -121,8 +123,8 @@ CALLS = {
     "weights": lambda *a, **k: loss(*a, weight=weights(a[2], False), **k),
     "betas": lambda *a, **k: loss(*a, beta=torch.ones(2), **k),
     "elbo": elbo,
-    "samples": lambda *a, **k: elbo(*a, n_samples=2, **k),
-    "samples and weights": lambda *a, **k: elbo(*a, n_samples=2, weight=weights(a[2], False), **k),
+    "samples": lambda *a, **k: elbo(*a, bound=fastelbo.ELBO(2), **k),
+    "samples and weights": lambda *a, **k: elbo(*a, bound=fastelbo.ELBO(2), weight=weights(a[2], False), **k),
     "log_likelihood": lambda *a, **k: elbo(*a, function=fastelbo.log_likelihood, n_samples=2, **k),
 }
 if INTERPRETED:  # which takes its time; the others differ in what is around the kernels
@@ -193,27 +195,24 @@ def test_labels(labels):
     "likelihood", ("gaussian", "laplace", Gaussian(soft_min=-1.0), DiscretizedLogistic("scale")), ids=lambda v: str(v)
 )
 def test_scales(likelihood, number):
-    """As a number, as a tensor of any shape, and learned."""
+    """Of any shape, and learned."""
     mean, x = torch.zeros(3, 4), torch.ones(3, 4)
     for shape in ((), (4,), (3, 1), (3, 4)):
         for wants_grad in (False, True):
             scale = torch.full(shape, 0.5)
             scale.view(-1)[-1] = number
             scale.requires_grad_(wants_grad)
-            for call in ("plain", "weights", "samples"):
-                with pytest.raises(ValueError, match=r"^scale must be positive"):
-                    CALLS[call]([mean], x, likelihood, scale=scale)
-            if not shape:
-                with pytest.raises(ValueError, match=r"^scale must be positive"):
-                    loss([mean], x, likelihood, scale=number)
+            for call, name in (("plain", "recon_x"), ("weights", "recon_x"), ("samples", r"decoder\(z\)")):
+                with pytest.raises(ValueError, match=rf"^{name}\[1\] must be positive"):
+                    CALLS[call]([mean, scale], x, likelihood)
 
 
 def test_as_torch_does():
     """Logits go with any floating target, and any `pos_weight` with them."""
     logits, x, pos_weight = torch.randn(3, 4), 3 * torch.randn(3, 4), -torch.rand(4)
-    for likelihood, options in (("bernoulli_logits", {}), (BernoulliLogits(pos_weight), {"pos_weight": pos_weight})):
+    for parameters, options in (([logits], {}), ([logits, pos_weight], {"pos_weight": pos_weight})):
         expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="sum", **options)
-        torch.testing.assert_close(loss([logits], x, likelihood).recon, expected)
+        torch.testing.assert_close(loss(parameters, x, "bernoulli_logits").recon, expected)
 
 
 @pytest.mark.parametrize("where", (0, 1))
@@ -241,23 +240,28 @@ def test_nan_goes_through_transformed_calls(where):
 
 
 @pytest.mark.parametrize("name", ("gaussian", "laplace"))
-def test_a_scale_that_nobody_sees_gives_nan(name):
+def test_a_scale_that_nobody_sees_gives_nan(name, monkeypatch):
     """Traced, or by Torch on a GPU: in the value and in all gradients."""
     mean, x, scale = torch.zeros(2, 3), torch.ones(2, 3), torch.tensor(-2.0)
-    for nll in (lambda m, s: loss([m], x, name, scale=s).loss, lambda m, s: loss([m, s], x, name).loss):
-        assert all(slope.isnan().all() for slope in torch.func.grad(nll, (0, 1))(mean, scale))
-    *terms, gradient = torch_backend.loss_forward(
-        mean, x, None, None, torch.zeros(()), 1.0, torch.ones(1),
-        likelihood=name, scale=scale, target_scale=1.0, weights=(1.0, 1.0), per_sample=False, dtype=torch.float32,
-    )  # fmt: skip
-    assert terms[1].isnan() and gradient.isnan().all()
+    slopes = torch.func.grad(lambda m, s: loss([m, s], x, name).loss, (0, 1))(mean, scale)
+    assert all(slope.isnan().all() for slope in slopes)
+    monkeypatch.setattr("fastelbo.likelihoods.location.is_seen", lambda *_: False)
+    monkeypatch.setattr("fastelbo.engine.loss.check_values", lambda *_: None)
+    for given in (scale, scale.expand(2, 3)):
+        parameters = [t.clone().requires_grad_() for t in (mean, given)]
+        terms = loss(parameters, x, name)
+        assert terms.recon.isnan() and terms.loss.isnan()
+        assert all(slope.isnan().all() for slope in torch.autograd.grad(terms.loss, parameters))
 
 
 @pytest.mark.parametrize(
     ("x", "message"),
     (
-        (torch.tensor([[0, 200]], dtype=torch.uint8), "got values from 0 to 200; for 8-bit images pass target_scale=1/255"),
-        (torch.tensor([[0.0, 255.0]]), "for 8-bit images pass target_scale=1/255"),
+        (
+            torch.tensor([[0, 200]], dtype=torch.uint8),
+            r"got values from 0 to 200; for 8-bit images give the likelihood target_scale=1/255",
+        ),
+        (torch.tensor([[0.0, 255.0]]), r"for 8-bit images give the likelihood target_scale=1/255"),
         (torch.tensor([[-1.0, 0.5]]), r"got values from -1 to 0.5; for targets in \[-1, 1\] pass \(x \+ 1\) / 2"),
         (torch.tensor([[-2.1, 2.3]]), "for others take a likelihood of real numbers, such as 'gaussian'"),
         (torch.tensor([[0.0, 1.01]]), "for others take a likelihood of real numbers, such as 'gaussian'"),
@@ -274,7 +278,7 @@ def test_the_advice_knows_target_scale():
     with pytest.raises(
         ValueError, match=r"x must lie in \[0, 1\] .* got values from 2.55 to 2.55 once multiplied by target_scale=0.01$"
     ):
-        loss([torch.full((1, 2), 0.5)], x, "bernoulli", target_scale=0.01)
+        loss([torch.full((1, 2), 0.5)], x, Bernoulli(target_scale=0.01))
 
 
 @pytest.fixture
@@ -295,7 +299,7 @@ def test_images_in_the_unit_interval_are_told_of_once(likelihood, parameters, fr
         loss(parameters(good), good, likelihood)  # a warning would be an error
     torch.func.vmap(lambda x: loss(parameters(x), x, likelihood).loss)(x[None])  # traced: nobody looks
     with pytest.warns(UserWarning, match=r"all of x lies in \[0, 1\].*pass 2 \* x - 1"):
-        loss(parameters(x), 255 * x, likelihood, target_scale=1 / 255)
+        loss(parameters(x), 255 * x, replace(likelihood, target_scale=1 / 255))
     loss(parameters(x), x, likelihood)
 
 
