@@ -26,8 +26,13 @@ def terms(call: LossCall, beta: float | Tensor, divisor: float | Tensor, tensors
     else:
         values = gaussian.kl_elements(Latents(LOGVAR), *(t.to(call.dtype) for t in latents))
         kl = scaled(reduced(values, call.kl_reduction), call.kl_factor(latents[0]))
+    return with_loss(recon, kl, beta)
+
+
+def with_loss(recon: Tensor, kl: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`(loss, recon, kl)`, three tensors that users may write to."""
     if isinstance(beta, Tensor):
-        beta = beta.to(call.dtype)
+        return recon + beta.to(kl.dtype) * kl, recon, kl.clone()  # the product keeps the KL, for the gradient by beta
     return recon + beta * kl, recon, kl
 
 

@@ -83,8 +83,7 @@ def composed_terms(
         if weight is not None:
             counts = formula.reduced(weight.to(call.dtype).expand(x.shape), "none")
     recon = likelihood.compose(sums, counts, total) / call.divisor(given[0], x, weight)
-    kl = kl.to(recon.dtype, copy=True)
-    return ELBOTerms(recon + (beta.to(kl.dtype) if isinstance(beta, Tensor) else beta) * kl, recon, kl)
+    return ELBOTerms(*formula.with_loss(recon, kl.to(recon.dtype, copy=True), beta))
 
 
 def record_reconstruction(monitor, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, recon, statistics):

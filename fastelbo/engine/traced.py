@@ -50,9 +50,7 @@ def loss(call: LossCall, beta: float | Tensor, tensors: Sequence[Tensor], diviso
         return None, recon, None
     if kl is None:
         kl_sum = formula.scaled(kl_sum, call.kl_factor(mu))
-    if isinstance(beta, Tensor):
-        beta = beta.to(call.dtype)
-    return recon + beta * kl_sum, recon, kl_sum
+    return formula.with_loss(recon, kl_sum, beta)
 
 
 def draw(mu: Tensor, second: Tensor, generator: torch.Generator | None) -> Tensor:
