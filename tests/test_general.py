@@ -94,8 +94,6 @@ def test_compiled(name, device):
         pytest.skip("it is the formula that is compiled")
     torch.compiler.reset()
     likelihood, parameters, x, mu, second = make(name, device)
-    if name == "pos_weight of features":
-        likelihood = fastelbo.likelihoods.BernoulliLogits(likelihood.pos_weight.to(device))
     weight = torch.rand(3, *[1] * (x.dim() - 1), device=device)
 
     def call(x, mu, second, weight, *parameters):
@@ -197,7 +195,7 @@ def test_module_with_options(device):
     weight = torch.rand_like(x)
     monitor = fastelbo.diagnostics.Monitor()
     std = second.exp()
-    prior = (torch.ones(2, device=device), torch.zeros(2, device=device))
+    prior = (torch.ones(2, device=device), torch.ones(2, device=device))
     got = criterion(recon_x(parameters), x, mu, std, prior=prior, weight=weight, monitor=monitor)
     expected = fastelbo.loss(
         recon_x(parameters), x, mu, std, 2.0, likelihood=likelihood, reduction="batchmean", posterior="std", prior=prior,
@@ -271,7 +269,10 @@ def test_results_may_be_written_to(device):
     mean, x, mu, logvar = (torch.rand(3, 2, device=device) for _ in range(4))
     log_scale, given = torch.zeros(3, 2, device=device, requires_grad=True), torch.tensor(2.0, device=device)
     beta = torch.tensor(0.5, device=device, requires_grad=True)
-    for likelihood, parameters in (("mse", mean), (Gaussian(parameter="log_scale"), (mean, log_scale)), ("multinomial", log_scale)):
+    for likelihood, parameters in (
+        ("mse", mean), (Gaussian(parameter="log_scale"), (mean, log_scale)), ("multinomial", log_scale),
+        (Gaussian("optimal"), log_scale),
+    ):  # fmt: skip
         for latents in ({"kl": given}, {"mu": mu, "logvar": logvar, "posterior": "std"}):
             terms = fastelbo.loss(parameters, x, beta=beta, likelihood=likelihood, **latents)
             expected = gradients(terms.loss, beta, retain_graph=True)

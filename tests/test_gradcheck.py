@@ -24,7 +24,7 @@ def test_loss(check, reduction, likelihood, device):
     beta = torch.tensor(0.7, dtype=torch.float64, device=device, requires_grad=True)
 
     def function(recon_x, x, mu, logvar, beta):
-        return fastelbo.loss(recon_x, x, mu, logvar, beta, reduction=reduction, target_scale=0.9, **options(likelihood))
+        return fastelbo.loss(recon_x, x, mu, logvar, beta, reduction=reduction, **options(likelihood, target_scale=0.9))
 
     # The second backward through a graph computes what forward had stored anew, in another kernel: there a compiler may fuse
     # other products with sums, `x * target_scale - recon_x` for one, so that the last digits differ.
