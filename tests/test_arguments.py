@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastelbo
+from fastelbo.likelihoods import BernoulliLogits, Gaussian
 from support import LIKELIHOODS, gradients, make_inputs, naive, options
 
 REDUCTIONS = (
@@ -135,22 +136,26 @@ def test_target_scale_of_bytes(dtype, device):
     x = torch.randint(0, 256, (4, 131), device=device, dtype=torch.uint8)
     kl = torch.zeros((), device=device)
     for likelihood in LIKELIHOODS:
-        got = fastelbo.loss(recon_x, x, kl=kl, target_scale=1 / 255, **options(likelihood)).recon
+        got = fastelbo.loss(recon_x, x, kl=kl, **options(likelihood, target_scale=1 / 255)).recon
         expected = naive(recon_x, x.to(dtype) / 255, *[torch.zeros(1, 1, device=device)] * 2, **options(likelihood))[1]
         rtol = 1e-12 if dtype == torch.float64 else 1e-6
         torch.testing.assert_close(got, expected, rtol=rtol, atol=0)
         torch.testing.assert_close(gradients(got, recon_x), gradients(expected, recon_x), rtol=10 * rtol, atol=rtol)
 
 
-@pytest.mark.parametrize("where", ("number", "cpu", "device"))
+@pytest.mark.parametrize("where", ("number", "weighted", "cpu", "device"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_scale(dtype, where, device):
+    """A number of the likelihood, whatever a second tensor would be; or a tensor beside the means."""
     recon_x, x, mu, logvar = make_inputs("gaussian", (5, 9), (5, 3), dtype, device)
     for number in (0.1, 1, 30.0):
-        scale = (
-            number if where == "number" else torch.tensor(number, dtype=dtype, device=device if where == "device" else "cpu")
-        )
-        got = fastelbo.loss(recon_x, x, mu, logvar, likelihood="gaussian", scale=scale).recon
+        likelihood, given, weight = Gaussian(scale=number, parameter="log_scale", soft_min=1.0), recon_x, None
+        if where == "weighted":
+            weight = torch.ones((), device=device)
+        elif where != "number":
+            scale = torch.tensor(number, dtype=dtype, device=device if where == "device" else "cpu")
+            likelihood, given = "gaussian", (recon_x, scale)
+        got = fastelbo.loss(given, x, mu, logvar, likelihood=likelihood, weight=weight).recon
         expected = -torch.distributions.Normal(recon_x, number).log_prob(x).sum()
         torch.testing.assert_close(got, expected)
         torch.testing.assert_close(gradients(got, recon_x), gradients(expected, recon_x))
@@ -248,13 +253,16 @@ def test_whose_dtype_counts(compiled, device):
         return z.sigmoid().repeat(1, 3)
 
     def gaussian(scale, **options):
-        return fastelbo.loss(p, x, mu, logvar, likelihood="gaussian", scale=scale, **options).loss
+        return fastelbo.loss((p, scale), x, mu, logvar, likelihood="gaussian", **options).loss
 
     double = {
         "recon_x": lambda: fastelbo.loss(wide[p], x, mu, logvar).loss,
         "recon_x, weighted": lambda: fastelbo.loss(wide[p], x, mu, logvar, weight=w).loss,
-        "recon_x[1]": lambda: fastelbo.loss((p, wide[w]), x, mu, logvar, likelihood="gaussian").loss,
-        "scale of elements": lambda: gaussian(wide[w]),
+        "recon_x[1]": lambda: gaussian(wide[w]),
+        "recon_x[1], one for all": lambda: gaussian(wide[one]),
+        "recon_x[1], one for all, weighted": lambda: gaussian(wide[one], weight=w),
+        "recon_x[1], learned": lambda: gaussian(learned),
+        "pos_weight": lambda: fastelbo.loss((p, wide[one]), x, mu, logvar, likelihood="bernoulli_logits").loss,
         "mu": lambda: fastelbo.loss(p, x, wide[mu], logvar).loss,
         "logvar": lambda: fastelbo.elbo(decoder, x, mu, wide[logvar], eps=eps).loss,
         "prior": lambda: fastelbo.kl_divergence(mu, logvar, (mu, wide[logvar])),
@@ -269,10 +277,9 @@ def test_whose_dtype_counts(compiled, device):
         "beta": lambda: fastelbo.loss(p, x, mu, logvar, wide[one]).loss,
         "beta, learned": lambda: fastelbo.loss(p, x, mu, logvar, learned).loss,
         "beta of dimensions": lambda: fastelbo.loss(p, x, mu, logvar, wide[eps][0]).loss,
-        "scale": lambda: gaussian(wide[one]),
-        "scale, weighted": lambda: gaussian(wide[one], weight=w),
-        "scale, learned": lambda: gaussian(learned),
-        "pos_weight": lambda: fastelbo.loss(p, x, mu, logvar, likelihood=fastelbo.likelihoods.BernoulliLogits(wide[one])).loss,
+        "scale": lambda: fastelbo.loss(p, x, mu, logvar, likelihood=Gaussian(scale=0.3)).loss,
+        "scale, weighted": lambda: fastelbo.loss(p, x, mu, logvar, likelihood=Gaussian(scale=0.3), weight=w).loss,
+        "pos_weight, a number": lambda: fastelbo.loss(p, x, mu, logvar, likelihood=BernoulliLogits(2.0)).loss,
         "capacity": lambda: fastelbo.loss(p, x, mu, logvar, weighting=fastelbo.Weighting(capacity=learned)).loss,
         "eps": lambda: fastelbo.sample_kl(mu, logvar, eps=wide[eps]).kl,
         "eps of log_likelihood": lambda: (
@@ -300,4 +307,6 @@ def test_module(device):
     torch.testing.assert_close(twin(*inputs), fastelbo.loss(*inputs, 2.0, likelihood="mse", reduction="batchmean"))
     kl = fastelbo.sample_kl(inputs[2], inputs[3], reduction="batchmean").kl
     torch.testing.assert_close(twin(inputs[0], inputs[1], kl=kl).loss, twin(*inputs).loss)
-    assert "beta=2" in repr(twin)
+    assert repr(twin) == f"ELBOLoss(likelihood={fastelbo.likelihoods.MSE()}, beta=2, reduction='batchmean')"
+    twin = fastelbo.nn.ELBOLoss(posterior="std", weighting=fastelbo.Weighting(free_bits=0.5))
+    assert f"posterior={fastelbo.Posterior('std')}, weighting={fastelbo.Weighting(free_bits=0.5)}" in repr(twin)

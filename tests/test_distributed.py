@@ -49,7 +49,7 @@ class Objective(nn.Module):
             return fastelbo.elbo(self.decoder, x, mu, logvar, BETA, eps=eps, **options).loss
         if self.way == "two samples":  # of the same noise; the decoder runs for each by itself, and again in backward
             twice = eps.expand(2, *eps.shape)
-            return fastelbo.elbo(self.decoder, x, mu, logvar, BETA, eps=twice, n_samples=2, **options).loss
+            return fastelbo.elbo(self.decoder, x, mu, logvar, BETA, eps=twice, bound=fastelbo.ELBO(2), **options).loss
         z, kl = fastelbo.sample_kl(mu, logvar, eps=eps, reduction=self.reduction)
         return fastelbo.loss(self.decoder(z), x, kl=kl, beta=BETA, **options).loss
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
@@ -35,7 +36,7 @@ REDUCED = {
 @pytest.mark.parametrize("posterior", FROM_STD)
 def test_kl_divergence(posterior, kind, reduction, shape, device):
     latents = make_latents(posterior, shape, torch.float64, device)
-    kl = kl_divergence(*latents[:2], prior_for(kind, *latents[2:]), posterior=posterior, reduction=reduction)
+    kl = kl_divergence(*latents[:2], prior_for(kind, posterior, *latents[2:]), posterior=posterior, reduction=reduction)
     expected = REDUCED[reduction](naive(posterior, kind, *latents))
     assert kl.shape == expected.shape
     torch.testing.assert_close(kl, expected, rtol=1e-11, atol=1e-12)
@@ -95,7 +96,7 @@ def test_priors_broadcast(shapes, normal, reduction, device):
 def test_dimensions_come_in_logical_order(layout, reduction, device):
     """However the latents, and the gradient that arrives, lie in memory."""
     mu, std = make_latents("std", (2, 3, 4, 5), torch.float64, device)[:2]
-    prior = [torch.randn(s, dtype=torch.float64, device=device, requires_grad=True) for s in ((3, 1, 1), (2, 3, 4, 5))]
+    prior = [torch.rand(s, dtype=torch.float64, device=device).add(0.5).requires_grad_() for s in ((3, 1, 1), (2, 3, 4, 5))]
     expected = REDUCED[reduction](naive("std", "pair", mu, std, *prior))
     given = [t.detach().to(memory_format=layout).requires_grad_() for t in (mu, std)]
     kl = kl_divergence(*given, prior, posterior="std", reduction=reduction)
@@ -148,7 +149,7 @@ def weighted_truth(name, elements, beta, reduction):
 
 def terms(latents, kind, posterior, weighting, beta, reduction, statistics=False):
     """As the objective calls it."""
-    prior = None if kind is None else prior_for(kind, *latents[2:])
+    prior = None if kind is None else prior_for(kind, posterior, *latents[2:])
     latents, tensors = check_latents(*latents[:2], posterior, prior)
     beta = check_beta(beta, tensors[0])
     weighting = check_weighting(weighting, tensors[0], prior is not None, beta, reduction)
@@ -201,11 +202,11 @@ def test_balance(name, reduction, kind, device):
     if reduction == "none" and name in WHOLE_BATCH:
         return
     a, b = 0.1, 0.5
-    latents = mu, second, prior_mu, prior_logvar = make_latents("std", (B, D), torch.float64, device)
-    kl, weighted, _ = terms(latents, kind, "std", WEIGHTINGS[name][0]._replace(balance=(a, b)), 0.3, reduction)
+    latents = mu, second, prior_mu, prior_std = make_latents("std", (B, D), torch.float64, device)
+    kl, weighted, _ = terms(latents, kind, "std", replace(WEIGHTINGS[name][0], balance=(a, b)), 0.3, reduction)
     elements = naive("std", "pair", *latents)
-    to_posterior = naive("std", "pair", mu, second, prior_mu.detach(), prior_logvar.detach())
-    to_prior = naive("std", "pair", mu.detach(), second.detach(), prior_mu, prior_logvar)
+    to_posterior = naive("std", "pair", mu, second, prior_mu.detach(), prior_std.detach())
+    to_prior = naive("std", "pair", mu.detach(), second.detach(), prior_mu, prior_std)
     expected = a * weighted_truth(name, to_posterior, 0.3, reduction) + b * weighted_truth(name, to_prior, 0.3, reduction)
     torch.testing.assert_close((kl, weighted), (REDUCED[reduction](elements), expected))
     upstream = torch.randn_like(weighted)
@@ -310,7 +311,7 @@ def test_empty_batch(name, device):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 def test_dtypes(name, dtype, device):
     latents = make_latents("std", (B, D), dtype, device, spread=0.3)
-    weighting = WEIGHTINGS[name][0]._replace(balance=(1.0, 2.0))
+    weighting = replace(WEIGHTINGS[name][0], balance=(1.0, 2.0))
     kl, weighted, _ = terms(latents, "pair", "std", weighting, 0.5, "batchmean")
     exact = [t.detach().double().requires_grad_() for t in latents]
     elements = naive("std", "pair", *exact)
@@ -326,7 +327,7 @@ def test_dtypes(name, dtype, device):
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_compiled(name, device):
     latents = make_latents("logvar", (B, D), device=device)
-    weighting = WEIGHTINGS[name][0]._replace(balance=(0.2, 0.8))
+    weighting = replace(WEIGHTINGS[name][0], balance=(0.2, 0.8))
 
     def function(*latents):
         kl, weighted, found = terms(latents, "pair", "logvar", weighting, 0.5, "batchmean", statistics=True)
@@ -343,27 +344,29 @@ PRIOR = (A, A)
 EACH = torch.ones(3)
 MISUSE = (
     ({"weighting": 0.5}, TypeError, "weighting must be a Weighting, got float"),
-    ({"weighting": Weighting(-1.0)}, ValueError, "weighting.free_bits must not be negative, got -1.0"),
-    ({"weighting": Weighting("a")}, TypeError, "weighting.free_bits must be a number or None, got str"),
-    ({"weighting": Weighting(1.0, "batches")}, ValueError, "weighting.free_bits_per must be one of 'element'"),
-    ({"weighting": Weighting(1.0, capacity=1.0)}, ValueError, "weighting.free_bits and weighting.capacity exclude each other"),
     ({"weighting": Weighting(1.0, "sample"), "beta": EACH}, ValueError, "needs a beta that is one number"),
-    ({"weighting": Weighting(1.0, "dimension"), "reduction": "none"}, ValueError, "weighting.free_bits_per='dimension'"),
-    ({"weighting": Weighting(capacity=-1.0)}, ValueError, "weighting.capacity must not be negative"),
-    ({"weighting": Weighting(capacity=EACH)}, ValueError, "weighting.capacity must be a number or a 0-d tensor, got"),
-    ({"weighting": Weighting(capacity=1.0, capacity_per="element")}, ValueError, "weighting.capacity_per must be one of"),
-    ({"weighting": Weighting(capacity=1.0), "beta": EACH}, ValueError, "weighting.capacity needs a beta that is one number"),
-    ({"weighting": Weighting(capacity=1.0), "reduction": "none"}, ValueError, "weighting.capacity_per='batch'"),
-    ({"weighting": Weighting(balance=0.8)}, ValueError, r"weighting.balance must be a pair \(posterior, prior\)"),
-    ({"weighting": Weighting(balance=(0.0, 0.0))}, ValueError, "weighting.balance must be two numbers that are not negative"),
-    ({"weighting": Weighting(balance=(-1.0, 2.0))}, ValueError, "weighting.balance must be two numbers that are not negative"),
-    ({"weighting": Weighting(balance=("a", 1.0))}, TypeError, r"weighting.balance\[0\] must be a number, got str"),
-    ({"weighting": Weighting(balance=(0.2, 0.8)), "kind": None}, ValueError, "weighting.balance needs a prior"),
+    ({"weighting": Weighting(1.0, "dimension"), "reduction": "none"}, ValueError, "Weighting.free_bits_per='dimension'"),
+    ({"weighting": Weighting(capacity=1.0), "beta": EACH}, ValueError, "Weighting.capacity needs a beta that is one number"),
+    ({"weighting": Weighting(capacity=1.0), "reduction": "none"}, ValueError, "Weighting.capacity_per='batch'"),
+    ({"weighting": Weighting(balance=(0.2, 0.8)), "kind": None}, ValueError, "Weighting.balance needs a prior"),
     ({"beta": torch.ones(2)}, ValueError, r"beta must be a number, a 0-d tensor or a tensor that broadcasts to a sample of mu"),
     ({"beta": torch.ones(2, 3)}, ValueError, "beta must be a number, a 0-d tensor"),
     ({"beta": EACH.to("meta")}, ValueError, "beta must be on the device of mu"),
     ({"beta": EACH.cfloat()}, TypeError, "beta must be a tensor of booleans"),
     ({"beta": "a"}, TypeError, "beta must be a number or a 0-d tensor, got str"),
+)  # fmt: skip
+MISMADE = (
+    (lambda: Weighting(-1.0), ValueError, "Weighting.free_bits must not be negative, got -1.0"),
+    (lambda: Weighting("a"), TypeError, "Weighting.free_bits must be a number or None, got str"),
+    (lambda: Weighting(1.0, "batches"), ValueError, "Weighting.free_bits_per must be one of 'element'"),
+    (lambda: Weighting(1.0, capacity=1.0), ValueError, "Weighting.free_bits and Weighting.capacity exclude each other"),
+    (lambda: Weighting(capacity=EACH), ValueError, "Weighting.capacity must be a number or a 0-d tensor, got"),
+    (lambda: Weighting(capacity=-1.0), ValueError, "Weighting.capacity must not be negative"),
+    (lambda: Weighting(capacity=1.0, capacity_per="element"), ValueError, "Weighting.capacity_per must be one of"),
+    (lambda: Weighting(balance=0.8), ValueError, r"Weighting.balance must be a pair \(posterior, prior\)"),
+    (lambda: Weighting(balance=(0.0, 0.0)), ValueError, "Weighting.balance must be two numbers that are not negative"),
+    (lambda: Weighting(balance=(-1.0, 2.0)), ValueError, "Weighting.balance must be two numbers that are not negative"),
+    (lambda: Weighting(balance=("a", 1.0)), TypeError, r"Weighting.balance\[0\] must be a number, got str"),
 )  # fmt: skip
 
 
@@ -372,6 +375,12 @@ def test_misuse(arguments, error, message):
     arguments = {"kind": "pair", "posterior": "logvar", "weighting": None, "beta": 1.0, "reduction": "sum"} | arguments
     with pytest.raises(error, match=message):
         terms((A, A, A, A), **arguments)
+
+
+@pytest.mark.parametrize(("make", "error", "message"), MISMADE)
+def test_a_weighting_is_checked_where_it_is_made(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
 
 
 def test_unknown_reduction():
@@ -398,7 +407,7 @@ def test_statistics_are_of_the_pass_that_computes_the_kl(monkeypatch, device):
         assert launches == [divergence.columns_kernel]
     for name in ("plain", "element", "sample", "capacity", "capacity of samples"):
         launches.clear()
-        terms(latents, "pair", "logvar", WEIGHTINGS[name][0]._replace(balance=(0.2, 0.8)), 1.0, "sum")
+        terms(latents, "pair", "logvar", replace(WEIGHTINGS[name][0], balance=(0.2, 0.8)), 1.0, "sum")
         assert launches == [divergence.divergence_fwd_kernel]
 
 

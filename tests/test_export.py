@@ -8,7 +8,7 @@ from torch.export import Dim, export
 
 import fastelbo
 from conftest import INTERPRETED
-from fastelbo import Posterior, Weighting
+from fastelbo import ELBO, IWAE, Posterior, Weighting
 from fastelbo import likelihoods as lk
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporter
@@ -56,7 +56,7 @@ def of_pair(likelihood, reduction="mean"):
 
 
 PLAIN = {f"bernoulli {r}": of_loss(reduction=r) for r in REDUCTIONS}
-PLAIN["gaussian none"] = of_loss(likelihood="gaussian", scale=0.5, reduction="none")
+PLAIN["gaussian none"] = of_loss(likelihood=lk.Gaussian(scale=0.5), reduction="none")
 GENERAL = {
     **{f"weights {r}": of_loss("p x mu logvar w", likelihood="mse", reduction=r) for r in REDUCTIONS},
     **{f"optimal {r}": of_loss("p x mu logvar w", likelihood=lk.Gaussian("optimal"), reduction=r) for r in ("mean", "none")},
@@ -84,8 +84,8 @@ GENERAL = {
     "capacity": of_loss(reduction="batchmean", weighting=Weighting(capacity=0.1, capacity_per="sample")),
     **{f"elbo {r}": of_elbo(reduction=r) for r in REDUCTIONS},
     "elbo, clamped": of_elbo(posterior=Posterior(clamp=(-1, 1)), reduction="mean"),
-    "samples": of_elbo("x mu logvar noise", n_samples=SAMPLES, chunk=2, reduction="mean"),
-    "iwae": of_elbo("x mu logvar noise", n_samples=SAMPLES, chunk=2, bound="iwae", reduction="batchmean"),
+    "samples": of_elbo("x mu logvar noise", bound=ELBO(SAMPLES, chunk=2), reduction="mean"),
+    "iwae": of_elbo("x mu logvar noise", bound=IWAE(SAMPLES, chunk=2), reduction="batchmean"),
     "log_likelihood": (
         "x mu logvar noise",
         lambda model, x, mu, logvar, eps: fastelbo.log_likelihood(

@@ -83,9 +83,9 @@ def test_no_sync(syncs_raise, device):
     def step():
         fastelbo.loss(recon_x, x, mu, logvar, beta).loss.backward()
         fastelbo.elbo(lambda z: net(z).sigmoid(), x, mu, logvar, 0.1).loss.backward()
-        several = {"likelihood": "bernoulli_logits", "n_samples": 4, "chunk": 2}
-        fastelbo.elbo(net, x, mu, logvar, beta, bound="iwae", estimator="dreg", **several).loss.backward()
-        fastelbo.log_likelihood(net, x, mu, logvar, **several)
+        bound = fastelbo.IWAE(4, estimator="dreg", chunk=2)
+        fastelbo.elbo(net, x, mu, logvar, beta, likelihood="bernoulli_logits", bound=bound).loss.backward()
+        fastelbo.log_likelihood(net, x, mu, logvar, likelihood="bernoulli_logits", n_samples=4, chunk=2)
 
     step()
     syncs_raise()
@@ -251,7 +251,7 @@ def test_many_samples_in_a_graph(device, monkeypatch):
     eps, wrt = torch.randn(4, 64, 8, device=device), (mu, logvar, *net.parameters())
 
     def step(chunk=4):
-        loss = fastelbo.elbo(net, x, mu, logvar, likelihood="mse", bound="iwae", n_samples=4, chunk=chunk, eps=eps).loss
+        loss = fastelbo.elbo(net, x, mu, logvar, likelihood="mse", bound=fastelbo.IWAE(4, chunk=chunk), eps=eps).loss
         return [loss.detach(), *gradients(loss, *wrt)]
 
     step()
@@ -344,11 +344,11 @@ def test_no_cast_kernels_under_autocast(device):
     recon_x, x, mu, logvar = make_inputs("bernoulli_logits", (128, 784), (128, 20), device=device)
     recon_x = recon_x.detach().bfloat16().requires_grad_()
     x = (255 * x).round().to(torch.uint8)
-    one = torch.ones((), device=device)
+    one, likelihood = torch.ones((), device=device), fastelbo.likelihoods.BernoulliLogits(target_scale=1 / 255)
 
     def step():
         with torch.autocast("cuda", torch.bfloat16):
-            loss = fastelbo.loss(recon_x, x, mu, logvar, likelihood="bernoulli_logits", target_scale=1 / 255).loss
+            loss = fastelbo.loss(recon_x, x, mu, logvar, likelihood=likelihood).loss
         gradients(loss, recon_x, mu, logvar, grad_outputs=one)
 
     assert count_kernels(step) == 2

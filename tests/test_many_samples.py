@@ -7,7 +7,6 @@ import contextlib
 import functools
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import fastelbo
 from bench.measure import peak_bytes
 from conftest import DEVICE, INTERPRETED
+from fastelbo import ELBO, IWAE
+from fastelbo.likelihoods import Gaussian
 from likelihood_cases import CASES
 from support import ContiguousWhenUnpacked, gradients
 
@@ -40,23 +41,23 @@ def target(device):
     return torch.rand(B, FEATURES, device=device)
 
 
-def iwae(decoder, x, mu, logvar, eps=None, **options):
-    defaults = {"likelihood": "bernoulli_logits", "bound": "iwae", "n_samples": K}
-    return fastelbo.elbo(decoder, x, mu, logvar, eps=eps, **defaults | options).loss
+def iwae(decoder, x, mu, logvar, eps=None, n_samples=K, estimator="standard", chunk=1, **options):
+    bound = IWAE(n_samples, estimator=estimator, chunk=chunk)
+    return fastelbo.elbo(decoder, x, mu, logvar, eps=eps, bound=bound, **{"likelihood": "bernoulli_logits"} | options).loss
 
 
-def by_one_call(decoder, x, mu, logvar, eps, bound="iwae", beta=1.0, **options):
+def by_one_call(decoder, x, mu, logvar, eps, bound=IWAE, beta=1.0, **options):
     """The loss of each sample by `fastelbo.loss`, put together here; `[B]`."""
     samples = fastelbo.sample_log_ratio(mu, logvar, n_samples=len(eps), eps=eps)
     rows = []
     for z, log_q, log_p in zip(*samples, strict=True):
-        kl = log_q - log_p if bound == "iwae" else torch.zeros_like(log_q)
+        kl = log_q - log_p if bound is IWAE else torch.zeros_like(log_q)
         rows.append(fastelbo.loss(decoder(z), x, kl=kl, beta=beta, reduction="none", **options).loss)
     rows = torch.stack(rows)
-    return rows.mean(0) if bound == "elbo" else math.log(len(eps)) - torch.logsumexp(-rows, 0)
+    return rows.mean(0) if bound is ELBO else math.log(len(eps)) - torch.logsumexp(-rows, 0)
 
 
-@pytest.mark.parametrize("bound", ("elbo", "iwae"))
+@pytest.mark.parametrize("bound", (ELBO, IWAE))
 @pytest.mark.parametrize("name", SOME if INTERPRETED else CASES)
 def test_every_likelihood(name, bound, device):
     """A chunk of several samples, each against the one target."""
@@ -84,8 +85,8 @@ def test_every_likelihood(name, bound, device):
     expected = [expected, *gradients(expected, *wrt, grad_outputs=upstream, allow_unused=True)]
     for chunk in (1, 2, 3):
         terms = fastelbo.elbo(
-            decoder, x, mu, logvar, 0.0 if bound == "elbo" else 1.0, bound=bound, n_samples=3, chunk=chunk, eps=eps,
-            reduction="none", **options,
+            decoder, x, mu, logvar, 0.0 if bound is ELBO else 1.0, bound=bound(3, chunk=chunk), eps=eps, reduction="none",
+            **options,
         )  # fmt: skip
         found = [terms.loss, *gradients(terms.loss, *wrt, grad_outputs=upstream, allow_unused=True)]
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -95,12 +96,12 @@ def test_weights_and_reductions(device):
     net, x, (mu, logvar) = network(device), target(device), latents(device)
     eps, weight = torch.randn(K, B, LATENT, device=device), torch.tensor([[1.0], [0.0], [0.5]], device=device)
     x[1] = float("nan")  # has no weight
-    rows = by_one_call(net, x, mu, logvar, eps, "elbo", likelihood="bernoulli_logits", weight=weight)
+    rows = by_one_call(net, x, mu, logvar, eps, ELBO, likelihood="bernoulli_logits", weight=weight)
     for reduction, divisor in (("sum", 1), ("batchmean", B), ("mean", 1.5 * FEATURES), ("none", None)):
         kl = fastelbo.kl_divergence(mu, logvar, reduction=reduction)
         expected = (rows if divisor is None else rows.sum() / divisor) + 0.3 * kl
         terms = fastelbo.elbo(
-            net, x, mu, logvar, 0.3, n_samples=K, eps=eps, weight=weight, likelihood="bernoulli_logits", reduction=reduction
+            net, x, mu, logvar, 0.3, bound=ELBO(K), eps=eps, weight=weight, likelihood="bernoulli_logits", reduction=reduction
         )
         torch.testing.assert_close(terms.loss, expected)
         torch.testing.assert_close(terms.recon + 0.3 * terms.kl, expected)
@@ -117,14 +118,13 @@ def test_learned_weights(reduction, likelihood, device):
     x = target(device) if likelihood == "bernoulli_logits" else torch.tensor([0, 3, 9], device=device)
     weight = torch.rand(x.shape, device=device, requires_grad=True)
     options = {
-        "n_samples": K,
         "eps": torch.randn(K, B, LATENT, device=device),
         "likelihood": likelihood,
         "reduction": reduction,
     }
     results = []
     for chunk in (1, 3, K):
-        loss = fastelbo.elbo(net, x, mu, logvar, 0.3, weight=weight, chunk=chunk, **options).loss
+        loss = fastelbo.elbo(net, x, mu, logvar, 0.3, weight=weight, bound=ELBO(K, chunk=chunk), **options).loss
         results.append([loss.detach(), *gradients(loss, weight, mu, *net.parameters())])
     samples = fastelbo.sample_log_ratio(mu, logvar, n_samples=K, eps=options["eps"]).z
     if likelihood == "categorical":
@@ -142,9 +142,9 @@ def test_learned_weights(reduction, likelihood, device):
 def test_iwae_has_the_terms_of_the_elbo(device):
     net, x, (mu, logvar), eps = network(device), target(device), latents(device), torch.randn(K, B, LATENT, device=device)
     monitors = [fastelbo.diagnostics.Monitor() for _ in range(2)]
-    options = {"likelihood": "bernoulli_logits", "n_samples": K, "eps": eps, "reduction": "batchmean"}
-    elbo = fastelbo.elbo(net, x, mu, logvar, monitor=monitors[0], **options)
-    bound = fastelbo.elbo(net, x, mu, logvar, bound="iwae", monitor=monitors[1], **options)
+    options = {"likelihood": "bernoulli_logits", "eps": eps, "reduction": "batchmean"}
+    elbo = fastelbo.elbo(net, x, mu, logvar, bound=ELBO(K), monitor=monitors[0], **options)
+    bound = fastelbo.elbo(net, x, mu, logvar, bound=IWAE(K), monitor=monitors[1], **options)
     torch.testing.assert_close([bound.recon, bound.kl], [elbo.recon.detach(), elbo.kl.detach()])
     assert not bound.recon.requires_grad and not bound.kl.requires_grad
     for name in ("kl_per_dimension", "mean_variance", "recon", "bits_per_dimension"):
@@ -158,7 +158,7 @@ def test_elbo_takes_what_the_kl_takes(device):
     prior = torch.randn(LATENT, device=device, requires_grad=True), torch.randn(B, LATENT, device=device, requires_grad=True)
     beta = torch.rand(LATENT, device=device)
     options = {"posterior": "log_std", "prior": prior, "weighting": fastelbo.Weighting(free_bits=0.2)}
-    loss = fastelbo.elbo(net, x, mu, second, beta, n_samples=K, eps=eps, likelihood="mse", **options).loss
+    loss = fastelbo.elbo(net, x, mu, second, beta, bound=ELBO(K), eps=eps, likelihood="mse", **options).loss
     z = mu + torch.exp(second) * eps
     recon = sum(fastelbo.loss(net(sample), x, kl=torch.zeros((), device=device), likelihood="mse").recon for sample in z) / K
     expected = recon + fastelbo.loss(x, x, mu, second, beta, likelihood="mse", **options).loss
@@ -178,12 +178,11 @@ def test_memory_does_not_grow(estimator, device):
     sums, batch = sum(4 * p.numel() for p in decoder.parameters()), 8 if INTERPRETED else 256
     x, mu = torch.rand(batch, 512, device=device), torch.randn(batch, LATENT, device=device, requires_grad=True)
     logvar = torch.zeros(batch, LATENT, device=device, requires_grad=True)
-    options = {} if estimator is None else {"bound": "iwae", "estimator": estimator}
+    kind = ELBO if estimator is None else functools.partial(IWAE, estimator=estimator)
 
     def step(n_samples, chunk=1):
-        loss = fastelbo.elbo(
-            decoder, x, mu, logvar, likelihood="bernoulli_logits", n_samples=n_samples, chunk=chunk, **options
-        ).loss
+        bound = kind(n_samples, chunk=chunk)
+        loss = fastelbo.elbo(decoder, x, mu, logvar, likelihood="bernoulli_logits", bound=bound).loss
         gradients(loss, mu, logvar, *decoder.parameters())
 
     step(2)  # what a thread keeps between calls is there
@@ -484,11 +483,22 @@ def test_closure_over_a_leaf(device):
 
 
 @on_the_host
-def test_likelihood_that_is_learned(device):
-    """Its own tensor is no input of a Function: the graph is kept."""
-    ratio = torch.tensor(2.0, device=device, requires_grad=True)
-    likelihood, net = fastelbo.likelihoods.BernoulliLogits(ratio), network(device)
-    agrees(net, device, (ratio, *net.parameters()), kept=True, likelihood=likelihood)
+def test_output_that_is_computed_before(device):
+    """A weight of the positive part, whose graph belongs to the outer one: it is kept."""
+    net, log_ratio = network(device), torch.tensor(0.7, device=device, requires_grad=True)
+
+    class Exponential:  # a graph is gone with its first backward pass, so each call has its own
+        def __init__(self):
+            self.ratio = log_ratio.exp()
+
+        def __call__(self, z):
+            return net(z), self.ratio
+
+    x, (mu, logvar), eps = target(device), latents(device), torch.randn(K, B, LATENT, device=device)
+    with pytest.warns(UserWarning, match="keeps the graphs"):
+        losses = [iwae(Exponential(), x, mu, logvar, eps, chunk=chunk) for chunk in (2, K)]
+    wrt = (mu, logvar, log_ratio, *net.parameters())
+    torch.testing.assert_close(*([loss, *gradients(loss, *wrt)] for loss in losses), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("estimator", ("standard", "stl", "dreg"))
@@ -507,11 +517,11 @@ def test_closure_over_features_of_the_encoder(estimator, device):
 
 
 @on_the_host
-def test_output_that_is_a_leaf(device):
-    """A scale that is learned by itself."""
-    net, log_scale = network(device), torch.zeros(FEATURES, device=device, requires_grad=True)
-    likelihood = fastelbo.likelihoods.Gaussian(parameter="log_scale")
-    agrees(lambda z: (net(z), log_scale), device, (log_scale, *net.parameters()), likelihood=likelihood)
+@pytest.mark.parametrize("likelihood", (Gaussian(parameter="log_scale"), "bernoulli_logits"), ids=("scale", "pos_weight"))
+def test_output_that_is_a_leaf(likelihood, device):
+    """A scale, or a weight, that is learned by itself."""
+    net, learned = network(device), torch.ones(FEATURES, device=device, requires_grad=True)
+    agrees(lambda z: (net(z), learned), device, (learned, *net.parameters()), likelihood=likelihood)
 
 
 @on_the_host
@@ -672,7 +682,7 @@ def test_any_input_alone(needs, device):
         wanted.requires_grad_()
     losses = [
         fastelbo.elbo(
-            net, x, mu, logvar, beta, likelihood="gaussian", scale=scale, prior=prior, bound="iwae", n_samples=K, chunk=chunk,
+            lambda z: (net(z), scale), x, mu, logvar, beta, likelihood="gaussian", prior=prior, bound=IWAE(K, chunk=chunk),
             eps=eps,
         ).loss
         for chunk in (1, K)
@@ -692,12 +702,12 @@ def test_noise_that_requires_grad(device):
     torch.testing.assert_close(*(gradients(loss, eps, mu) for loss in losses), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", ({"bound": "elbo"}, {}, {"estimator": "stl"}), ids=str)
-def test_compiled(options, device):
+@pytest.mark.parametrize("bound", (ELBO(K, chunk=2), IWAE(K, chunk=2), IWAE(K, estimator="stl", chunk=2)), ids=str)
+def test_compiled(bound, device):
     net, x, (mu, logvar), eps = network(device), target(device), latents(device), torch.randn(K, B, LATENT, device=device)
 
     def call(mu, logvar):
-        return iwae(net, x, mu, logvar, eps, chunk=2, **options)
+        return fastelbo.elbo(net, x, mu, logvar, bound=bound, eps=eps, likelihood="bernoulli_logits").loss
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     results = [[f(mu, logvar), *gradients(f(mu, logvar), mu, logvar, *net.parameters())] for f in (call, compiled)]
@@ -729,8 +739,8 @@ def test_without_gradient(context, device):
 def test_no_data(likelihood, device):
     net, x, empty = network(device), torch.empty(0, FEATURES, device=device), torch.empty(0, LATENT, device=device)
     mu, logvar = empty.requires_grad_(), empty.clone().requires_grad_()
-    for bound in ("elbo", "iwae"):
-        loss = fastelbo.elbo(net, x, mu, logvar, likelihood=likelihood, bound=bound, n_samples=K, chunk=2).loss
+    for bound in (ELBO(K, chunk=2), IWAE(K, chunk=2)):
+        loss = fastelbo.elbo(net, x, mu, logvar, likelihood=likelihood, bound=bound).loss
         assert loss == 0
         assert all(g.abs().sum() == 0 for g in gradients(loss, mu, *net.parameters()))
 
@@ -755,7 +765,7 @@ def test_log_likelihood_of_one_sample_and_of_weights_that_underflow(device):
     net, x, (mu, logvar) = network(device), target(device), latents(device)
     found = fastelbo.log_likelihood(net, x, mu, logvar, likelihood="bernoulli_logits", n_samples=1)
     assert found.log_p.isfinite().all() and found.standard_error.isnan().all()
-    found = fastelbo.log_likelihood(net, x, mu, logvar, likelihood="gaussian", scale=1e-3, n_samples=20)
+    found = fastelbo.log_likelihood(net, x, mu, logvar, likelihood=Gaussian(scale=1e-3), n_samples=20)
     assert found.log_p.isfinite().all() and (found.log_p < -1e4).all() and found.standard_error.isfinite().all()
 
 
@@ -771,16 +781,15 @@ def test_dtypes(device):
     net, x, (mu, logvar) = network(device), target(device), latents(device)
     torch.set_default_dtype(torch.float64)
     try:
-        for bound in ("elbo", "iwae"):
-            terms = fastelbo.elbo(net, x, mu, logvar, likelihood="mse", bound=bound, n_samples=2)
+        for bound in (ELBO(2), IWAE(2)):
+            terms = fastelbo.elbo(net, x, mu, logvar, likelihood="mse", bound=bound)
             assert {t.dtype for t in terms} == {torch.float32}
     finally:
         torch.set_default_dtype(torch.float32)
     found = fastelbo.sample_log_ratio(mu, logvar, flow=lambda z: (2 * z.double(), z.sum(1)))
     assert found.log_q.dtype == found.log_p.dtype == torch.float64
     torch.testing.assert_close(found.log_p, torch.distributions.Normal(0.0, 1.0).log_prob(found.z).sum(1))
-    options = {"likelihood": "mse", "bound": "iwae", "n_samples": np.int64(2)}
-    loss = fastelbo.elbo(lambda z: net(z.float()), x, mu.double(), logvar, **options).loss
+    loss = fastelbo.elbo(lambda z: net(z.float()), x, mu.double(), logvar, likelihood="mse", bound=IWAE(2)).loss
     assert loss.dtype == torch.float64
 
 
@@ -804,17 +813,11 @@ def test_sample_log_ratio_draws_as_reparameterize(device):
 @pytest.mark.parametrize(
     "options, error, match",
     (
-        ({"n_samples": 0}, ValueError, "n_samples must be at least 1, got 0"),
-        ({"n_samples": 2.0}, TypeError, "n_samples must be an integer, got float"),
-        ({"n_samples": 1.0, "bound": "elbo"}, TypeError, "n_samples must be an integer, got float"),
-        ({"chunk": 0}, ValueError, "chunk must be at least 1, got 0"),
-        ({"chunk": True}, TypeError, "chunk must be an integer, got bool"),
-        ({"bound": "vae"}, ValueError, "bound must be one of 'elbo', 'iwae'; got 'vae'"),
-        ({"estimator": "rws"}, ValueError, "estimator must be one of 'standard', 'stl', 'dreg'; got 'rws'"),
-        ({"estimator": "stl", "bound": "elbo"}, ValueError, "estimator 'stl' is for bound='iwae'"),
-        ({"reduction": "mean"}, ValueError, "reduction must be 'sum', 'batchmean' or 'none' for bound='iwae', got 'mean'"),
-        ({"reduction": ("sum", "batchmean")}, ValueError, "reduction must be 'sum', 'batchmean' or 'none' for bound='iwae'"),
-        ({"weighting": fastelbo.Weighting(free_bits=0.1)}, ValueError, "weighting is for the KL of bound='elbo'"),
+        ({"bound": "iwae"}, TypeError, "bound must be a fastelbo.ELBO or a fastelbo.IWAE, got str"),
+        ({"bound": 5}, TypeError, "bound must be a fastelbo.ELBO or a fastelbo.IWAE, got int"),
+        ({"reduction": "mean"}, ValueError, "reduction must be 'sum', 'batchmean' or 'none' for an IWAE, got 'mean'"),
+        ({"reduction": ("sum", "batchmean")}, ValueError, "reduction must be 'sum', 'batchmean' or 'none' for an IWAE"),
+        ({"weighting": fastelbo.Weighting(free_bits=0.1)}, ValueError, "weighting is for the KL of an ELBO"),
         ({"beta": torch.ones(LATENT)}, ValueError, "beta must be a number or a 0-d tensor"),
         ({"eps": torch.zeros(B, LATENT)}, ValueError, r"eps must have the shape of mu behind a dimension of n_samples"),
         ({"eps": torch.zeros(K, B, LATENT), "generator": torch.Generator(DEVICE)}, ValueError, "eps or generator, not both"),
@@ -822,9 +825,9 @@ def test_sample_log_ratio_draws_as_reparameterize(device):
         ({"decoder": 3}, TypeError, "decoder must be callable, got int"),
         ({"decoder": lambda z: z[:, :1]}, ValueError, r"decoder\(z\) must have the shape of x"),
         ({"decoder": lambda z: z[:1]}, ValueError, r"decoder\(z\) must have a row for each of the 3 of z, got \(1, 4\)"),
-        ({"decoder": lambda z: (z, z)}, ValueError, r"decoder\(z\) must be a tensor for the likelihood 'bernoulli_logits'"),
+        ({"decoder": lambda z: (z, z, z)}, ValueError, r"decoder\(z\) must be .* the tuple \(logits, pos_weight\) for"),
         ({"x": torch.rand(2, FEATURES)}, ValueError, "x and mu must have the same batch size"),
-        ({"likelihood": fastelbo.likelihoods.Gaussian("optimal")}, ValueError, "must not be a Gaussian of the scale 'optimal'"),
+        ({"likelihood": Gaussian("optimal")}, ValueError, "must not be a Gaussian of the scale 'optimal'"),
         ({"x": torch.full((B, FEATURES), 7)}, ValueError, r"x must lie in \[0, 1\]"),
     ),
 )  # fmt: skip
@@ -834,7 +837,7 @@ def test_errors_name_the_argument(options, error, match, device):
     arguments = {"decoder": network(device), "x": target(device), "beta": 1.0} | options
     mu, logvar = latents(device)
     rest = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items() if k not in ("decoder", "beta")}
-    rest = {"likelihood": "bernoulli_logits", "bound": "iwae", "n_samples": K} | rest
+    rest = {"likelihood": "bernoulli_logits", "bound": IWAE(K)} | rest
     with pytest.raises(error, match=match):
         fastelbo.elbo(arguments["decoder"], rest.pop("x"), mu, logvar, arguments["beta"], **rest)
 
@@ -857,7 +860,42 @@ def test_errors_of_sample_log_ratio(options, error, match, device):
         fastelbo.sample_log_ratio(*latents(device), **options)
 
 
+@pytest.mark.parametrize(
+    "make, error, match",
+    (
+        *(
+            case
+            for kind in (ELBO, IWAE)
+            for case in (
+                (lambda kind=kind: kind(0), ValueError, f"{kind.__name__}.n_samples must be at least 1, got 0"),
+                (lambda kind=kind: kind(2.0), TypeError, f"{kind.__name__}.n_samples must be an integer, got float"),
+                (lambda kind=kind: kind(2, chunk=0), ValueError, f"{kind.__name__}.chunk must be at least 1, got 0"),
+                (lambda kind=kind: kind(2, chunk=True), TypeError, f"{kind.__name__}.chunk must be an integer, got bool"),
+                (lambda kind=kind: kind(2, 1), TypeError, "positional"),
+            )
+        ),
+        (lambda: IWAE(2, estimator="rws"), ValueError, "IWAE.estimator must be one of 'standard', 'stl', 'dreg'; got 'rws'"),
+        (lambda: IWAE(2, estimator=None), ValueError, "IWAE.estimator must be one of 'standard', 'stl', 'dreg'; got None"),
+        (lambda: IWAE(), TypeError, "n_samples"),
+    ),
+)
+def test_errors_of_bounds(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+def test_no_bound_is_the_elbo_of_one_sample(device):
+    net, x, (mu, logvar), eps = network(device), target(device), latents(device), torch.randn(B, LATENT, device=device)
+    results = []
+    for options in ({}, {"bound": None}, {"bound": ELBO()}, {"bound": ELBO(1, chunk=7)}):
+        terms = fastelbo.elbo(net, x, mu, logvar, 0.5, eps=eps, likelihood="bernoulli_logits", **options)
+        results.append([*terms, *gradients(terms.loss, mu, logvar, *net.parameters())])
+        assert terms.loss.grad_fn.name() == "ElboBackward"
+    for found in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
+
+
 @on_the_host
 def test_log_likelihood_needs_a_density(device):
-    with pytest.raises(ValueError, match="likelihood must be a density here, such as 'gaussian' or 'laplace'; got 'mse'"):
+    with pytest.raises(ValueError, match="likelihood must be a density here, such as 'gaussian' or 'laplace'; got MSE"):
         fastelbo.log_likelihood(network(device), target(device), *latents(device), likelihood="mse")

@@ -37,23 +37,22 @@ SHAPES = ((2, 3), (5, 37), (3, 2, 4, 5), (2, 40_000))
 
 
 def make_latents(posterior, shape, dtype=torch.float32, device="cpu", spread=1.0):
-    """`mu`, second parameter, and the prior's mean and logvar (or standard deviation: `prior_for`); all require grad."""
+    """`mu` and second parameter of the posterior, and of a prior that is parametrized alike; all require grad."""
     mu, prior_mu = torch.randn(shape), torch.randn(shape)
-    second = FROM_STD[posterior](torch.exp(spread * torch.randn(shape).double()))
-    prior_logvar = 2 * spread * torch.randn(shape)
-    return [t.to(device, dtype).requires_grad_() for t in (mu, second, prior_mu, prior_logvar)]
+    second, prior_second = (FROM_STD[posterior](torch.exp(spread * torch.randn(shape).double())) for _ in range(2))
+    return [t.to(device, dtype).requires_grad_() for t in (mu, second, prior_mu, prior_second)]
 
 
-def prior_for(kind, prior_mu, prior_logvar):
+def prior_for(kind, posterior, prior_mu, prior_second):
     """What a user passes, for a kind of prior."""
     if kind == "pair":
-        return prior_mu, prior_logvar
-    return None if kind is None else Normal(prior_mu, torch.exp(0.5 * prior_logvar))
+        return prior_mu, prior_second
+    return None if kind is None else Normal(prior_mu, STD[posterior](prior_second), validate_args=False)
 
 
-def naive(posterior, kind, mu, second, prior_mu, prior_logvar):
+def naive(posterior, kind, mu, second, prior_mu, prior_second):
     """The element-wise KL as `torch.distributions` computes it."""
-    prior = prior_for("normal", prior_mu, prior_logvar)
+    prior = prior_for("normal", posterior, prior_mu, prior_second)
     if kind is None:
         prior = Normal(torch.zeros_like(mu), torch.ones_like(mu))
     return torch_kl(Normal(mu, STD[posterior](second), validate_args=False), prior)
@@ -80,7 +79,7 @@ def test_sample_kl(posterior, kind, reduction, shape, device):
     latents = make_latents(posterior, shape, torch.float64, device)
     eps = torch.randn_like(latents[0])
     z, kl = fastelbo.sample_kl(
-        *latents[:2], posterior=posterior, prior=prior_for(kind, *latents[2:]), reduction=reduction, eps=eps
+        *latents[:2], posterior=posterior, prior=prior_for(kind, posterior, *latents[2:]), reduction=reduction, eps=eps
     )
     expected_z = latents[0] + STD[posterior](latents[1]) * eps
     expected_kl = reduced(naive(posterior, kind, *latents), reduction)
@@ -92,6 +91,61 @@ def test_sample_kl(posterior, kind, reduction, shape, device):
     got = torch.autograd.grad((z, kl), wrt, upstreams)
     expected = torch.autograd.grad((expected_z, expected_kl), wrt, upstreams)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("call", ("loss", "elbo", "samples", "clamped"))
+@pytest.mark.parametrize("posterior", FROM_STD)
+def test_a_pair_is_parametrized_as_the_posterior_is(posterior, call, device):
+    """Wherever a prior may be given: the KL, and its gradients by all four tensors."""
+    mu, second, *prior = latents = make_latents(posterior, (5, 7), torch.float64, device)
+    x = torch.zeros_like(mu)
+    given = Posterior(posterior, (-50.0, 1e6)) if call == "clamped" else posterior
+    options = {"posterior": given, "prior": prior, "likelihood": "mse", "reduction": "none"}
+    kl = {
+        "loss": lambda: fastelbo.loss(x, x, mu, second, **options).kl,
+        "elbo": lambda: fastelbo.elbo(lambda z: z, x, mu, second, **options).kl,
+        "samples": lambda: fastelbo.elbo(lambda z: z, x, mu, second, bound=fastelbo.ELBO(2), **options).kl,
+        "clamped": lambda: fastelbo.elbo(lambda z: z, x, mu, second, **options).kl,
+    }[call]()
+    expected = torch_kl(Normal(mu, STD[posterior](second)), Normal(prior[0], STD[posterior](prior[1]))).sum(1)
+    torch.testing.assert_close(kl, expected, rtol=1e-11, atol=1e-12)
+    got, wanted = (gradients(value.sum(), *latents) for value in (kl, expected))
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("call", ("sample_log_ratio", "flow", "iwae", "log_likelihood"))
+@pytest.mark.parametrize("posterior", FROM_STD)
+def test_log_densities_of_a_pair(posterior, call, device):
+    """log q - log p of one sample, by each way to it."""
+    mu, second, *prior = latents = make_latents(posterior, (5, 7), torch.float64, device)
+    x, eps, options = torch.zeros_like(mu), torch.randn_like(mu), {"posterior": posterior, "prior": prior}
+
+    def decoder(z):
+        return 0 * z
+
+    def difference(flow=None):
+        _, log_q, log_p = fastelbo.sample_log_ratio(mu, second, eps=eps, flow=flow, **options)
+        return log_q - log_p
+
+    q, p = Normal(mu, STD[posterior](second)), Normal(prior[0], STD[posterior](prior[1]))
+    z = q.loc + q.scale * eps
+    expected = (q.log_prob(z) - p.log_prob(z)).sum(1)
+    if call == "log_likelihood":  # of x = 0 and a prediction of 0
+        got = fastelbo.log_likelihood(decoder, x, mu, second, likelihood="gaussian", n_samples=1, eps=eps[None], **options)
+        torch.testing.assert_close(got.log_p, -expected.detach() - 3.5 * math.log(2 * math.pi), rtol=1e-11, atol=1e-11)
+        return
+    bound = fastelbo.IWAE(1)
+    got = {
+        "sample_log_ratio": difference,
+        "flow": lambda: difference(lambda z: (z, 0 * z.sum(1))),
+        "iwae": lambda: (
+            fastelbo.elbo(
+                decoder, x, mu, second, likelihood="mse", reduction="none", bound=bound, eps=eps[None], **options
+            ).loss
+        ),
+    }[call]()
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(gradients(got.sum(), *latents), gradients(expected.sum(), *latents), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("posterior", FROM_STD)
@@ -122,7 +176,7 @@ def test_finite_differences(check, kind, posterior, device):
 
     def function(mu, second, *prior):
         torch.manual_seed(3)
-        prior = prior_for(kind, *prior) if prior else None
+        prior = prior_for(kind, posterior, *prior) if prior else None
         return fastelbo.sample_kl(mu, second, posterior=Posterior(posterior, (-50, 50)), prior=prior, reduction="none")
 
     assert check(function, inputs_of(kind, latents))
@@ -130,12 +184,12 @@ def test_finite_differences(check, kind, posterior, device):
 
 def with_extremes(latents, posterior):
     """Deviations from 1e-6 to 1e6, and a collapsed posterior."""
-    mu, second, prior_mu, prior_logvar = latents
+    mu, second, prior_mu, prior_second = latents
     stds = torch.tensor([1e-6, 1e-3, 1.0, 1.0 + 1e-6, 1e3, 1e6], dtype=torch.float64)
     with torch.no_grad():
         for i, (s, p) in enumerate(itertools.product(stds, stds)):
             second.view(-1)[i::41] = FROM_STD[posterior](s).to(second)
-            prior_logvar.view(-1)[i::41] = (2 * torch.log(p)).to(prior_logvar)
+            prior_second.view(-1)[i::41] = FROM_STD[posterior](p).to(prior_second)
             mu.view(-1)[i::3] = prior_mu.view(-1)[i::3]
 
 
@@ -150,10 +204,11 @@ def test_error_is_no_larger_than_the_naive_codes(posterior, kind, dtype, extreme
             pytest.skip("beyond float16")
         with_extremes(latents, posterior)
     latents = [t.detach().to(dtype).requires_grad_() for t in latents]
-    mu, second, prior_mu, prior_logvar = latents
-    # A Normal's parameter is the deviation itself.
-    prior_scale = torch.exp(0.5 * prior_logvar.double()).to(torch.float32 if extremes else dtype).detach().requires_grad_()
-    prior_second = prior_scale if kind == "normal" else prior_logvar
+    mu, second, prior_mu, prior_second = latents
+    prior_parameter = posterior
+    if kind == "normal":  # whose parameter is the deviation itself
+        prior_second = STD[posterior](prior_second.double()).to(torch.float32 if extremes else dtype).detach().requires_grad_()
+        prior_parameter = "std"
 
     def run(function, mu, second, prior_mu, prior_second):
         kl = function(mu, second, prior_mu, prior_second)
@@ -161,16 +216,14 @@ def test_error_is_no_larger_than_the_naive_codes(posterior, kind, dtype, extreme
         return kl, *gradients(kl.sum(), *wrt)
 
     def ours(mu, second, prior_mu, prior_second):
-        prior = None if kind is None else (prior_mu, prior_second)
-        if kind == "normal":
-            prior = Normal(prior_mu, prior_second)
+        prior = prior_for(kind, prior_parameter, prior_mu, prior_second)
         return kl_divergence(mu, second, prior, posterior=posterior, reduction="element")
 
     def theirs(mu, second, prior_mu, prior_second):
         if kind is None:
             prior = Normal(torch.zeros_like(mu), torch.ones_like(mu))
         else:
-            prior = Normal(prior_mu, prior_second if kind == "normal" else torch.exp(0.5 * prior_second))
+            prior = Normal(prior_mu, STD[prior_parameter](prior_second))
         return torch_kl(Normal(mu, STD[posterior](second), validate_args=False), prior)
 
     given = mu, second, prior_mu, prior_second
@@ -178,14 +231,16 @@ def test_error_is_no_larger_than_the_naive_codes(posterior, kind, dtype, extreme
 
     m, s, p, ps = (t.detach().double() for t in given)
     std = STD[posterior](s)
-    prior_std = torch.ones_like(std) if kind is None else (ps if kind == "normal" else torch.exp(0.5 * ps))
+    prior_std = torch.ones_like(std) if kind is None else STD[prior_parameter](ps)
     p = torch.zeros_like(p) if kind is None else p
     # What the two deviations' logarithms, which are subtracted, are large by, as roundings of them count.
     logs = 1 + 2 * std.log().abs() + 2 * prior_std.log().abs()
     ratio, distance = (std / prior_std).square(), (m.abs() + p.abs()).square() / prior_std.square()
     by_logvar = (ratio + 1) * logs
-    k = {"logvar": 0.5, "log_std": 1.0, "std": 1 / std, "var": 0.5 / std.square()}[posterior]
-    prior_k = 0.5 if kind == "pair" else 1 / prior_std
+    k, prior_k = (
+        {"logvar": 0.5, "log_std": 1.0, "std": 1 / deviation, "var": 0.5 / deviation.square()}[parameter]
+        for parameter, deviation in ((posterior, std), (prior_parameter, prior_std))
+    )
     terms = (
         0.5 * ((ratio + 1) * logs + distance), (m.abs() + p.abs()) / prior_std.square(), k * by_logvar,
         (m.abs() + p.abs()) / prior_std.square(), prior_k * (by_logvar + distance),
@@ -207,11 +262,11 @@ def test_a_posterior_near_its_prior(posterior, device):
         return (kl_divergence(mu, second, prior, posterior=posterior, reduction="element") - exact).abs().max()
 
     zero, one = torch.zeros(200, device=device), torch.ones(200, device=device)
-    logvar = torch.randn(200, device=device)
     scale = torch.rand(200, device=device) + 0.5
+    prior_second = FROM_STD[posterior](torch.exp(0.5 * torch.randn(200, device=device)))
     bound = 1.5e-9 + 7e-3 * APPROXIMATE  # the derivative by a quotient of deviations, one of which is 0.35 % larger
     assert error(one, None) < 5e-10  # a difference of ones would be off by 6e-8
-    assert error(torch.exp(0.5 * logvar.double()), (zero, logvar)) < 1.5e-9
+    assert error(STD[posterior](prior_second.double()), (zero, prior_second)) < bound
     assert error(scale, Normal(zero, scale)) < bound
     if posterior in ("std", "var"):  # far from 1, where logarithms are large
         scale = 1e-3 * scale
@@ -232,7 +287,7 @@ def test_a_collapsed_posterior_keeps_its_gradient(posterior, options, mode, devi
 
     def kl(second):
         mu = torch.zeros_like(second)
-        prior = (mu, mu) if "prior" in options else None
+        prior = (mu, FROM_STD[posterior](torch.ones_like(mu))) if "prior" in options else None
         return kl_divergence(mu, second, prior, posterior=Posterior(posterior, options.get("clamp")), reduction="element")
 
     second = second.to(device)
@@ -249,14 +304,16 @@ def test_a_collapsed_posterior_keeps_its_gradient(posterior, options, mode, devi
 @pytest.mark.parametrize("posterior", FROM_STD)
 def test_clamp(posterior, device):
     low, high = (-1.0, 0.5) if posterior in ("logvar", "log_std") else (0.5, 1.5)
-    mu, second, prior_mu, prior_logvar = make_latents(posterior, (9, 31), torch.float64, device)
+    mu, second, *pair = make_latents(posterior, (9, 31), torch.float64, device)
+    assert (pair[1] < low).any() and (pair[1] > high).any()  # a prior is not clamped
     with torch.no_grad():
         second[0, :2] = torch.tensor([low, high])  # inside, as in torch.clamp
     eps = torch.randn_like(mu)
-    for prior in (None, (prior_mu, prior_logvar)):
+    for prior in (None, pair):
         z, kl = fastelbo.sample_kl(mu, second, posterior=Posterior(posterior, (low, high)), prior=prior, eps=eps)
         clamped = second.clamp(low, high)
-        expected_z, expected_kl = fastelbo.sample_kl(mu, clamped, posterior=posterior, prior=prior, eps=eps)
+        expected_z = mu + STD[posterior](clamped) * eps
+        expected_kl = naive(posterior, prior and "pair", mu, clamped, *pair).sum()
         torch.testing.assert_close((z, kl), (expected_z, expected_kl))
         got = torch.autograd.grad(z.sum() + kl, (mu, second))
         torch.testing.assert_close(got, torch.autograd.grad(expected_z.sum() + expected_kl, (mu, second)))
@@ -304,17 +361,17 @@ def test_latent_diffusions_clamp(device):
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize("posterior", FROM_STD)
 def test_dtypes(posterior, dtype, device):
-    mu, second, prior_mu, prior_logvar = make_latents(posterior, (33, 129), dtype, device, spread=0.3)
+    mu, second, prior_mu, prior_second = make_latents(posterior, (33, 129), dtype, device, spread=0.3)
     eps = torch.randn_like(mu)
-    z, kl = fastelbo.sample_kl(mu, second, posterior=posterior, prior=(prior_mu, prior_logvar), eps=eps)
-    m, s, pm, plv = as_double(mu, second, prior_mu, prior_logvar)
-    exact_z, exact_kl = m + STD[posterior](s) * eps.double(), naive(posterior, "pair", m, s, pm, plv).sum()
+    z, kl = fastelbo.sample_kl(mu, second, posterior=posterior, prior=(prior_mu, prior_second), eps=eps)
+    m, s, pm, ps = as_double(mu, second, prior_mu, prior_second)
+    exact_z, exact_kl = m + STD[posterior](s) * eps.double(), naive(posterior, "pair", m, s, pm, ps).sum()
     tolerance = 2 * torch.finfo(dtype).eps + 2 * APPROXIMATE
     assert (z.dtype, kl.dtype) == (dtype, torch.float32)
     assert relative(z, exact_z) <= tolerance
     assert relative(kl, exact_kl) <= 3e-7
-    got = gradients(z.sum() + 0.3 * kl, mu, second, prior_mu, prior_logvar)
-    expected = gradients(exact_z.sum() + 0.3 * exact_kl, m, s, pm, plv)
+    got = gradients(z.sum() + 0.3 * kl, mu, second, prior_mu, prior_second)
+    expected = gradients(exact_z.sum() + 0.3 * exact_kl, m, s, pm, ps)
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == dtype
         assert relative(a, b) <= tolerance
@@ -349,11 +406,11 @@ def test_a_normal_in_place_of_two_tensors(wrap, device):
 @pytest.mark.parametrize("posterior", FROM_STD)
 def test_one_seed_gives_one_z(posterior, device):
     """Of the posterior, not of what it is parametrized by; also with a prior, and again in backward."""
-    mu, std, prior_mu, prior_logvar = make_latents("std", (7, 37), torch.float64, device)
+    mu, std, prior_mu, prior_std = make_latents("std", (7, 37), torch.float64, device)
     second = FROM_STD[posterior](std.detach()).requires_grad_()
     torch.manual_seed(5)
     expected = fastelbo.reparameterize(mu, FROM_STD["logvar"](std))
-    for prior in (None, (prior_mu, prior_logvar)):
+    for prior in (None, (prior_mu, FROM_STD[posterior](prior_std))):
         torch.manual_seed(5)
         z, kl = fastelbo.sample_kl(mu, second, posterior=posterior, prior=prior)
         torch.testing.assert_close(z, expected)
@@ -368,12 +425,12 @@ def test_one_seed_gives_one_z(posterior, device):
 @pytest.mark.parametrize("posterior", ("std", "var"))
 @pytest.mark.parametrize("kind", PRIORS)
 def test_what_is_no_deviation_is_no_number(posterior, kind, device):
-    mu, second, prior_mu, prior_logvar = make_latents(posterior, (2, 3), device=device)
+    mu, second, *prior = make_latents(posterior, (2, 3), device=device)
     with torch.no_grad():
         second[0, 1], second[1, 2] = -0.5, 0.0
     eps = torch.randn_like(mu)
-    z, _ = fastelbo.sample_kl(mu, second, posterior=posterior, prior=prior_for(kind, prior_mu, prior_logvar), eps=eps)
-    kl = kl_divergence(mu, second, prior_for(kind, prior_mu, prior_logvar), posterior=posterior, reduction="element")
+    z, _ = fastelbo.sample_kl(mu, second, posterior=posterior, prior=prior_for(kind, posterior, *prior), eps=eps)
+    kl = kl_divergence(mu, second, prior_for(kind, posterior, *prior), posterior=posterior, reduction="element")
     bad = torch.zeros(2, 3, dtype=torch.bool, device=device)
     bad[0, 1] = True
     assert torch.equal(z.isnan(), bad)
@@ -385,9 +442,10 @@ def test_what_is_no_deviation_is_no_number(posterior, kind, device):
 def test_a_prior_that_is_no_deviation(device):
     mu, logvar = torch.randn(2, 3, device=device), torch.randn(2, 3, device=device)
     scale = torch.tensor([1.0, -1.0, 0.0], device=device)
-    for posterior in ("logvar", "std"):
+    zeros = torch.zeros(3, device=device)
+    normal = Normal(zeros, scale, validate_args=False)
+    for posterior, prior in (("logvar", normal), ("std", normal), ("std", (zeros, scale)), ("var", (zeros, scale))):
         second = logvar if posterior == "logvar" else logvar.exp()
-        prior = Normal(torch.zeros(3, device=device), scale, validate_args=False)
         kl = kl_divergence(mu, second, prior, posterior=posterior, reduction="dimension")
         assert kl[0].isfinite() and kl[1].isnan() and not kl[2].isfinite()
 
@@ -413,7 +471,9 @@ def test_nan_stays(place, posterior, device):
 def test_empty(kind, shape, device):
     latents = make_latents("std", shape, device=device)
     for reduction, value in (("sum", 0.0), ("mean", math.nan)):
-        z, kl = fastelbo.sample_kl(*latents[:2], posterior="std", prior=prior_for(kind, *latents[2:]), reduction=reduction)
+        z, kl = fastelbo.sample_kl(
+            *latents[:2], posterior="std", prior=prior_for(kind, "std", *latents[2:]), reduction=reduction
+        )
         torch.testing.assert_close(kl.detach().cpu(), torch.tensor(value), equal_nan=True)
         assert z.shape == shape
         assert [g.shape for g in gradients(kl + z.sum(), *inputs_of(kind, latents))] == [shape] * len(inputs_of(kind, latents))
@@ -423,12 +483,13 @@ def test_empty(kind, shape, device):
 
 def test_memory_layouts(device):
     """Noise is numbered in the layout of mu; the others follow."""
-    mu, second, prior_mu, prior_logvar = make_latents("std", (3, 4, 5, 6), torch.float64, device)
+    latents = make_latents("std", (3, 4, 5, 6), torch.float64, device)
+    mu = latents[0]
     expected = None
     eps = torch.randn_like(mu)
     for layouts in itertools.product((torch.contiguous_format, torch.channels_last), repeat=4):
         given = [t.detach().to(memory_format=f).requires_grad_() for t, f in
-                 zip((mu, second, prior_mu, prior_logvar), layouts, strict=True)]  # fmt: skip
+                 zip(latents, layouts, strict=True)]  # fmt: skip
         z, kl = fastelbo.sample_kl(*given[:2], posterior="std", prior=given[2:], reduction="none", eps=eps)
         got = z, kl, *gradients(z.square().sum() + (kl * torch.arange(3, device=device)).sum(), *given)
         expected = got if expected is None else expected
@@ -445,7 +506,7 @@ def test_one_launch_forward_and_one_backward(monkeypatch, device):
     )
     for posterior, kind in itertools.product(FROM_STD, PRIORS):
         latents = make_latents(posterior, (5, 37), device=device)
-        prior = prior_for(kind, *latents[2:])
+        prior = prior_for(kind, posterior, *latents[2:])
         launches.clear()
         z, kl = fastelbo.sample_kl(*latents[:2], posterior=Posterior(posterior, (-9.0, 9.0)), prior=prior)
         assert launches == [divergence.divergence_fwd_kernel]
@@ -453,16 +514,15 @@ def test_one_launch_forward_and_one_backward(monkeypatch, device):
         assert launches == [divergence.divergence_fwd_kernel, divergence.divergence_bwd_kernel]
 
 
-def test_the_plain_call_takes_the_plain_path(monkeypatch, device):
+def test_the_plain_call_takes_the_plain_path(device):
     """However logvar is said to be what it is by default."""
-    import fastelbo.sampling
+    from fastelbo.engine.plan import latents_plan_of
 
-    monkeypatch.delattr(fastelbo.sampling, "reduced")
     mu, logvar = torch.randn(3, 4, device=device), torch.randn(3, 4, device=device)
-    expected = kl_divergence(mu, logvar)
     for posterior in ("logvar", Posterior(), Posterior("logvar", (-math.inf, math.inf))):
-        torch.testing.assert_close(fastelbo.sample_kl(mu, logvar, posterior=posterior).kl, expected)
-        assert fastelbo.reparameterize(mu, logvar, posterior=posterior).shape == mu.shape
+        plan, _ = latents_plan_of(mu, logvar, posterior, None, "sum", None, True)
+        assert plan.call.is_plain
+        torch.testing.assert_close(fastelbo.sample_kl(mu, logvar, posterior=posterior).kl, kl_divergence(mu, logvar))
 
 
 @pytest.mark.parametrize("posterior", FROM_STD)
@@ -470,10 +530,8 @@ def test_compiled(posterior, device):
     latents = make_latents(posterior, (5, 7), device=device)
     eps = torch.randn_like(latents[0])
 
-    def function(mu, second, prior_mu, prior_logvar):
-        z, kl = fastelbo.sample_kl(
-            mu, second, posterior=Posterior(posterior, (-8.0, 8.0)), prior=(prior_mu, prior_logvar), eps=eps
-        )
+    def function(mu, second, *prior):
+        z, kl = fastelbo.sample_kl(mu, second, posterior=Posterior(posterior, (-8.0, 8.0)), prior=prior, eps=eps)
         return z.sum() + kl
 
     torch.compiler.reset()
@@ -485,8 +543,8 @@ def test_compiled(posterior, device):
 def test_per_sample_gradients(device):
     latents = [t.detach() for t in make_latents("std", (5, 7), device=device)]
 
-    def one(mu, std, prior_mu, prior_logvar):
-        z, kl = fastelbo.sample_kl(mu[None], std[None], posterior="std", prior=(prior_mu[None], prior_logvar[None]), eps=eps)
+    def one(mu, std, prior_mu, prior_std):
+        z, kl = fastelbo.sample_kl(mu[None], std[None], posterior="std", prior=(prior_mu[None], prior_std[None]), eps=eps)
         return kl + z.sum()
 
     eps = torch.ones(1, 7, device=device)
@@ -499,14 +557,19 @@ def test_per_sample_gradients(device):
 
 
 A = torch.zeros(2, 3)
+BESIDE_A_NORMAL = "prior must be a Normal where mu is one: a pair is parametrized as the posterior's tensors are"
 MISUSE = (
     ({"posterior": "sigma"}, ValueError, "posterior must be one of 'logvar', 'log_std', 'std', 'var'; got 'sigma'"),
+    ({"posterior": lambda: Posterior("sigma")}, ValueError, "posterior must be one of 'logvar'.*; got 'sigma'"),
+    ({"posterior": lambda: Posterior(None)}, ValueError, "posterior must be one of 'logvar'.*; got None"),
     ({"posterior": 3}, TypeError, "posterior must be a name or a Posterior, got int"),
-    ({"posterior": Posterior("std", (1,))}, ValueError, r"posterior.clamp must be a pair \(low, high\)"),
-    ({"posterior": Posterior("std", (2.0, 1.0))}, ValueError, "low <= high"),
-    ({"posterior": Posterior("std", ("a", 1.0))}, TypeError, r"posterior.clamp\[0\] must be a number or None, got str"),
-    ({"prior": 3.0}, TypeError, r"prior must be None, a pair \(mu, logvar\) or a Normal, got float"),
-    ({"prior": (A,)}, ValueError, r"prior must be a pair \(mu, logvar\) or a Normal; got 1 values"),
+    ({"posterior": lambda: Posterior("std", (1,))}, ValueError, r"Posterior.clamp must be a pair \(low, high\)"),
+    ({"posterior": lambda: Posterior("std", (2.0, 1.0))}, ValueError, "low <= high"),
+    ({"posterior": lambda: Posterior("std", ("a", 1.0))}, TypeError, r"Posterior.clamp\[0\] must be a number or None, got str"),
+    ({"prior": 3.0}, TypeError, "prior must be None, a pair .* or a Normal, got float"),
+    ({"prior": (A,)}, ValueError, "prior must be a pair .* or a Normal; got 1 values"),
+    ({"mu": Normal(A, 1.0), "logvar": None, "prior": (A, A)}, ValueError, BESIDE_A_NORMAL),
+    ({"mu": Independent(Normal(A, 1.0), 1), "logvar": None, "prior": (A, A)}, ValueError, BESIDE_A_NORMAL),
     ({"prior": (A, 1.0)}, TypeError, r"prior\[1\] must be a tensor, got float"),
     ({"prior": (A.int(), A)}, TypeError, r"prior\[0\] must be float16"),
     ({"prior": (A, torch.zeros(2))}, ValueError, r"prior\[1\] must have the shape of mu or one that broadcasts to it"),
@@ -526,5 +589,20 @@ MISUSE = (
 @pytest.mark.parametrize(("arguments", "error", "message"), MISUSE, ids=str)
 @pytest.mark.parametrize("function", (fastelbo.sample_kl, kl_divergence))
 def test_misuse(function, arguments, error, message):
-    with pytest.raises(error, match=message):
-        function(**({"mu": A, "logvar": A} | arguments))
+    with pytest.raises(error, match=message):  # records are checked where they are made
+        made = {k: v() if callable(v) else v for k, v in arguments.items()}
+        function(**({"mu": A, "logvar": A} | made))
+
+
+@pytest.mark.parametrize("call", ("loss", "elbo", "samples", "log_likelihood", "sample_log_ratio"))
+def test_a_pair_beside_a_normal(call):
+    normal, decoder = Normal(A, 1.0), lambda z: z
+    calls = {
+        "loss": lambda: fastelbo.loss(A, A, normal, prior=(A, A)),
+        "elbo": lambda: fastelbo.elbo(decoder, A, normal, prior=(A, A)),
+        "samples": lambda: fastelbo.elbo(decoder, A, normal, prior=(A, A), bound=fastelbo.ELBO(2)),
+        "log_likelihood": lambda: fastelbo.log_likelihood(decoder, A, normal, prior=(A, A)),
+        "sample_log_ratio": lambda: fastelbo.sample_log_ratio(normal, prior=(A, A)),
+    }
+    with pytest.raises(ValueError, match=BESIDE_A_NORMAL):
+        calls[call]()

@@ -36,7 +36,7 @@ def test_any_subset_of_inputs(needs, device):
 def test_gradient_of_the_target(likelihood, device):
     recon_x, x, mu, logvar = make_inputs(likelihood, (5, 9), (5, 3), device=device)
     x.requires_grad_()
-    got = gradients(fastelbo.loss(recon_x, x, mu, logvar, target_scale=0.5, **options(likelihood)).loss, x)[0]
+    got = gradients(fastelbo.loss(recon_x, x, mu, logvar, **options(likelihood, target_scale=0.5)).loss, x)[0]
     expected = gradients(naive(recon_x, 0.5 * x, mu, logvar, **options(likelihood))[0], x)[0]
     torch.testing.assert_close(got, expected)
 

@@ -1,6 +1,7 @@
 """Bounds, estimators and importance sampling against models whose log p(x) and posterior are known in closed form."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch.distributions import kl_divergence as torch_kl
 
 import fastelbo
 from conftest import INTERPRETED
+from fastelbo import ELBO, IWAE
+from fastelbo.likelihoods import Gaussian
 from ppca import PPCA, make_ppca, maximization, maximum_likelihood, relative_variance, sigma_points
 from support import gradients
 
@@ -41,15 +44,15 @@ def wide_posterior(model, x, device) -> tuple[torch.Tensor, torch.Tensor]:
     return mu + signs * torch.exp(0.5 * logvar), logvar + math.log(2)
 
 
-def bound(model, x, mu, logvar, **kwargs) -> fastelbo.ELBOTerms:
-    kwargs |= {"likelihood": "gaussian", "scale": model.scale, "reduction": "none"}
-    return fastelbo.elbo(model.decode, x, mu, logvar, **kwargs)
+def evaluate(model, x, mu, logvar, bound, **kwargs) -> fastelbo.ELBOTerms:
+    kwargs |= {"likelihood": Gaussian(scale=model.scale), "reduction": "none"}
+    return fastelbo.elbo(model.decode, x, mu, logvar, bound=bound, **kwargs)
 
 
 def exact_elbo(model, x, mu, logvar) -> torch.Tensor:
     """The ELBO by fastelbo, `[B]`. The integrand is quadratic in z, so a mean over sigma points is the expectation."""
     eps = sigma_points(mu)
-    return -bound(model, x, mu, logvar, n_samples=len(eps), eps=eps, chunk=len(eps)).loss
+    return -evaluate(model, x, mu, logvar, ELBO(len(eps), chunk=len(eps)), eps=eps).loss
 
 
 def diagonal(mu, logvar) -> MultivariateNormal:
@@ -64,7 +67,7 @@ def test_log_p_is_the_elbo_and_the_kl_from_the_posterior(chunk, device):
     model, x = make_model(device)
     mu, logvar = normal(B, LATENT, device=device), normal(B, LATENT, device=device)
     eps = sigma_points(mu)
-    loss, recon, kl = bound(model, x, mu, logvar, n_samples=len(eps), eps=eps, chunk=chunk)
+    loss, recon, kl = evaluate(model, x, mu, logvar, ELBO(len(eps), chunk=chunk), eps=eps)
     q = diagonal(mu, logvar)
     assert_equal(-loss + torch_kl(q, model.posterior(x)), model.log_p(x))
     assert_equal(recon, model.reconstruction(x, mu, logvar))
@@ -85,13 +88,13 @@ def test_no_q_is_above_log_p(device):
     assert (values < log_p).all()
 
 
-@pytest.mark.parametrize("kwargs", ({"n_samples": 1}, {"n_samples": 5, "chunk": 2}, {"n_samples": 5, "chunk": 5}), ids=str)
-def test_the_posterior_leaves_no_gap(kwargs, device):
+@pytest.mark.parametrize("bound", (IWAE(1), IWAE(5, chunk=2), IWAE(5, chunk=5)), ids=str)
+def test_the_posterior_leaves_no_gap(bound, device):
     model, x = make_model(device, orthogonal=True)
     mu, logvar = model.diagonal_posterior(x)
     assert_equal(exact_elbo(model, x, mu, logvar), model.log_p(x))
     # p(x, z) / q(z) is p(x) for every z, so every draw is exact.
-    assert_equal(-bound(model, x, mu, logvar, bound="iwae", **kwargs).loss, model.log_p(x))
+    assert_equal(-evaluate(model, x, mu, logvar, bound).loss, model.log_p(x))
 
 
 def test_one_dimension(device):
@@ -120,7 +123,7 @@ def test_more_of_the_same_samples_tighten_the_bound(device):
     for k in (1, 2, 8):
         groups = len(eps) // k
         inputs = [t.repeat(groups, 1) for t in (x, mu, logvar)]
-        terms = bound(model, *inputs, bound="iwae", n_samples=k, eps=eps.view(k, groups * B, LATENT), chunk=4)
+        terms = evaluate(model, *inputs, IWAE(k, chunk=4), eps=eps.view(k, groups * B, LATENT))
         values.append(-terms.loss.view(groups, B).mean(0))
     assert (values[0] < values[1]).all()
     assert (values[1] < values[2]).all()
@@ -143,7 +146,7 @@ def test_iwae_rises_to_log_p(device):
 
     means, errors = [], []
     for k in counts:
-        values = -bound(model, *inputs, bound="iwae", n_samples=k, chunk=min(k, 16)).loss
+        values = -evaluate(model, *inputs, IWAE(k, chunk=16)).loss
         mean, error = moments(values)
         means.append(mean)
         errors.append(error)
@@ -166,7 +169,7 @@ def test_log_likelihood_is_its_formula(chunk, device):
     mu, logvar = normal(B, LATENT, device=device), normal(B, LATENT, device=device)
     eps = normal(8, B, LATENT, device=device)
     log_p, error = fastelbo.log_likelihood(
-        model.decode, x, mu, logvar, n_samples=8, eps=eps, chunk=chunk, likelihood="gaussian", scale=model.scale
+        model.decode, x, mu, logvar, n_samples=8, eps=eps, chunk=chunk, likelihood=Gaussian(scale=model.scale)
     )
     z = mu + torch.exp(0.5 * logvar) * eps
     ratios = torch.exp(model.log_joint(x, z) - diagonal(mu, logvar).log_prob(z))
@@ -178,7 +181,7 @@ def test_log_likelihood_is_within_its_error(device):
     model, x = make_model(device, orthogonal=True)
     log_p, error = fastelbo.log_likelihood(
         model.decode, x, *wide_posterior(model, x, device), n_samples=16 if INTERPRETED else 5000,
-        chunk=8 if INTERPRETED else 50, likelihood="gaussian", scale=model.scale,
+        chunk=8 if INTERPRETED else 50, likelihood=Gaussian(scale=model.scale),
     )  # fmt: skip
     assert ((log_p - model.log_p(x)).abs() < 4 * error).all()
     assert error.max() < (0.8 if INTERPRETED else 0.05)
@@ -191,7 +194,7 @@ def test_the_error_of_log_likelihood_is_the_spread(device):
     copies, n_samples = 100, 5000
     log_p, error = fastelbo.log_likelihood(
         model.decode, *(t.repeat(copies, 1) for t in (x, mu, logvar)), n_samples=n_samples, chunk=500,
-        likelihood="gaussian", scale=model.scale,
+        likelihood=Gaussian(scale=model.scale),
     )  # fmt: skip
     exact = (relative_variance(model.posterior(x), mu, logvar) / n_samples).sqrt()
     off = (log_p - model.log_p(x).repeat(copies)).view(copies, B)
@@ -251,8 +254,8 @@ def test_amortized_training_reaches_the_maximum(device):
     def objective():
         mu = encoder(x)
         return fastelbo.elbo(
-            decoder, x, mu, logvar.expand_as(mu), likelihood="gaussian", scale=log_scale.exp(), n_samples=len(eps), eps=eps,
-            chunk=1, reduction="batchmean",
+            lambda z: (decoder(z), log_scale.exp()), x, mu, logvar.expand_as(mu), likelihood="gaussian",
+            bound=ELBO(len(eps)), eps=eps, reduction="batchmean",
         ).loss  # fmt: skip
 
     def step():
@@ -273,12 +276,7 @@ def test_amortized_training_reaches_the_maximum(device):
 
 # Gradients.
 
-BOUNDS = {
-    "elbo": {},
-    "standard": {"bound": "iwae"},
-    "stl": {"bound": "iwae", "estimator": "stl"},
-    "dreg": {"bound": "iwae", "estimator": "dreg"},
-}
+BOUNDS = {"elbo": ELBO, **{name: partial(IWAE, estimator=name) for name in ("standard", "stl", "dreg")}}
 VARIANTS = ("plain", "beta", "prior", "log_std", "learned beta", "learned scale")
 SAMPLES = 4
 
@@ -311,13 +309,18 @@ class Problem:
     def decode(self, z):
         return torch.tanh(z @ self.weight.T + self.bias) @ self.output.T
 
-    def by_fastelbo(self, **kwargs):
+    def by_fastelbo(self, kind, chunk, **kwargs):
+        decoder, likelihood = self.decode, "gaussian"
+        if isinstance(self.scale, float):
+            likelihood = Gaussian(scale=self.scale)
+        else:
+            decoder = lambda z: (self.decode(z), self.scale)  # noqa: E731
         return fastelbo.elbo(
-            self.decode, self.x, self.mu, self.second, self.beta, likelihood="gaussian", scale=self.scale,
-            posterior=self.posterior, prior=self.prior, n_samples=SAMPLES, eps=self.eps, **kwargs,
+            decoder, self.x, self.mu, self.second, self.beta, likelihood=likelihood, posterior=self.posterior, prior=self.prior,
+            bound=BOUNDS[kind](SAMPLES, chunk=chunk), eps=self.eps, **kwargs,
         )  # fmt: skip
 
-    def naive(self, bound="elbo", estimator="standard"):
+    def naive(self, kind):
         """Loss, reconstruction and KL, `[3]` each, of all samples at once."""
         std = torch.exp(self.second if self.posterior == "log_std" else 0.5 * self.second)
         q = Normal(self.mu, std)
@@ -327,12 +330,12 @@ class Problem:
         z = self.mu + std * self.eps
         likelihood = Normal(self.decode(z), self.scale).log_prob(self.x).sum(2)
         recon, kl = -likelihood.mean(0), torch_kl(q, p).sum(1)
-        if bound == "elbo":
+        if kind == "elbo":
             return recon + self.beta * kl, recon, kl
-        if estimator != "standard":
+        if kind != "standard":
             q = Normal(self.mu.detach(), std.detach())
         log_w = likelihood - self.beta * (q.log_prob(z) - p.log_prob(z)).sum(2)
-        if estimator == "dreg":
+        if kind == "dreg":
             factor = ((1 - self.beta) + self.beta * log_w.softmax(0)[..., None]).detach()
             z.register_hook(lambda g: g * factor)
         return math.log(SAMPLES) - log_w.logsumexp(0), recon.detach(), kl.detach()
@@ -351,8 +354,8 @@ CASES = [
 @pytest.mark.parametrize(("kind", "variant", "chunk"), CASES)
 def test_gradients_are_those_of_the_naive_formula(kind, variant, chunk, device):
     problem = Problem(variant, device)
-    terms = problem.by_fastelbo(**BOUNDS[kind], chunk=chunk, reduction="none")
-    truth = problem.naive(**BOUNDS[kind])
+    terms = problem.by_fastelbo(kind, chunk, reduction="none")
+    truth = problem.naive(kind)
     assert_equal([t.detach() for t in terms], [t.detach() for t in truth])
     assert [t.requires_grad for t in terms] == [t.requires_grad for t in truth]
     assert_equal(
@@ -366,8 +369,8 @@ def test_gradients_are_those_of_the_naive_formula(kind, variant, chunk, device):
 )
 def test_reduced_gradients_are_those_of_the_naive_formula(kind, reduction, device):
     problem = Problem("beta", device)
-    terms = problem.by_fastelbo(**BOUNDS[kind], chunk=2, reduction=reduction)
-    truth = [t.sum() / (3 if reduction == "batchmean" else 1) for t in problem.naive(**BOUNDS[kind])]
+    terms = problem.by_fastelbo(kind, 2, reduction=reduction)
+    truth = [t.sum() / (3 if reduction == "batchmean" else 1) for t in problem.naive(kind)]
     assert_equal([t.detach() for t in terms], [t.detach() for t in truth])
     assert_equal(gradients(terms.loss, *problem.leaves), gradients(truth[0], *problem.leaves))
 
@@ -379,7 +382,7 @@ def test_no_variance_at_the_optimum(chunk, device):
     latents = [t.requires_grad_() for t in model.diagonal_posterior(x)]
     found = {}
     for kind in ("standard", "stl", "dreg"):
-        loss = bound(model, x, *latents, **BOUNDS[kind], n_samples=4, chunk=chunk).loss.sum()
+        loss = evaluate(model, x, *latents, BOUNDS[kind](4, chunk=chunk)).loss.sum()
         found[kind] = torch.stack(gradients(loss, *latents))
     assert_equal(found["stl"], torch.zeros_like(found["stl"]))
     assert_equal(found["dreg"], torch.zeros_like(found["dreg"]))
@@ -396,7 +399,7 @@ def test_dreg_is_unbiased(beta, device):
     found = {}
     for kind in ("standard", "dreg"):
         latents = [t.detach().requires_grad_() for t in inputs[1:]]
-        loss = bound(model, inputs[0], *latents, beta=beta, **BOUNDS[kind], n_samples=4, chunk=4).loss.sum()
+        loss = evaluate(model, inputs[0], *latents, BOUNDS[kind](4, chunk=4), beta=beta).loss.sum()
         found[kind] = torch.cat(gradients(loss, *latents), 1)
     means, variances = ([g.mean(0) for g in found.values()], [g.var(0) for g in found.values()])
     error = torch.sqrt((variances[0] + variances[1]) / copies)
@@ -410,7 +413,7 @@ def test_dreg_is_unbiased(beta, device):
 
 
 def make_latents(device, shape=(B, LATENT)) -> tuple[torch.Tensor, ...]:
-    """mu, the second parameter, and the mean (one for all data) and logvar of a prior; all require grad."""
+    """mu, the second parameter, and those of a prior, whose mean is one for all data; all require grad."""
     return tuple((0.5 * normal(*s, device=device)).requires_grad_() for s in (shape, shape, shape[1:], shape))
 
 
@@ -418,10 +421,10 @@ def deviation(second, posterior) -> torch.Tensor:
     return torch.exp(second if posterior == "log_std" else 0.5 * second)
 
 
-def prior_for(prior, mu) -> Normal:
+def prior_for(prior, mu, posterior="logvar") -> Normal:
     if prior is None:
         return Normal(torch.zeros_like(mu), torch.ones_like(mu))
-    return Normal(prior[0].expand_as(mu), torch.exp(0.5 * prior[1]).expand_as(mu))
+    return Normal(prior[0].expand_as(mu), deviation(prior[1], posterior).expand_as(mu))
 
 
 def assert_same_gradients(outputs, truths, leaves) -> None:
@@ -445,12 +448,12 @@ def test_log_densities_of_samples(posterior, learned_prior, n_samples, device):
     result = fastelbo.sample_log_ratio(mu, second, posterior=posterior, prior=prior, n_samples=n_samples, eps=eps)
     q = Normal(mu, deviation(second, posterior))
     z = q.loc + q.scale * eps
-    truth = z, q.log_prob(z).sum(-1), prior_for(prior, mu).log_prob(z).sum(-1)
+    truth = z, q.log_prob(z).sum(-1), prior_for(prior, mu, posterior).log_prob(z).sum(-1)
     assert_same_gradients(result, truth, leaves)
     # Its own noise: the densities belong to the sample that comes with them.
     z, log_q, log_p = fastelbo.sample_log_ratio(mu, second, posterior=posterior, prior=prior, n_samples=n_samples)
     assert_equal(log_q, q.log_prob(z).sum(-1))
-    assert_equal(log_p, prior_for(prior, mu).log_prob(z).sum(-1))
+    assert_equal(log_p, prior_for(prior, mu, posterior).log_prob(z).sum(-1))
 
 
 @pytest.mark.parametrize("learned_prior", (False, True), ids=("", "prior"))
