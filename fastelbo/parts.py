@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .basics.arguments import check_alike, check_count, check_device, check_noise, check_prediction, result_dtype
+from .basics.arguments import check_alike, check_count, check_device, check_noise, check_prediction, check_reduction, result_dtype
 from .basics.tracing import is_surrounded
 from .engine.call import check_kl
 from .engine.latents import latents_terms, run, sample
@@ -78,6 +78,8 @@ def sample_kl(
     Raises:
         TypeError, ValueError: as `reparameterize`, or `prior` is none, or `reduction` is unknown.
     """
+    if reduction is None:
+        check_reduction(reduction)
     return tuple.__new__(SampleKL, sample(mu, logvar, posterior, prior, reduction, eps, generator)[:2])
 
 

@@ -57,6 +57,10 @@ def was_recomputed(likelihood, factor, shape, device, **kwargs) -> bool:
 
 def test_a_repeated_factor_recomputes_nothing(device):
     """The counter: of each run of equal factors only the first is computed anew."""
+    from fastelbo.engine import plan
+
+    plan._plans.clear()
+    plan._paths.clear()
     shape = (4, 60)
     counter = [was_recomputed("mse", f, shape, device) for f in (1.0, 1.0, 0.25, 0.25, 0.25, 65536.0, 65536.0, 1.0, 1.0)]
     assert counter == [False, False, True, False, False, True, False, True, False]
@@ -137,13 +141,15 @@ def test_two_threads(device):
 def test_the_tables_are_bounded(device):
     from fastelbo.engine import plan
 
-    limit = plan.LIMIT
+    limit, tables = plan.LIMIT, (plan._objectives, plan._paths, plan._plans)
     plan.LIMIT = 4
+    for table in tables:
+        table.clear()
     try:
         for size in range(1, 12):
             recon_x, x, _, _ = make_inputs("mse", (1, size), (1, 1), device=device)
             (gradient,) = gradients(loss_of(recon_x, x, "mse") * 2, recon_x)
             assert relative(gradient, 4 * (recon_x - x)) < 1e-6
-        assert max(len(table) for table in (plan._objectives, plan._paths, plan._plans)) <= 4
+        assert max(map(len, tables)) <= 4
     finally:
         plan.LIMIT = limit

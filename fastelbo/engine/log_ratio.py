@@ -58,15 +58,14 @@ def log_ratio(
     The tensors have been checked; `noise` is what `draw_rows` gives. The log densities are None unless they are wanted.
     """
     call = RatioCall(latents, samples, wants_logs, result_dtype(*tensors))
-    backend = backend_for(tensors[0].device)
-    if is_traced(*tensors, noise) or backend.log_ratio_forward is None or noise.requires_grad:
+    if is_traced(*tensors, noise) or noise.requires_grad or backend_for(noise.device).log_ratio_forward is None:
         return _formula(call, held, noise, *tensors)
     tensors = [t.contiguous() for t in (*tensors[:2], *map(_one_row, tensors[2:]))]
     if noise.is_floating_point():
         noise = noise.contiguous()
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return LogRatio.apply(call, held, noise, *tensors)
-    return backend.log_ratio_forward(call, tensors, noise)
+    return backend_for(noise.device).log_ratio_forward(call, tensors, noise)
 
 
 def log_density(z: Tensor, latents: Latents, prior: Sequence[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ It has the plain form, with ctx in forward, which costs the least in eager mode.
 `traced`. A backward pass whose own result will be differentiated again uses `formula`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -79,7 +80,7 @@ def composed_terms(
     sums = loss_terms(name, of_sums, tensors, parameters, weighted, 0, 1.0).recon
     counts = total = likelihood.count(given[0], x, weight, call.dtype)
     if call.per_sample:
-        counts = x.shape[1:].numel()
+        counts = math.prod(x.shape[1:])
         if weight is not None:
             counts = formula.reduced(weight.to(call.dtype).expand(x.shape), "none")
     recon = likelihood.compose(sums, counts, total) / call.divisor(given[0], x, weight)

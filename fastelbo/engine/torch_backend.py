@@ -113,6 +113,8 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
     `grad_loss` arrived at a loss in which the KL is times `beta`.
     """
     factor = None if grad_loss is None and grad_kl is None else added(grad_loss, grad_kl, beta)
+    if grad_z is not None:
+        grad_z = grad_z.contiguous(memory_format=plan.layout)
     return _latent_gradients(grad_z, *tensors, noise, factor, plan.scale, plan.call.dtype)
 
 

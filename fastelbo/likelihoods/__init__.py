@@ -61,7 +61,7 @@ __all__ = [
 
 _KINDS: dict[str, type[Likelihood]] = {kind.name: kind for kind in map(globals().get, __all__) if kind is not Likelihood}
 
-BY_NAME: dict[str, Likelihood] = {name: kind() for name, kind in _KINDS.items() if kind.has_defaults}
+BY_NAME: dict[str, Likelihood] = {name: kind() for name, kind in sorted(_KINDS.items()) if kind.has_defaults}
 """The likelihood that a name stands for."""
 
 

@@ -1,5 +1,6 @@
 """What a likelihood is: a record that owns all that is true of it. Nobody else asks which likelihood it has."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -88,7 +89,7 @@ class Likelihood(metaclass=Record):
 
     def count(self, first: Tensor, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> float | Tensor:
         """What a mean divides by: the number of terms, or the sum of their weights, which has as many dimensions."""
-        number = torch.sym_float(self.terms(first, x).numel())
+        number = torch.sym_float(math.prod(self.terms(first, x)))
         if weight is None:
             return number
         return weight.to(dtype).sum() * (number / max(weight.numel(), 1))
