@@ -65,8 +65,8 @@ def checkpointed(model: models.VAE, x: Tensor, eps: Tensor) -> Tensor:
 
 def fused(chunk: int) -> Callable:
     def bound(model: models.VAE, x: Tensor, eps: Tensor) -> Tensor:
-        options = {"likelihood": "bernoulli_logits", "bound": "iwae", "n_samples": len(eps), "chunk": chunk, "eps": eps}
-        return fastelbo.elbo(model.decoder, x, *model.encode(x), **options).loss
+        iwae = fastelbo.IWAE(len(eps), chunk=chunk)
+        return fastelbo.elbo(model.decoder, x, *model.encode(x), likelihood="bernoulli_logits", bound=iwae, eps=eps).loss
 
     return bound
 

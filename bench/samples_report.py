@@ -66,7 +66,7 @@ def load(path: Path) -> Run:
 LEGEND = (
     "A step is the encoder, the bound of K samples, and backward to all parameters, in float32 and without an optimizer; noise"
     " is given, the same to all. naive: all samples in one batch; checkpointed: one at a time, with `torch.utils.checkpoint`."
-    ' fastelbo: `elbo(..., bound="iwae", n_samples=K, chunk=...)`; a chunk of all K samples is decoded once, and smaller chunks'
+    " fastelbo: `elbo(..., bound=IWAE(K, chunk=...))`; a chunk of all K samples is decoded once, and smaller chunks"
     " twice, in the memory of one of them. Peak: memory held at one time beyond inputs, noise, parameters and the parameters'"
     " gradients of the step before, which the new ones are added to. Times: medians of interleaved rounds, ± the interquartile"
     " range over the median. Ratios: how many times as slow fastelbo is (the median of the ratios within a round), and how many"

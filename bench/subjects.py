@@ -7,6 +7,7 @@ autocast does to these losses.
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import fastelbo
 from fastelbo import reference
+from fastelbo.likelihoods import MSE, Bernoulli, BernoulliLogits, Gaussian, Likelihood
 
 from . import models
 from .cases import DTYPES, SHAPES, Case, sizes
@@ -42,11 +44,20 @@ class Inputs(NamedTuple):
             tensor.grad = None
 
 
+def likelihood_of(case: Case) -> Likelihood | None:
+    """With the scale of a Gaussian, and that of targets of bytes."""
+    kinds = {"bernoulli": Bernoulli, "bernoulli_logits": BernoulliLogits, "mse": MSE, "gaussian": partial(Gaussian, SCALE)}
+    if case.subject == "sample":
+        return None
+    _, target = DTYPES[case.dtypes]
+    return kinds[case.likelihood](target_scale=1 / 255 if target == torch.uint8 else 1.0)
+
+
 class Streams:
     """Loss, sample or objective: functions from tensors to `(value to differentiate, z or None, other results)`."""
 
     def __init__(self, case: Case, device: torch.device, cache_bytes: int) -> None:
-        self.case, self.device = case, device
+        self.case, self.device, self.likelihood = case, device, likelihood_of(case)
         torch.manual_seed(0)
         self.inputs = [self._inputs()]
         tensors = self.inputs[0].tensors
@@ -90,16 +101,11 @@ class Streams:
             z, kl = fastelbo.sample_kl(mu, logvar)
             return kl, z
         recon_x, x = tensors["prediction"], tensors["target"]
-        options = {
-            "likelihood": self.case.likelihood,
-            "scale": SCALE if self.case.likelihood == "gaussian" else None,
-            "target_scale": 1 / 255 if x.dtype == torch.uint8 else 1.0,
-        }
         if subject == "loss":
-            loss, recon, kl = fastelbo.loss(recon_x, x, mu, logvar, **options)
+            loss, recon, kl = fastelbo.loss(recon_x, x, mu, logvar, likelihood=self.likelihood)
             return loss, None, recon, kl
         z, kl = fastelbo.sample_kl(mu, logvar)
-        loss, recon, kl = fastelbo.loss(recon_x, x, kl=kl, **options)
+        loss, recon, kl = fastelbo.loss(recon_x, x, kl=kl, likelihood=self.likelihood)
         return loss, z, recon, kl
 
     def copies(self) -> list[Callable[[], Tensor]]:
