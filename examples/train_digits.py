@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastelbo
+from fastelbo.likelihoods import Gaussian
 
 SCALE = 0.5  # standard deviation of the Gaussian likelihood
 
@@ -31,8 +32,8 @@ def naive_loss(model: VAE, x: Tensor, eps: Tensor, beta: float, likelihood: str)
 
 def fused_loss(model: VAE, x: Tensor, eps: Tensor, beta: float, likelihood: str) -> Tensor:
     mu, logvar = model.encode(x)
-    scale = SCALE if likelihood == "gaussian" else None
-    loss, _, _ = fastelbo.elbo(model.decode, x, mu, logvar, beta, likelihood=likelihood, scale=scale, eps=eps)
+    fused = Gaussian(scale=SCALE) if likelihood == "gaussian" else likelihood
+    loss, _, _ = fastelbo.elbo(model.decode, x, mu, logvar, beta, likelihood=fused, eps=eps)
     return loss
 
 

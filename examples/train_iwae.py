@@ -23,32 +23,27 @@ from options import make_parser
 from torch import Tensor
 
 import fastelbo
+from fastelbo import ELBO, IWAE
 from fastelbo.diagnostics import Monitor
 
-ESTIMATORS = ("standard", "stl", "dreg")
 
-
-def negative_bound(
-    model: VAE, x: Tensor, bound: str, samples: int = 1, chunk: int = 1, estimator: str = "standard", monitor=None
-) -> fastelbo.ELBOTerms:
+def negative_bound(model: VAE, x: Tensor, bound: ELBO | IWAE, monitor: Monitor | None = None) -> fastelbo.ELBOTerms:
     """Nats a digit."""
     mu, logvar = model.encode(x)
     return fastelbo.elbo(
-        model.decode, x, mu, logvar, likelihood="bernoulli_logits", reduction="batchmean", monitor=monitor,
-        n_samples=samples, bound=bound, estimator=estimator, chunk=chunk,
-    )  # fmt: skip
+        model.decode, x, mu, logvar, likelihood="bernoulli_logits", reduction="batchmean", bound=bound, monitor=monitor
+    )
 
 
-def train(options: argparse.Namespace, bound: str, images: Tensor) -> tuple[VAE, list[Tensor]]:
+def train(options: argparse.Namespace, bound: ELBO | IWAE, images: Tensor) -> tuple[VAE, list[Tensor]]:
     """The model, and the loss of each step."""
     torch.manual_seed(options.seed)
     model = VAE(options.latent).to(images.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
-    weighted = (options.samples, options.chunk, options.estimator) if bound == "iwae" else ()
     losses = []
     for _ in range(options.steps):
         x = images[torch.randint(len(images), (options.batch_size,), device=images.device)]
-        terms = negative_bound(model, x, bound, *weighted)
+        terms = negative_bound(model, x, bound)
         optimizer.zero_grad()
         terms.loss.backward()
         optimizer.step()
@@ -59,7 +54,8 @@ def train(options: argparse.Namespace, bound: str, images: Tensor) -> tuple[VAE,
 @torch.no_grad()
 def report(options: argparse.Namespace, name: str, model: VAE, x: Tensor, seconds: float) -> None:
     monitor = Monitor()
-    elbo, bound = (-negative_bound(model, x, b, options.samples, options.chunk, monitor=monitor).loss for b in ("elbo", "iwae"))
+    kinds = (kind(options.samples, chunk=options.chunk) for kind in (ELBO, IWAE))
+    elbo, bound = (-negative_bound(model, x, kind, monitor).loss for kind in kinds)
     mu, logvar = model.encode(x)
     log_p, error = fastelbo.log_likelihood(
         model.decode, x, mu, logvar, likelihood="bernoulli_logits", n_samples=options.evaluation_samples, progress=True
@@ -72,7 +68,9 @@ def report(options: argparse.Namespace, name: str, model: VAE, x: Tensor, second
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, steps=1500, batch_size=64, learning_rate=1e-3)
     parser.add_argument("--samples", type=int, default=50, help="K")
-    parser.add_argument("--estimator", choices=ESTIMATORS, default="dreg", help="of the gradients: see fastelbo.elbo")
+    parser.add_argument(
+        "--estimator", choices=("standard", "stl", "dreg"), default="dreg", help="of the gradients: see fastelbo.elbo"
+    )
     parser.add_argument("--chunk", type=int, default=10, help="samples in one call of the decoder")
     parser.add_argument("--evaluation-samples", type=int, default=5000, help="of each held-out digit, for log p(x)")
     parser.add_argument("--latent", type=int, default=16, help="dimensions of z")
@@ -84,10 +82,11 @@ def main() -> None:
     images, held_out = black_and_white(options.device)
     print(f"{len(held_out)} held-out digits, nats each: log p(x), and bounds on it")
     print(f"by   {'ELBO':>9} {f'K = {options.samples}':>9} {'log p(x)':>9} {'active units':>21} {'seconds':>8}")
-    for bound in ("elbo", "iwae"):
+    iwae = IWAE(options.samples, estimator=options.estimator, chunk=options.chunk)
+    for name, bound in (("elbo", ELBO()), ("iwae", iwae)):
         start = time.perf_counter()
         model, _ = train(options, bound, images)
-        report(options, bound, model, held_out, time.perf_counter() - start)
+        report(options, name, model, held_out, time.perf_counter() - start)
 
 
 if __name__ == "__main__":

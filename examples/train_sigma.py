@@ -21,10 +21,11 @@ from torch import Tensor, nn
 import fastelbo
 from fastelbo.likelihoods import Gaussian
 
+SOFT_MIN = -6.0  # of log sigma
 LIKELIHOODS = {
     "fixed": Gaussian(),
-    "learned": Gaussian(parameter="log_scale", soft_min=-6.0),
-    "optimal": Gaussian("optimal"),
+    "learned": Gaussian(parameter="log_scale", soft_min=SOFT_MIN),
+    "optimal": Gaussian(scale="optimal"),
 }
 HELD_OUT = 297  # digits that are not trained with
 
@@ -34,13 +35,13 @@ class SigmaVAE(VAE):
 
     def __init__(self, latent: int, kind: str) -> None:
         super().__init__(latent, probabilities=True)  # means in [0, 1], by a sigmoid
-        self.likelihood = LIKELIHOODS[kind]
+        self.kind, self.likelihood = kind, LIKELIHOODS[kind]
         if kind == "learned":
             self.log_sigma = nn.Parameter(torch.zeros(()))
 
     def decode(self, z: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         mean = super().decode(z)
-        return (mean, self.log_sigma) if self.likelihood.scale == "log_scale" else mean
+        return (mean, self.log_sigma) if self.kind == "learned" else mean
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -76,10 +77,9 @@ def train(options: argparse.Namespace, kind: str, images: Tensor) -> tuple[Sigma
 @torch.no_grad()
 def sigma_of(model: SigmaVAE, images: Tensor) -> Tensor:
     """The sigma to use from now on; of an optimal one, that of the sampled reconstructions of all training images."""
-    if model.likelihood.scale == "log_scale":
-        log_sigma, _ = model.likelihood.log_and_inverse(model.log_sigma)
-        return log_sigma.exp()
-    if model.likelihood.scale == "optimal":
+    if model.kind == "learned":
+        return torch.exp(SOFT_MIN + nn.functional.softplus(model.log_sigma - SOFT_MIN))
+    if model.kind == "optimal":
         z = fastelbo.reparameterize(*model.encode(images))
         return (images - model.decoder(z)).square().mean().sqrt()
     return torch.ones(())
@@ -87,9 +87,9 @@ def sigma_of(model: SigmaVAE, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def report(kind: str, model: SigmaVAE, images: Tensor, held_out: Tensor) -> None:
-    sigma = sigma_of(model, images)
+    sigma = sigma_of(model, images).item()
     mu, logvar = model.encode(held_out)
-    nats = fastelbo.elbo(model.decoder, held_out, mu, logvar, likelihood="gaussian", scale=sigma, reduction="batchmean")
+    nats = fastelbo.elbo(model.decoder, held_out, mu, logvar, likelihood=Gaussian(sigma), reduction="batchmean")
     error = (held_out - model.reconstruct(held_out)).square().mean().sqrt()
     print(f"{kind:>8} {sigma:8.4f} {error:8.4f} {nats.recon:9.2f} {nats.kl:8.2f} {nats.loss:9.2f}")
 

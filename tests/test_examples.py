@@ -210,9 +210,10 @@ def standard_log_density(z):
     return Normal(torch.zeros_like(z), 1.0).log_prob(z).sum(-1)
 
 
-def plain_iwae(model, x, bound, samples=1, chunk=1, estimator="standard"):
+def plain_iwae(model, x, bound, monitor=None):
     x, batch = x.double(), len(x)
     q = normal(*model.encode(x))
+    samples, chunk = bound.n_samples, bound.chunk
     counts = [min(chunk, samples - i) for i in range(0, samples, chunk)]
     z = q.mean + q.stddev * torch.cat([noise_like(q.mean.expand(n, *q.mean.shape)) for n in counts])
 
@@ -222,17 +223,17 @@ def plain_iwae(model, x, bound, samples=1, chunk=1, estimator="standard"):
 
     log_p, log_pz = log_joint(z)
     recon, kl = -log_p.sum() / (samples * batch), standard_kl(q).sum() / batch
-    if bound == "elbo":
+    if isinstance(bound, fastelbo.ELBO):
         return recon + kl, recon, kl
     loss = -(log_pz - q.log_prob(z).sum(-1)).exp().mean(0).log().sum() / batch
-    if estimator != "standard" and torch.is_grad_enabled():
+    if bound.estimator != "standard" and torch.is_grad_enabled():
         # As the papers have it: what reaches the encoder by way of z, of the weights' logarithms, stands there times the
         # normalized weights (Roeder et al.) or their squares (Tucker et al.). The decoder's gradient is the bound's.
         leaf, fixed = z.detach().requires_grad_(), Normal(q.mean.detach(), q.stddev.detach())
         log_w = log_joint(leaf)[1] - fixed.log_prob(leaf).sum(-1)
         (path,) = torch.autograd.grad(log_w.sum(), leaf, retain_graph=True)
         shares = log_w.detach().softmax(0)
-        by_z = (shares ** {"stl": 1, "dreg": 2}[estimator]).unsqueeze(-1) * path
+        by_z = (shares ** {"stl": 1, "dreg": 2}[bound.estimator]).unsqueeze(-1) * path
         surrogate = -((by_z * z).sum() + (shares * log_w).sum()) / batch
         loss = loss.detach() + surrogate - surrogate.detach()
     return loss, recon.detach(), kl.detach()

@@ -897,5 +897,5 @@ def test_no_bound_is_the_elbo_of_one_sample(device):
 
 @on_the_host
 def test_log_likelihood_needs_a_density(device):
-    with pytest.raises(ValueError, match="likelihood must be a density here, such as 'gaussian' or 'laplace'; got MSE"):
+    with pytest.raises(ValueError, match=r"likelihood must be a density here, such as .*; got ('mse'|MSE\()"):
         fastelbo.log_likelihood(network(device), target(device), *latents(device), likelihood="mse")
