@@ -239,7 +239,7 @@ def _check_sources(
         return
     if mu is not None or logvar is not None:
         raise ValueError("give mu and logvar, or kl, not both: got " + _given_or_not(mu=mu, logvar=logvar, kl=kl))
-    if prior is not None or weighting is not None or objective.posterior != LOGVAR:
+    if prior is not None or weighting not in (None, ALL) or objective.posterior != LOGVAR:
         raise ValueError("posterior, prior and weighting must not be given with kl, which is reduced already")
     if isinstance(reduction, tuple | list):
         raise ValueError(f"reduction must be one name where kl is given, which is reduced already; got {reduction!r}")

@@ -239,4 +239,4 @@ def reduce(terms: Tensor, reduction: str, weight: Tensor | None = None, counted:
     values = torch.where(w == 0, 0.0, terms * w)
     if reduction == "none":
         return values.flatten(1).sum(1)
-    return {"sum": 1.0, "batchmean": 1 / len(terms), "mean": 1 / w.sum()}[reduction] * values.sum()
+    return {"sum": 1.0, "batchmean": 1 / max(len(terms), 1), "mean": 1 / w.sum()}[reduction] * values.sum()

@@ -1,5 +1,7 @@
 """Likelihoods of several parameters, weights, posteriors, priors and weightings keep what the four-argument call promises."""
 
+import math
+
 import pytest
 import torch
 from torch.distributions import Independent, Normal
@@ -188,6 +190,40 @@ def test_elbo_is_loss_around_the_decoder(reduction, device):
         torch.testing.assert_close(ours, theirs)
 
 
+POSTERIORS = {"left out": {}, "a name": {"posterior": "logvar"}, "a record": {"posterior": fastelbo.Posterior()}}
+POSTERIORS["without bounds"] = {"posterior": fastelbo.Posterior("logvar", (None, math.inf))}
+NO_WEIGHTING = {"None": {"weighting": None}, "a record of nothing": {"weighting": fastelbo.Weighting()}}
+
+
+@pytest.mark.parametrize("call", ("loss", "kl", "sample_kl", "reparameterize", "elbo", "samples", "iwae", "module"))
+@pytest.mark.parametrize("spelling", (*POSTERIORS, *NO_WEIGHTING))
+def test_a_spelling_makes_no_difference(spelling, call, device):
+    """To the last bit, and in what is allowed."""
+    recon, x = torch.rand(4, 5, device=device, requires_grad=True), torch.rand(4, 5, device=device)
+    mu, logvar = (torch.randn(4, 3, device=device, requires_grad=True) for _ in range(2))
+    net, eps = torch.nn.Linear(3, 5, device=device), torch.randn(2, 4, 3, device=device)
+    given = (POSTERIORS | NO_WEIGHTING)[spelling]
+    posterior = {k: v for k, v in given.items() if k == "posterior"}
+    several = {"likelihood": "mse", "eps": eps}
+    calls = {
+        "loss": lambda given, _: fastelbo.loss(recon, x, mu, logvar, 0.3, **given),
+        "kl": lambda given, _: fastelbo.loss(recon, x, kl=mu.sum(), **given),
+        "sample_kl": lambda _, posterior: fastelbo.sample_kl(mu, logvar, eps=eps[0], **posterior),
+        "reparameterize": lambda _, posterior: [fastelbo.reparameterize(mu, logvar, eps=eps[0], **posterior)],
+        "elbo": lambda given, _: fastelbo.elbo(net, x, mu, logvar, 0.3, likelihood="mse", eps=eps[0], **given),
+        "samples": lambda given, _: fastelbo.elbo(net, x, mu, logvar, 0.3, bound=fastelbo.ELBO(2), **several, **given),
+        "iwae": lambda given, _: fastelbo.elbo(net, x, mu, logvar, bound=fastelbo.IWAE(2), **several, **given),
+        "module": lambda given, _: fastelbo.nn.ELBOLoss(**given).to(device)(recon, x, mu, logvar),
+    }
+    wrt = (recon, mu, logvar, net.weight)
+    got, expected = calls[call](given, posterior), calls[call]({}, {})
+    found = (
+        [*values, *torch.autograd.grad(values[0].sum(), wrt, allow_unused=True, materialize_grads=True)]
+        for values in (got, expected)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_module_with_options(device):
     likelihood, parameters, x, mu, second = make("gaussian, logvar", device)
     weighting = fastelbo.Weighting(capacity=3.0)
@@ -195,7 +231,7 @@ def test_module_with_options(device):
     weight = torch.rand_like(x)
     monitor = fastelbo.diagnostics.Monitor()
     std = second.exp()
-    prior = (torch.ones(2, device=device), torch.ones(2, device=device))
+    prior = (torch.ones(2, device=device), torch.full((2,), 0.5, device=device))
     got = criterion(recon_x(parameters), x, mu, std, prior=prior, weight=weight, monitor=monitor)
     expected = fastelbo.loss(
         recon_x(parameters), x, mu, std, 2.0, likelihood=likelihood, reduction="batchmean", posterior="std", prior=prior,

@@ -33,7 +33,16 @@ def record(cls: Kind) -> Kind:
     cls.field_names = tuple(field.name for field in fields(cls))
     cls.has_defaults = all(field.default is not MISSING for field in fields(cls))
     cls.__repr__, cls.__reduce__ = _represented, _reduced
+    cls.__eq__, cls.__hash__ = _is_equal, object.__hash__
     return cls
+
+
+def _is_equal(self, other) -> bool:
+    """By value, for the records of compiled code; others are one object where they are equal, which their hash relies on."""
+    if self is other or type(self) is not type(other):
+        return self is other
+    pairs = [(getattr(self, name), getattr(other, name)) for name in self.field_names]
+    return all(a is b or (not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and a == b) for a, b in pairs)
 
 
 def _represented(self) -> str:

@@ -31,7 +31,7 @@ from ..engine.graph import decoder_leaves
 from ..engine.log_ratio import Held, draw_rows, log_ratio
 from ..engine.loss import ELBOTerms, composed_terms
 from ..latents.posterior import Latents, check_latents
-from ..latents.weighting import check_beta, check_weighting
+from ..latents.weighting import ALL, check_beta, check_weighting
 from .records import ELBO, IWAE
 from .replay import CHANGED, Modules, Replay, autocast_without_cache
 
@@ -77,7 +77,7 @@ def many_samples(
     recon_reduction, kl_reduction = objective.reduction, objective.kl_reduction
     if call.is_weighted:
         given = given._replace(beta=check_number("beta", beta, given.mu))
-        if weighting is not None:
+        if weighting not in (None, ALL):
             raise ValueError("weighting is for the KL of an ELBO: an IWAE has each sample's log densities instead")
         if recon_reduction == "mean" or recon_reduction != kl_reduction:
             raise ValueError(f"reduction must be 'sum', 'batchmean' or 'none' for an IWAE, got {recon_reduction, kl_reduction}")

@@ -1,0 +1,182 @@
+"""A call of `fastelbo.loss` in one record, and all of its results held against the naive formulas in float64."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributions as D
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastelbo
+from conftest import DEVICE
+from likelihood_cases import reduce
+
+SHAPE, LATENT = (3, 4, 2, 2), (3, 5, 2, 2)
+
+
+def logits(parameters, x):
+    return F.binary_cross_entropy_with_logits(parameters[0], x, reduction="none")
+
+
+def leaf(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_()
+
+
+def probabilities(shape=SHAPE) -> Tensor:
+    """Which every likelihood takes: as probabilities, logits, means, rates and scales."""
+    return torch.rand(shape, device=DEVICE) * 0.8 + 0.1
+
+
+def bits(shape=SHAPE) -> Tensor:
+    return torch.randint(0, 2, shape, device=DEVICE).float()
+
+
+@dataclass
+class Call:
+    """The arguments, of fresh data. `terms(parameters, x)` is the truth of the likelihood, `around` what the call is made in.
+
+    The tensors go with every likelihood, and `logvar` with every posterior, so that a changed field alone tells calls apart.
+    """
+
+    recon_x: Tensor | tuple[Tensor, ...] = field(default_factory=lambda: leaf(probabilities()))
+    x: Tensor = field(default_factory=bits)
+    mu: Tensor | None = field(default_factory=lambda: leaf(torch.randn(LATENT, device=DEVICE)))
+    logvar: Tensor | None = field(default_factory=lambda: leaf(torch.rand(LATENT, device=DEVICE) + 0.3))
+    beta: float | Tensor = 0.5
+    kl: Tensor | None = None
+    likelihood: object = "bernoulli_logits"
+    posterior: object = "logvar"
+    prior: tuple[Tensor, Tensor] | None = None
+    weighting: fastelbo.Weighting | None = None
+    weight: Tensor | None = None
+    reduction: str | tuple[str, str] = "batchmean"
+    terms: Callable = logits
+    around: Callable = contextlib.nullcontext
+
+    def run(self):
+        return fastelbo.loss(
+            self.recon_x, self.x, self.mu, self.logvar, self.beta, kl=self.kl, likelihood=self.likelihood,
+            posterior=self.posterior, prior=self.prior, weighting=self.weighting, weight=self.weight, reduction=self.reduction,
+        )  # fmt: skip
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return self.recon_x if isinstance(self.recon_x, tuple) else (self.recon_x,)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Each once, and first those that say the dtype of the results."""
+        pos_weight = getattr(self.likelihood, "pos_weight", None)
+        given = *self.parameters, self.mu, self.logvar, self.kl, *(self.prior or ()), self.x, self.beta, self.weight, pos_weight
+        return list({id(t): t for t in given if isinstance(t, Tensor)}.values())
+
+
+def plain(t: Tensor) -> Tensor:
+    """An independent copy in float64, without subclass, layout and neg bit, that requires grad like the original."""
+    inner = getattr(t, "elem", t)
+    copy = torch.empty(t.shape, dtype=torch.float64, device=t.device)
+    return copy.copy_(inner.detach().as_subclass(Tensor)).requires_grad_(t.requires_grad)
+
+
+def reductions(call: Call) -> tuple[str, str]:
+    return call.reduction if isinstance(call.reduction, tuple) else (call.reduction, call.reduction)
+
+
+def divergence(call: Call, of: Callable) -> tuple[Tensor, Tensor]:
+    """The KL, and what of it enters the loss, times beta."""
+    beta = of(call.beta) if isinstance(call.beta, Tensor) else call.beta
+    if call.kl is not None:
+        return of(call.kl) * 1, beta * of(call.kl)
+    name, clamp = (call.posterior, None) if isinstance(call.posterior, str) else (call.posterior.parameter, call.posterior.clamp)
+    (mu, second), reduction = map(of, (call.mu, call.logvar)), reductions(call)[1]
+    p, r = map(of, call.prior) if call.prior else (torch.zeros_like(mu), torch.zeros_like(mu))
+    sigma = {"logvar": lambda s: (s / 2).exp(), "log_std": torch.exp, "std": lambda s: s, "var": torch.sqrt}[name]
+    of_q, of_p = (mu, sigma(second.clamp(*clamp) if clamp else second)), (p, (r / 2).exp())
+
+    def kl_of(q, p):
+        return D.kl_divergence(D.Normal(*q, validate_args=False), D.Normal(*p, validate_args=False))
+
+    elements, w = kl_of(of_q, of_p), call.weighting or fastelbo.Weighting()
+    if w.balance is not None:
+        fixed_q, fixed_p = (tuple(t.detach() for t in pair) for pair in (of_q, of_p))
+        counted = w.balance[0] * kl_of(of_q, fixed_p) + w.balance[1] * kl_of(fixed_q, of_p)
+        return reduce(elements, reduction), beta * reduce(counted, reduction)
+    samples, free, per = elements.flatten(1).sum(1), w.free_bits, w.free_bits_per
+    if free is not None:
+        assert reduction == "batchmean"
+        groups = {
+            "element": lambda: elements / len(elements), "dimension": lambda: elements.mean(0),
+            "channel": lambda: elements.flatten(2).sum(2).mean(0), "sample": lambda: samples / len(samples),
+            "batch": samples.mean,
+        }[per]()  # fmt: skip
+        least = free / len(elements) if per in ("element", "sample") else free
+        counted = groups.clamp_min(least).sum()
+    elif w.capacity is not None:
+        assert reduction == "batchmean"
+        counted = (samples - w.capacity).abs().mean() if w.capacity_per == "sample" else (samples.mean() - w.capacity).abs()
+    else:
+        counted = reduce(elements * beta, reduction)
+        beta = 1
+    return reduce(elements, reduction), beta * counted
+
+
+def truth(call: Call, of: Callable) -> tuple[Tensor, Tensor, Tensor]:
+    terms = call.terms([of(p) for p in call.parameters], of(call.x))
+    recon = reduce(terms, reductions(call)[0], None if call.weight is None else of(call.weight))
+    kl, counted = divergence(call, of)
+    return recon + counted, recon, kl
+
+
+def results(call: Call, coefficients):
+    """The terms, and the gradients of their sum times the coefficients."""
+    with call.around():
+        terms = call.run()
+    return terms, gradients_of(terms, coefficients, [t for t in call.tensors if t.requires_grad])
+
+
+def gradients_of(terms, coefficients, wanted):
+    total = sum((c * t).sum() for c, t in zip(coefficients, terms, strict=True) if t.requires_grad)
+    if not wanted or not isinstance(total, Tensor):
+        return [None] * len(wanted)
+    return torch.autograd.grad(total, wanted, allow_unused=True)
+
+
+def check(call: Call, coefficients=(1.0, 0.5, -0.25)) -> None:
+    """All numbers, dtypes, and who requires grad."""
+    terms, got = results(call, coefficients)
+    copies = {id(t): plain(t) for t in call.tensors}
+
+    def of(t):
+        return copies[id(t)] if id(t) in copies else plain(t)
+
+    with call.around() if call.around in (torch.no_grad, torch.inference_mode) else contextlib.nullcontext():
+        expected = truth(call, of)
+    floats = [t.dtype for t in (*call.parameters, call.mu, call.logvar, call.kl, *(call.prior or ())) if t is not None]
+    dtype = torch.float64 if torch.float64 in floats else torch.float32
+    differentiable = any(t.requires_grad for t in expected)
+    for a, b in zip(terms, expected, strict=True):
+        assert b.requires_grad <= a.requires_grad <= differentiable
+        same(a, b, dtype)
+    wanted = [t for t in call.tensors if t.requires_grad]
+    for t, a, b in zip(wanted, got, gradients_of(expected, coefficients, [of(t) for t in wanted]), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            same(a, b, t.dtype)
+
+
+def same(got: Tensor, expected: Tensor, dtype=None) -> None:
+    dtype = dtype or got.dtype
+    assert got.dtype == dtype
+    assert got.shape == expected.shape
+    # A float64 result of float32 data has what those are rounded to, no less.
+    torch.testing.assert_close(plain(got).detach(), expected.detach().to(dtype).double(), **TOLERANCES[dtype])
+
+
+TOLERANCES = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-11},
+    torch.float32: {"rtol": 2e-5, "atol": 2e-6},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-4},
+    torch.float16: {"rtol": 2e-3, "atol": 1e-5},
+}
