@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastelbo
+from fastelbo import Posterior
 from conftest import DEVICE
 from likelihood_cases import reduce
 
@@ -89,7 +90,8 @@ def divergence(call: Call, of: Callable) -> tuple[Tensor, Tensor]:
     beta = of(call.beta) if isinstance(call.beta, Tensor) else call.beta
     if call.kl is not None:
         return of(call.kl) * 1, beta * of(call.kl)
-    name, clamp = (call.posterior, None) if isinstance(call.posterior, str) else (call.posterior.parameter, call.posterior.clamp)
+    posterior = Posterior(call.posterior) if isinstance(call.posterior, str) else call.posterior
+    name, clamp = posterior.parameter, posterior.clamp
     (mu, second), reduction = map(of, (call.mu, call.logvar)), reductions(call)[1]
     p, r = map(of, call.prior) if call.prior else (torch.zeros_like(mu), torch.zeros_like(mu))
     sigma = {"logvar": lambda s: (s / 2).exp(), "log_std": torch.exp, "std": lambda s: s, "var": torch.sqrt}[name]

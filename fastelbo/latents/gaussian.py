@@ -69,8 +69,10 @@ def kl_elements(latents: Latents, mu: Tensor, second: Tensor, *prior: Tensor | N
         prior_raw = not_negative(prior_raw)
     distance = mu - prior_mu
     distance = distance / prior_raw if kind == "std" else distance * inverse_std(prior_raw, kind)
-    if kind in ("std", "var") and parameter in ("std", "var"):
-        # Both terms from one quotient: what its rounding does to them cancels, where the two deviations are nearly alike.
+    # Both terms from one quotient: what its rounding does to them cancels, where the two deviations are nearly alike.
+    if kind == parameter == "var":
+        beyond = excess_of_var(raw / prior_raw)
+    elif kind in ("std", "var") and parameter in ("std", "var"):
         beyond = excess_of_std(std(raw, parameter) / std(prior_raw, kind))
     else:
         beyond = excess_of_logvar(log_variance(raw, parameter) - log_variance(prior_raw, kind))
