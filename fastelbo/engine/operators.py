@@ -51,11 +51,13 @@ LOSS = (
 
 
 def _loss_plan(first, second, third, x, weight, mu, logvar, kl, likelihood, per_sample):
-    """The plan of a sum, the tensors as it takes them, and those as they came."""
+    """The plan of a sum, the tensors as it takes them, and those as they came. The weight has the terms' dimensions."""
     parameters, latents = _given(first, second, third), _given(mu, logvar, kl)
-    tensors = [*parameters, x, *_given(weight), *latents]
     reduction = "none" if per_sample else "sum"
     objective = Objective(likelihood_of(likelihood), LOGVAR, reduction, reduction, True, True)
+    if weight is not None and (dim := objective.likelihood.term_dim(first, x)) is not None:
+        weight = weight.unsqueeze(dim)
+    tensors = [*parameters, x, *_given(weight), *latents]
     plan = loss_plan("recon_x", objective, tensors, len(parameters), weight is not None, len(latents), 1.0)
     return plan, plan.dense(tensors), tensors
 
