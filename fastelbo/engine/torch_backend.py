@@ -29,12 +29,13 @@ def draw_noise(like: Tensor, layout: torch.memory_format, generator: torch.Gener
     return torch.empty_like(like, memory_format=layout).normal_(generator=generator)
 
 
-def loss_forward(plan, beta, tensors, divisor, known, wants):
+def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
     """Loss, reconstruction and KL, and the gradients of the reconstruction by the parameters in `wants`.
 
     - `divisor`: what the sum of the reconstruction is divided by.
     - `known`: the upstream factor of each row, `[B]`, where it is known; None: the plan's guess is taken.
     - `wants`: of each parameter, whether it wants a gradient.
+    - `stateless`: keep nothing on the device for later calls; this backend never does.
 
     Returns `(loss, recon, kl, stored, sums, used)`: three results, `[]` or `[B]`, None where there is no KL; of each parameter
     its gradient times the factor `used`, or None. `sums`, of small parameters, are none of this backend's.
@@ -85,7 +86,7 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
     return grads, seen
 
 
-def latents_forward(plan, tensors, noise):
+def latents_forward(plan, tensors, noise, stateless=False):
     """`(z, kl, weighted, sums)` of latents, each None where it is not computed: z if there is noise, the normals themselves; the
     KL, `[]` or `[B]`, unless the call's kind is None. The other two are none of this backend's."""
     kind, dtype, (mu, logvar) = plan.call.kind, plan.call.dtype, tensors
