@@ -17,8 +17,6 @@ draw_noise = kernels.draw_noise
 def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
     """See `torch_backend.loss_forward`. `sums`, in the place of the gradients by parameters smaller than the first, are the
     derivatives of the sum by them, times no factor and not over the divisor.
-
-    `stateless`: keep nothing on the device for later calls.
     """
     call, used = plan.call, None
     parameters, x, weight, latents = call.split(tensors)
@@ -31,8 +29,8 @@ def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
         )
         return (loss, recon, kl, [gradient], None, used) if latents else (None, recon, None, [gradient], None, used)
     recon, gradients = _reconstruct(plan, parameters, x, weight, divisor, used, wants, stateless)
-    stored = [g if at else None for g, at in zip(gradients, large, strict=True)]
-    sums = None if large == list(wants) else [None if at else g for g, at in zip(gradients, large, strict=True)]
+    stored, sums = _apart(gradients, large)
+    sums = None if large == list(wants) else sums
     if not latents:
         return None, recon, None, stored, sums, used
     if call.latents == 1:
@@ -63,7 +61,11 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
         return grads, seen
     if wants_recon:
         upstream, large = added(grad_loss, grad_recon), _are_large(parameters, needs)
-        if True in large:
+        if sums is None and large != list(needs[:n]):  # those that forward did not keep, as an operator's: all in one launch
+            seen = upstream.reshape(-1).to(call.dtype)
+            found = _reconstruct(plan, parameters, x, weight, divisor, seen, needs[:n], True)[1]
+            grads[:n], sums = _apart(found, large)
+        elif True in large:
             grads[:n], seen = _correct(plan, parameters, x, weight, divisor, upstream, stored, used, large)
         for i, total in enumerate(sums or ()):
             if total is not None:
@@ -138,6 +140,12 @@ def _ratio(call) -> dict:
 def _are_large(parameters, wants) -> list[bool]:
     """Which of the wanted gradients are as large as the target."""
     return [want and p.shape == parameters[0].shape for p, want in zip(parameters, wants, strict=False)]
+
+
+def _apart(gradients, large):
+    """The gradients of large parameters, and the sums of the others."""
+    stored = [g if at else None for g, at in zip(gradients, large, strict=True)]
+    return stored, [None if at else g for g, at in zip(gradients, large, strict=True)]
 
 
 def _latents_or_kl(call, latents):
