@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..basics.tracing import constant_when_compiled
 from . import torch_backend
 
 VARIABLE = "FASTELBO_BACKEND"
@@ -59,6 +60,12 @@ def choose(device: torch.device) -> Choice:
         )
     reason = f"{VARIABLE}=triton forces it" if forced else f"the tensors are on {device}, and triton is installed"
     return Choice(triton_backend, reason + (", interpreted (TRITON_INTERPRET)" if triton_backend.INTERPRETED else ""))
+
+
+@constant_when_compiled
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton computes for tensors on `device`."""
+    return backend_for(device) is not torch_backend
 
 
 def backend_for(device: torch.device) -> ModuleType:

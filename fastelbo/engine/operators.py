@@ -15,6 +15,7 @@ from ..basics.tracing import has_symbolic_zeros, is_differentiated, never_compil
 from ..latents.posterior import LOGVAR, Latents, Posterior
 from ..likelihoods import likelihood_of
 from . import formula
+from .backend import has_kernels
 from .call import KLCall, LossCall, Objective
 from .plan import latents_plan, loss_plan
 
@@ -40,6 +41,13 @@ def _scalars_like(value: Tensor, per_sample: bool, dtype: torch.dtype) -> Tensor
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:
     return [t for t in tensors if t is not None]
+
+
+def _needs_formula(upstreams, *tensors: Tensor | None) -> bool:
+    """Whether a backward pass must be made of Torch operations; no kernel computes of nothing."""
+    if is_differentiated(upstreams) or has_symbolic_zeros(upstreams) or not has_kernels(tensors[0].device):
+        return True
+    return any(t.numel() == 0 for t in _given(*tensors))
 
 
 # --- the loss
@@ -105,11 +113,8 @@ def _loss_backward(grad_recon, grad_kl, first, second, third, x, weight, mu, log
     needs = [want and grad_recon is not None for want in wants[:n]] + [False] * (len(tensors) - n)
     if grad_kl is not None:
         needs[-2:] = True, True
-    if plan.backend is None:  # of nothing
-        grads = [torch.zeros_like(t) for t in tensors]
-    else:
-        upstreams = None, grad_recon, grad_kl
-        grads, _ = plan.backend.loss_backward(plan, 1.0, tensors, 1.0, upstreams, None, None, None, needs)
+    upstreams = None, grad_recon, grad_kl
+    grads, _ = plan.backend.loss_backward(plan, 1.0, tensors, 1.0, upstreams, None, None, None, needs)
     promised = zip(grads, given, needs, strict=True)
     return [gradient.contiguous(memory_format=layout_of(t)) for gradient, t, need in promised if need]
 
@@ -125,7 +130,9 @@ def _differentiate_loss(ctx, grad_recon, grad_kl):
     saved, needs, upstreams = ctx.saved_tensors, ctx.needs_input_grad, (grad_recon, grad_kl)
     first, second, third, x, weight, mu, logvar, kl = saved
     code, per_sample, dtype = ctx.options
-    if needs[3] or needs[4] or is_differentiated(upstreams) or has_symbolic_zeros(upstreams):
+    if mu is None and kl is None:  # and the KL of 0 depends on nothing
+        upstreams = grad_recon, None
+    if needs[3] or needs[4] or _needs_formula(upstreams, *saved):
         there = [t is not None for t in saved]
         reduction = "none" if per_sample else "sum"
         call = LossCall(likelihood_of(code), reduction, reduction, dtype, sum(there[:3]), there[4], sum(there[5:]))
@@ -228,13 +235,7 @@ def _latents_backward(grad_z, grad_kl, grad_weighted, mu, second, prior_mu, prio
     plan, tensors, noise = _latents_plan(mu, second, prior_mu, prior_second, noise, options)
     only_z = grad_kl is None and grad_weighted is None
     needs = (True, True, *wants_prior)[: len(tensors)]
-    if plan.backend is None:  # of nothing
-        grads = [torch.zeros_like(t) for t in tensors]
-    else:
-        if plan.call.is_plain and grad_weighted is not None:
-            grad_kl = grad_weighted if grad_kl is None else grad_kl + grad_weighted
-            grad_weighted = None
-        grads = plan.backend.latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted)
+    grads = plan.backend.latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted)
     wanted = [g for g, need in zip(grads, needs, strict=True) if need]
     return wanted[1:2] if only_z else wanted
 
@@ -248,8 +249,10 @@ def _save_latents(ctx, inputs, output):
 @never_compiled
 def _differentiate_latents(ctx, *upstreams):
     *tensors, noise = ctx.saved_tensors
-    call, needs, upstreams = _decoded(*ctx.options), ctx.needs_input_grad, upstreams[:3]
-    if needs[4] or is_differentiated(upstreams) or has_symbolic_zeros(upstreams):
+    call, needs = _decoded(*ctx.options), ctx.needs_input_grad
+    there = noise is not None, call.kind is not None, call.floor is not None or call.shares is not None
+    upstreams = [g if has else None for g, has in zip(upstreams, there, strict=False)]  # the other outputs are empty
+    if needs[4] or _needs_formula(upstreams, *tensors):
         eps = normals(noise, tensors[0], call.dtype, ctx.layout)
         given = [*_given(*tensors), *_given(eps)]
         wanted = [need for need, t in zip(needs[:5], (*tensors, noise), strict=True) if t is not None]
@@ -263,9 +266,9 @@ def _differentiate_latents(ctx, *upstreams):
     grads = [None] * 4
     if any(g is not None for g in upstreams):
         # In the layout in which the noise was numbered.
-        there = [t if t is None else t.contiguous(memory_format=ctx.layout) if t.stride(0) else t for t in tensors]
+        laid = [t if t is None else t.contiguous(memory_format=ctx.layout) if t.stride(0) else t for t in tensors]
         wants_prior = [bool(need) for need in needs[2:4]]
-        found = iter(ops.latents_backward(*upstreams, *there, noise, *ctx.options, wants_prior))
+        found = iter(ops.latents_backward(*upstreams, *laid, noise, *ctx.options, wants_prior))
         only_z = upstreams[1] is None and upstreams[2] is None
         grads[0] = upstreams[0] if only_z else next(found)
         grads[1] = next(found)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from ..basics.tracing import constant_when_compiled, is_transformed, is_wrapper
+from ..basics.tracing import is_transformed, is_wrapper
 from ..likelihoods import code_of
-from . import formula, torch_backend
-from .backend import backend_for
+from . import formula
+from .backend import backend_for, has_kernels
 from .call import KLCall, LossCall
 from .operators import encoded, ops
 
@@ -22,12 +22,7 @@ def _goes_to_kernels(*values) -> bool:
     """Whether Triton computes for the first of these, and an operator may stand for it."""
     if is_transformed() or any(is_wrapper(v) for v in values if not isinstance(v, FakeTensor)):
         return False
-    return _has_kernels(values[0].device)
-
-
-@constant_when_compiled
-def _has_kernels(device: torch.device) -> bool:
-    return backend_for(device) is not torch_backend
+    return has_kernels(values[0].device)
 
 
 def loss(call: LossCall, beta: float | Tensor, tensors: Sequence[Tensor], divisor: float | Tensor | None = None):
