@@ -816,7 +816,7 @@ def test_sample_log_ratio_draws_as_reparameterize(device):
         ({"bound": "iwae"}, TypeError, "bound must be a fastelbo.ELBO or a fastelbo.IWAE, got str"),
         ({"bound": 5}, TypeError, "bound must be a fastelbo.ELBO or a fastelbo.IWAE, got int"),
         ({"reduction": "mean"}, ValueError, "reduction must be 'sum', 'batchmean' or 'none' for an IWAE, got 'mean'"),
-        ({"reduction": ("sum", "batchmean")}, ValueError, "reduction must be 'sum', 'batchmean' or 'none' for an IWAE"),
+        ({"reduction": ("sum", "batchmean")}, ValueError, r"'none' for an IWAE, got \('sum', 'batchmean'\)"),
         ({"weighting": fastelbo.Weighting(free_bits=0.1)}, ValueError, "weighting is for the KL of an ELBO"),
         ({"beta": torch.ones(LATENT)}, ValueError, "beta must be a number or a 0-d tensor"),
         ({"eps": torch.zeros(B, LATENT)}, ValueError, r"eps must have the shape of mu behind a dimension of n_samples"),
@@ -827,7 +827,7 @@ def test_sample_log_ratio_draws_as_reparameterize(device):
         ({"decoder": lambda z: z[:1]}, ValueError, r"decoder\(z\) must have a row for each of the 3 of z, got \(1, 4\)"),
         ({"decoder": lambda z: (z, z, z)}, ValueError, r"decoder\(z\) must be .* the tuple \(logits, pos_weight\) for"),
         ({"x": torch.rand(2, FEATURES)}, ValueError, "x and mu must have the same batch size"),
-        ({"likelihood": Gaussian("optimal")}, ValueError, "must not be a Gaussian of the scale 'optimal'"),
+        ({"likelihood": Gaussian("optimal")}, ValueError, r"likelihood must not be Gaussian\(scale='optimal'\) with several"),
         ({"x": torch.full((B, FEATURES), 7)}, ValueError, r"x must lie in \[0, 1\]"),
     ),
 )  # fmt: skip
@@ -897,5 +897,5 @@ def test_no_bound_is_the_elbo_of_one_sample(device):
 
 @on_the_host
 def test_log_likelihood_needs_a_density(device):
-    with pytest.raises(ValueError, match=r"likelihood must be a density here, such as .*; got ('mse'|MSE\()"):
+    with pytest.raises(ValueError, match="likelihood must be a density here, such as 'gaussian' or 'laplace'; got 'mse'"):
         fastelbo.log_likelihood(network(device), target(device), *latents(device), likelihood="mse")
