@@ -19,7 +19,7 @@ class ELBO(metaclass=Record):
     """
 
     n_samples: int = 1
-    chunk: int = 1
+    chunk: int = field(default=1, kw_only=True)
 
     estimator = "standard"
 
@@ -48,7 +48,7 @@ class IWAE(ELBO):
         chunk: as in `ELBO`.
     """
 
-    n_samples: int
+    n_samples: int = field()  # or the ELBO's default would be its own
     estimator: str = field(default="standard", kw_only=True)
 
     def __post_init__(self) -> None:
