@@ -80,7 +80,8 @@ def many_samples(
         if weighting not in (None, ALL):
             raise ValueError("weighting is for the KL of an ELBO: an IWAE has each sample's log densities instead")
         if recon_reduction == "mean" or recon_reduction != kl_reduction:
-            raise ValueError(f"reduction must be 'sum', 'batchmean' or 'none' for an IWAE, got {recon_reduction, kl_reduction}")
+            found = recon_reduction if recon_reduction == kl_reduction else (recon_reduction, kl_reduction)
+            raise ValueError(f"reduction must be 'sum', 'batchmean' or 'none' for an IWAE, got {found!r}")
     kl_beta = 1.0 if call.is_weighted else check_beta(beta, given.mu)
     weighting = check_weighting(weighting, given.mu, call.latents.prior is not None, kl_beta, kl_reduction)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not call.is_weighted):
