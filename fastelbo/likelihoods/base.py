@@ -173,7 +173,7 @@ class Likelihood(metaclass=Record):
 
     def is_plain(self, parameters: int) -> bool:
         """Whether the kernel for most likelihoods computes it, from so many tensors: one, whose elements have a term each."""
-        alone = parameters == 1 and self.dim is None and self.constant is None
+        alone = parameters == 1 and 1 in self.counts and self.dim is None and self.constant is None
         return alone and self.kernel is not None and self.function(1) == self.function(1 if self.fixed is None else 2)
 
     def constants(self, parameters: Sequence[Tensor], x: Tensor) -> dict[str, Any]:
