@@ -41,9 +41,6 @@ Errors = dict[str, float]
 # Those that `reference.elbo_loss` has, too.
 PLAIN = [name for name, likelihood in BY_NAME.items() if likelihood.is_plain(1)]
 
-# Those that `reference.elbo_loss` has, too.
-PLAIN = [name for name, likelihood in BY_NAME.items() if likelihood.is_plain(1)]
-
 
 def main() -> int:
     device, no_gpu = find_device()
