@@ -38,7 +38,7 @@ def columns_kernel(
         std, _, lv, excess, _ = POSTERIOR(raw)
         place = tl.broadcast_to(column[None, :], [ROWS, BLOCK])
         kl, _, _, _, _ = divergence(
-            m, std, lv, excess, prior_mu, prior_second, o, place, mask, PRIOR, MU_ROW, SECOND_ROW, DTYPE
+            m, raw, std, lv, excess, prior_mu, prior_second, o, place, mask, PRIOR, MU_ROW, SECOND_ROW, DTYPE
         )
         kl_tile += tl.where(mask, kl, 0.0)
         if mu_sums is not None:
@@ -55,7 +55,9 @@ def _constants(mu, prior_mu, prior_second, posterior, clamp, prior) -> dict:
     """What the kernels have as constants of the arguments that the launchers share."""
     low, high = clamp or (None, None)
     function = None if prior is None else f"{prior}_prior"
-    if prior in ("std", "var") and posterior in ("std", "var"):
+    if prior == posterior == "var":
+        function = "var_of_var_prior"
+    elif prior in ("std", "var") and posterior in ("std", "var"):
         function = f"{prior}_of_std_prior"
     return {
         "POSTERIOR": getattr(posteriors, posterior), "LOW": low, "HIGH": high,

@@ -50,7 +50,7 @@ def column_of(o, columns):
 
 @triton.jit
 def divergence(
-    m, std, lv, excess, prior_mu, prior_second, o, column, mask,
+    m, raw, std, lv, excess, prior_mu, prior_second, o, column, mask,
     PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """`(kl, t, inverse, excess, d)` of a tile: the KL in nats; (mu - prior's mu) / prior's sigma; 1 / that sigma; the ratio of
@@ -59,8 +59,8 @@ def divergence(
         return 0.5 * (m * m + (excess - lv)), m, 1.0, excess, 0.0
     else:
         mean = tl.load(prior_mu + (column if MU_ROW else o), mask=mask, other=0.0).to(DTYPE)
-        raw = tl.load(prior_second + (column if SECOND_ROW else o), mask=mask, other=1.0).to(DTYPE)
-        inverse, d, delta, ratio = PRIOR(raw, std, lv)
+        second = tl.load(prior_second + (column if SECOND_ROW else o), mask=mask, other=1.0).to(DTYPE)
+        inverse, d, delta, ratio = PRIOR(second, std, lv, raw)
         t = (m - mean) * inverse
         return 0.5 * (t * t + (ratio - delta)), t, inverse, ratio, d
 
@@ -84,7 +84,7 @@ def sample_tile(
     column = o
     if MU_ROW or SECOND_ROW:
         column = column_of(o, columns)
-    kl, _, _, _, _ = divergence(m, std, lv, excess, prior_mu, prior_second, o, column, mask, PRIOR, MU_ROW, SECOND_ROW, DTYPE)
+    kl, _, _, _, _ = divergence(m, raw, std, lv, excess, prior_mu, prior_second, o, column, mask, PRIOR, MU_ROW, SECOND_ROW, DTYPE)
     floored = tl.where(kl <= floor, floor, kl)  # NaN is not
     if ELEMENTS:
         tl.store(kl_out + o, kl, mask=mask)
@@ -128,7 +128,7 @@ def sample_backward_tile(
         if MU_ROW or SECOND_ROW:
             column = column_of(o, columns)
         kl, t, inverse, excess, prior_d = divergence(
-            m, std, lv, excess, prior_mu, prior_second, o, column, mask, PRIOR, MU_ROW, SECOND_ROW, DTYPE
+            m, raw, std, lv, excess, prior_mu, prior_second, o, column, mask, PRIOR, MU_ROW, SECOND_ROW, DTYPE
         )
         to_posterior = upstream_tile(grad_kl, factor, weight, o, mask, columns, PER, DTYPE)
         to_prior = to_posterior

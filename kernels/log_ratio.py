@@ -30,7 +30,7 @@ def prior_tile(
     else:
         mean = tl.load(prior_mu + (column if MU_ROW else o), mask=mask, other=0.0).to(DTYPE)
         raw = tl.load(prior_second + (column if SECOND_ROW else o), mask=mask, other=1.0).to(DTYPE)
-        inverse, d, delta, _ = PRIOR(raw, 1.0, 0.0)  # its variance to that of N(0, 1)
+        inverse, d, delta, _ = PRIOR(raw, 1.0, 0.0, tl.full([], 1.0, DTYPE))  # its variance to that of N(0, 1)
         return mean, inverse, d, delta
 
 

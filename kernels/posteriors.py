@@ -41,12 +41,13 @@ def var(raw):
     return std, 0.5 * positive_inverse(std), log(raw), raw - 1.0, 0.5 * positive_inverse(raw)
 
 
-# A prior, from its second parameter and the posterior's sigma and logvar: `(1 / sigma, d, delta, excess)`: `delta` is the
-# logarithm of the ratio of the variances, `excess` that ratio - 1, and `d` half the derivative of the prior's logvar.
+# A prior, from its second parameter, the posterior's sigma and logvar, and the output that these are of, `given`:
+# `(1 / sigma, d, delta, excess)`: `delta` is the logarithm of the ratio of the variances, `excess` that ratio - 1, and `d` half
+# the derivative of the prior's logvar.
 
 
 @triton.jit
-def logvar_prior(raw, std, logvar):
+def logvar_prior(raw, std, logvar, given):
     inverse, _ = exp_and_expm1(-0.5 * raw)
     delta = logvar - raw
     _, excess = exp_and_expm1(delta)
@@ -54,7 +55,7 @@ def logvar_prior(raw, std, logvar):
 
 
 @triton.jit
-def log_std_prior(raw, std, logvar):
+def log_std_prior(raw, std, logvar, given):
     inverse, _ = exp_and_expm1(-raw)
     delta = logvar - 2.0 * raw
     _, excess = exp_and_expm1(delta)
@@ -62,7 +63,7 @@ def log_std_prior(raw, std, logvar):
 
 
 @triton.jit
-def std_prior(raw, std, logvar):
+def std_prior(raw, std, logvar, given):
     inverse = positive_inverse(raw)
     delta = logvar - 2.0 * log(raw)
     _, excess = exp_and_expm1(delta)
@@ -70,7 +71,7 @@ def std_prior(raw, std, logvar):
 
 
 @triton.jit
-def std_of_std_prior(raw, std, logvar):
+def std_of_std_prior(raw, std, logvar, given):
     """Both terms from one quotient: what its rounding does to them cancels, where the two deviations are nearly alike."""
     inverse = positive_inverse(raw)
     ratio = std / tl.where(raw > 0.0, raw, inverse)
@@ -78,7 +79,7 @@ def std_of_std_prior(raw, std, logvar):
 
 
 @triton.jit
-def var_prior(raw, std, logvar):
+def var_prior(raw, std, logvar, given):
     d = positive_inverse(raw)
     delta = logvar - log(raw)
     _, excess = exp_and_expm1(delta)
@@ -86,8 +87,15 @@ def var_prior(raw, std, logvar):
 
 
 @triton.jit
-def var_of_std_prior(raw, std, logvar):
+def var_of_std_prior(raw, std, logvar, given):
     d = positive_inverse(raw)
     inverse = tl.sqrt(d)
     ratio = std / tl.where(raw > 0.0, tl.sqrt(tl.where(raw > 0.0, raw, 1.0)), inverse)
     return inverse, 0.5 * d, 2.0 * log(ratio), (ratio - 1.0) * (ratio + 1.0)
+
+
+@triton.jit
+def var_of_var_prior(raw, std, logvar, given):
+    d = positive_inverse(raw)
+    ratio = tl.where(given < 0.0, float("nan"), given) / tl.where(raw > 0.0, raw, d)
+    return tl.sqrt(d), 0.5 * d, log(ratio), ratio - 1.0
