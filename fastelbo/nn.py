@@ -18,15 +18,15 @@ from .objective import Prior, Reduction, loss
 
 
 class ELBOLoss(nn.Module):
-    """Negative ELBO with options fixed once: `criterion(recon_x, x, mu, logvar)` is `fastelbo.loss` with them.
+    """The negative ELBO as a module, with options fixed once: `criterion(recon_x, x, mu, logvar)` is `fastelbo.loss` with them.
 
-    `beta` is kept as a 0-d float64 buffer: it moves with the module, keeps its digits whatever dtype that is cast to, and is
-    saved in its `state_dict`. Write to it (`criterion.beta.fill_(0.5)`), or pass a beta to `forward`, to change it from step to
-    step.
+    `beta` is a 0-d float64 buffer. It moves with the module, keeps its digits whatever dtype the module is cast to, and is
+    saved in the `state_dict`. To change it from step to step, write to it (`criterion.beta.fill_(0.5)`) or pass a beta to
+    `forward`.
 
     Args:
         likelihood, reduction, posterior, weighting: as in `fastelbo.loss`.
-        beta: likewise, as a number.
+        beta: likewise, a number.
 
     Raises:
         TypeError, ValueError: as `fastelbo.loss`.

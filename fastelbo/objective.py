@@ -47,8 +47,8 @@ def loss(
     A drop-in for the usual `elbo_loss(recon_x, x, mu, logvar)`, differentiable by every tensor argument.
 
     Args:
-        recon_x: the decoder's output, `[B, ...]`, float16, bfloat16, float32 or float64; for a likelihood of several parameters
-            the tuple of them. A tuple of one is that one.
+        recon_x: the decoder's output, `[B, ...]`, float16, bfloat16, float32 or float64; or the tuple of tensors that
+            parametrize the likelihood. A tuple of one is that one.
         x: the target, of the shape of `recon_x` and any real dtype; integers and booleans are converted on the fly.
         mu: mean of the encoder's Gaussian, `[B, ...]`, of any such shape and floating dtype; or a `torch.distributions.Normal`,
             or an `Independent` of one, which stands for `mu` and `logvar`.
@@ -56,14 +56,16 @@ def loss(
         beta: weight of the KL (Higgins et al., beta-VAE, 2017): a number, a 0-d tensor, or a tensor that broadcasts to a sample
             of `mu`, with a weight for each latent dimension.
         kl: a KL from `sample_kl`, already reduced, in place of `mu` and `logvar`: `[]`, or `[B]` with `reduction="none"`.
-        likelihood: what `recon_x` parametrizes: a name or an object of `fastelbo.likelihoods`, which lists them all.
+        likelihood: what `recon_x` parametrizes: a name, or an object of `fastelbo.likelihoods`, which lists them all.
             `"bernoulli"`: probabilities, as `F.binary_cross_entropy`; `"bernoulli_logits"`: logits, as
             `F.binary_cross_entropy_with_logits`; `"mse"`: as `F.mse_loss`; `"gaussian"`: means, as
-            `-Normal(recon_x, 1).log_prob(x)`. `likelihoods.Gaussian(scale=0.3)` has another scale, and
-            `likelihoods.BernoulliLogits(target_scale=1/255)` takes `uint8` images.
+            `-Normal(recon_x, 1.0).log_prob(x)`. An object has options: `Gaussian(scale=0.3)`, and for bytes
+            `Bernoulli(target_scale=1/255)`.
         posterior: what `logvar` is: `"logvar"`, `"log_std"`, `"std"`, `"var"`, or a `Posterior`, which can clamp it.
-        prior: what the KL is from, as in `kl_divergence`. None: N(0, I).
-        weighting: what of the KL enters the loss: free bits, capacity, balance. None: all of it. `kl` is the KL itself always.
+        prior: what the KL is from: a pair of tensors that is parametrized as the posterior is, or a Normal, as in
+            `kl_divergence`. None: N(0, I).
+        weighting: what of the KL enters the loss: free bits, capacity, balance. None: all of it. The result `kl` is always the
+            KL itself.
         weight: weights of the elements of `x`, such as a mask: of any real dtype and a shape that broadcasts to that of `x`,
             with one element along a dimension of classes, or of a mixture's channels. What has the weight 0 does not count,
             even if it is NaN. A mean divides by the sum of the weights, and is NaN where that is 0.
@@ -73,17 +75,16 @@ def loss(
         monitor: collects diagnostics of the call.
 
     Returns:
-        `ELBOTerms(loss, recon, kl)`: float64 if a tensor of `recon_x`, `mu`, `logvar`, the prior or `kl` is,
-        otherwise float32. The dtypes of `x`, `weight` and `beta` do not count.
+        `ELBOTerms(loss, recon, kl)`, in nats: float64 if a tensor of `recon_x`, `mu`, `logvar`, the prior or `kl` is, otherwise
+        float32. The dtypes of `x`, `weight` and `beta` do not count.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes, devices, names or options do not fit; on a CPU, what has a weight
-            lies outside of where its likelihood has it: probabilities and targets of `"bernoulli"`, or integer targets of
-            `"bernoulli_logits"`, outside [0, 1], counts, rates or means below 0, scales or dispersions not above it, or labels
-            or levels that are none. NaN passes. On a GPU, looking would need a sync, and a tracer sees no values: a target of a
-            Bernoulli likelihood outside [0, 1], and counts below 0 of a multinomial, give a loss that means nothing there, the
-            others NaN.
+        ValueError: shapes, devices, names or options do not fit. On a CPU, too, if a value that has a weight lies where its
+            likelihood has none: probabilities and targets of `"bernoulli"`, or integer targets of `"bernoulli_logits"`, outside
+            [0, 1]; counts, rates or means below 0; scales or dispersions that are not positive; unknown labels or levels. NaN
+            passes. On a GPU, looking would need a sync, and a tracer sees no values. There a target of a Bernoulli likelihood
+            outside [0, 1], and counts of a multinomial below 0, give a loss that means nothing; the others give NaN.
     """
     surrounded = is_surrounded()
     objective = (Objective.of if surrounded else find_objective)(likelihood, posterior, reduction)
@@ -132,41 +133,45 @@ def elbo(
 ) -> ELBOTerms:
     """Negative ELBO of a VAE around its decoder: sample z, decode it, and return `loss(decoder(z), x, mu, logvar, beta)`.
 
-    Sampling, KL, decoder and reconstruction are one autograd Function: gradients reach `mu`, `logvar`, `x`, `beta`, and every
+    Sampling, KL, decoder and reconstruction are one autograd Function. Gradients reach `mu`, `logvar`, `x`, `beta`, and every
     parameter and other tensor that the decoder uses.
 
-    With `bound=ELBO(K)` the reconstruction is the mean over K samples of z (Kingma and Welling, 2013). With `bound=IWAE(K)` the
-    loss is the negative of the tighter bound of Burda et al. (Importance Weighted Autoencoders, 2016); `recon` and `kl` are then
-    the ELBO's terms of the same samples, without gradient, which show how much tighter it is. Memory does not grow with K:
-    `chunk` samples at a time go through the decoder, in forward without a graph, and again in backward, as under
-    `torch.utils.checkpoint`. Torch's own generators and `generator` give the second run the same noise and dropout masks.
-    Batch normalizations move their running statistics in forward alone. An error says so where the decoder's call changes
-    another buffer of a module that it refers to. With `chunk` equal to K the decoder runs once, and its graph is kept.
+    `bound=ELBO(n)` has the mean reconstruction of n samples of z. `bound=IWAE(n)` has the tighter, importance-weighted bound;
+    its `recon` and `kl` are the ELBO's terms of the same samples, without gradient, which show how much tighter it is. Memory
+    does not grow with the number of samples. A chunk of samples at a time goes through the decoder: in forward without a
+    graph, and again in backward, with the same dropout masks, as under `torch.utils.checkpoint`. Torch's own generators and
+    `generator` give the same random numbers again; others do not. Running statistics of batch normalizations move in forward
+    alone. Where the decoder's call changes another buffer of a module that it refers to, an error says so. With a `chunk` of
+    all samples the decoder runs once, and its graph is kept.
 
-    The backward pass releases the decoder's own graph. To use something from inside it in another loss, or to differentiate
-    twice, compose `sample_kl`, the decoder and `loss(..., kl=kl)`. The same composition computes this call, with the same
-    results, under `torch.compile` and `torch.func`; with a weighting, a monitor, or a beta for each dimension; and where the
-    decoder uses a tensor that is neither a leaf nor computed in it, a leaf with hooks or one that the encoder uses too, or an
-    autograd Function written in Python, as reentrant checkpoints and FSDP do. With several samples the graph of all of them is
-    kept under `torch.compile` and `torch.func`, and, with a warning, where `eps` requires grad or the decoder uses such tensors
-    or Functions. Weights shared with the encoder and compiled modules do not have that effect there.
+    The decoder's own graph is released by the backward pass. To use a tensor from inside the decoder in another loss, or to
+    differentiate twice, call `sample_kl`, the decoder and `loss(..., kl=kl)` one after the other. This function does the same,
+    with the same results, in these cases: under `torch.compile` and `torch.func`; with a weighting, a monitor or a beta for
+    each dimension; where `x`, `beta` or `weight` want gradients; on a CPU, with another posterior or prior; and where the
+    decoder returns a leaf, or uses a tensor that is neither a leaf nor computed in it, a leaf with hooks, a leaf that the
+    encoder uses too, or an autograd Function written in Python, as reentrant checkpoints and FSDP do.
+
+    The graphs of several samples are all kept where they cannot be built again: under `torch.compile` and `torch.func`; and,
+    with a warning, where `eps` requires grad or the decoder uses such tensors or Functions. Weights that it shares with the
+    encoder, and compiled modules, can be built again.
 
     Args:
         decoder: a module, bound method or function from z, of the shape of `mu`, to `recon_x`: a prediction of the shape of
-            `x`, or the parameters of the likelihood.
+            `x`, or the tuple of the likelihood's parameters. With several samples it gets and returns `[chunk * B, ...]`.
         x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, reduction, monitor: as in `loss`.
-        bound: what the loss is the negative of: `fastelbo.ELBO(n_samples)`, or `fastelbo.IWAE(n_samples)`, which takes no
-            `weighting` and the reductions `"sum"`, `"batchmean"` and `"none"`. None: `ELBO()`, of one sample.
-        eps, generator: as in `reparameterize`; with several samples or another bound, `eps` is `[n_samples, *mu.shape]`.
+        eps: noise to use, of the shape of `mu`; with several samples, or by an `IWAE`, `[n_samples, *mu.shape]`.
+        generator: draws the noise, in place of the default generator; on the device of `mu`.
+        bound: an `ELBO` or an `IWAE`; None: `ELBO()`, one sample. An `IWAE` takes no `weighting`, one number as `beta`, and the
+            reductions `"sum"`, `"batchmean"` and `"none"`.
 
     Returns:
         `ELBOTerms(loss, recon, kl)`, as `loss`.
 
     Raises:
-        TypeError, ValueError: as `loss`; also if the decoder returns anything but a tensor of the shape of `x`, or the
-            parameters of the likelihood.
-        RuntimeError: in backward with `create_graph=True` or `is_grads_batched=True`, or if a leaf that the decoder uses was
-            given a hook after this call, or, where the decoder runs again, was written to; or if the decoder changes its state.
+        TypeError, ValueError: as `loss`; also if `bound` is no bound, or if the decoder returns anything but a tensor of the
+            shape of `x`, or the parameters of the likelihood.
+        RuntimeError: in backward with `create_graph=True` or `is_grads_batched=True`; if a leaf that the decoder uses was given
+            a hook after this call, or was written to where the decoder runs again; or if the decoder changes its state.
     """
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")

@@ -68,7 +68,7 @@ def sample_kl(
 
     Args:
         mu, logvar, posterior, eps, generator: as in `reparameterize`.
-        prior: as in `kl_divergence`; None: N(0, I).
+        prior: as in `kl_divergence`: a pair that is parametrized as the posterior is, or a Normal. None: N(0, I).
         reduction: of the KL: `"sum"`, `"batchmean"`, `"mean"` (over all elements) or `"none"` (one value a sample).
 
     Returns:
@@ -76,7 +76,7 @@ def sample_kl(
         `loss(..., kl=kl)`.
 
     Raises:
-        TypeError, ValueError: as `reparameterize`, or `prior` is none, or `reduction` is unknown.
+        TypeError, ValueError: as `reparameterize`; also if `prior` does not fit, or `reduction` is unknown.
     """
     if reduction is None:
         check_reduction(reduction)
@@ -97,10 +97,11 @@ def kl_divergence(
         mu: mean, `[B, ...]`, float16, bfloat16, float32 or float64; or a `torch.distributions.Normal`, or an `Independent` of
             one, which stands for `mu` and `logvar`.
         logvar: logarithm of the variance, of the shape of `mu`, or what `posterior` says that it is.
-        prior: None: N(0, I). A pair `(mu, logvar)` of tensors, the second of which is what `posterior` says, or a Normal or an
-            Independent of one; of the shape of `mu` or one that broadcasts to it. Its deviations have to be positive: an
-            infinite KL or NaN comes of others.
-        posterior: what `logvar` is: `"logvar"`, `"log_std"`, `"std"`, `"var"`, or a `Posterior`, whose clamp is not the prior's.
+        prior: None: N(0, I). A Normal, or an Independent of one. Where `mu` is a tensor, also a pair of tensors that is
+            parametrized as the posterior is: `(prior_mu, prior_logvar)`, or with `posterior="log_std"` `(prior_mu,
+            prior_log_std)`. Of the shape of `mu`, or one that broadcasts to it. Deviations that are not positive give an
+            infinite KL or NaN.
+        posterior: what `logvar` is: `"logvar"`, `"log_std"`, `"std"`, `"var"`, or a `Posterior`.
         reduction: `"sum"`, `"batchmean"` (sum / B), `"mean"` (over all elements), `"none"` (one value a sample, `[B]`),
             `"dimension"` (the mean over the batch, `mu.shape[1:]`), or `"element"` (of the shape of `mu`).
 
@@ -108,7 +109,8 @@ def kl_divergence(
         The KL: float64 if an input is, otherwise float32.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or has an unknown name.
+        TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or has an unknown name; or a pair is
+            the prior of a Normal.
     """
     if is_surrounded():
         kl: Tensor = latents_terms(*check_kl(mu, logvar, posterior, prior, reduction, False))[1]
@@ -143,7 +145,7 @@ def sample_log_ratio(
 
     Args:
         mu, logvar, posterior: as in `reparameterize`.
-        prior: as in `kl_divergence`; None: N(0, I).
+        prior: as in `kl_divergence`: a pair that is parametrized as the posterior is, or a Normal. None: N(0, I).
         flow: a normalizing flow (Rezende and Mohamed, Variational Inference with Normalizing Flows, 2015): a callable from z0,
             `[rows, ...]`, to `(z, log_det)`, of the same shape and `[rows]`, the logarithm of |det dz / dz0|. Then
             `log_q = log q(z0 | x) - log_det`, and `log_p` is that of the transformed z, which is returned.

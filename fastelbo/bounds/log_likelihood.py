@@ -45,23 +45,24 @@ def log_likelihood(
 ) -> LogLikelihood:
     """log p(x) by importance sampling: the logarithm of the mean of `p(x | z) p(z) / q(z | x)` over samples z of q(z | x).
 
-    For evaluation, as Rezende et al. (Stochastic Backpropagation and Approximate Inference in Deep Generative Models, 2014),
-    and Burda et al. (Importance Weighted Autoencoders, 2016) with 5,000 samples: it is the latter's bound, whose expectation
-    rises to log p(x) with `n_samples`. Nothing is differentiated, and one chunk is in memory at a time. The decoder runs as it
-    is: put it in eval mode first.
+    It is for evaluation, as in Rezende et al. (Stochastic Backpropagation and Approximate Inference in Deep Generative Models,
+    2014), and in Burda et al. (Importance Weighted Autoencoders, 2016), with 5,000 samples. The estimate is the latter's bound,
+    whose expectation rises to log p(x) with `n_samples`. Nothing is differentiated, and one chunk is in memory at a time. The
+    decoder runs as it is: put it in eval mode first.
 
     Args:
-        decoder, x, mu, logvar, likelihood, posterior, prior, weight: as in `elbo`.
-        n_samples: of each datum.
-        chunk: how many are decoded at a time: `chunk * B` rows.
+        decoder, x, mu, logvar, likelihood, posterior, prior, weight: as in `elbo`. The likelihood is a density: not MSE or L1,
+            and not a Gaussian of the optimal scale.
+        n_samples: the samples of z for each datum, at least 1.
+        chunk: how many of them are decoded at a time, as `[chunk * B, ...]`.
         eps: noise to use, `[n_samples, *mu.shape]`.
         generator: draws the noise, in place of the default generator.
         progress: show a progress bar, by tqdm.
 
     Returns:
-        `LogLikelihood(log_p, standard_error)`, of the dtype of `elbo`'s results. The standard error is the delta
-        method's, the deviation of the weights (with n - 1) over sqrt(n) and their mean: too low where the few samples that
-        matter were not among them, and NaN for one sample.
+        `LogLikelihood(log_p, standard_error)`, in nats, of the dtype of `elbo`'s results. The standard error is the delta
+        method's: the deviation of the weights (with n - 1) over sqrt(n) and their mean. It is too low where the few samples
+        that matter were not drawn, and NaN for one sample.
 
     Raises:
         TypeError, ValueError: as `elbo`.

@@ -15,14 +15,20 @@ PARAMETERS = ("logvar", "log_std", "std", "var")
 
 @record
 class Posterior(metaclass=Record):
-    """What an encoder's second output means. Wherever there is `posterior=`, the name of a parameter alone will do.
+    """What an encoder's second output is, and the bounds that it is clamped to. Pass it, or the name of a parameter alone, as
+    `posterior=`: `"logvar"` and `Posterior()` are the same. It is frozen and compared by value.
+
+    A prior that is a pair of tensors is parametrized alike: log sigmas go with log sigmas. `clamp` does not apply to it.
 
     Args:
-        parameter: `"logvar"`: log sigma^2; `"log_std"`: log sigma; `"std"`: sigma; `"var"`: sigma^2. The last two have to be
-            positive, which nothing looks at: sigma = 0 has an infinite KL, a negative one becomes NaN.
-        clamp: bounds that this output is clamped to, None for one that is not; its gradient is zero outside of them.
-            `(-30.0, 20.0)` is what latent diffusion does to `logvar` (Rombach et al., 2022: `DiagonalGaussianDistribution`).
-            NaN stays NaN.
+        parameter: `"logvar"` (log sigma^2), `"log_std"` (log sigma), `"std"` (sigma) or `"var"` (sigma^2). The last two have to
+            be positive, which nothing checks: sigma = 0 has an infinite KL, and a negative sigma becomes NaN.
+        clamp: the bounds (low, high), numbers, or None for a side without one. The gradient outside of them is 0, and NaN stays
+            NaN. `(-30.0, 20.0)` is what latent diffusion does to `logvar` (Rombach et al., 2022:
+            `DiagonalGaussianDistribution`).
+
+    Raises:
+        TypeError, ValueError: `parameter` is unknown, or `clamp` is no pair of numbers with low <= high.
     """
 
     parameter: str = "logvar"

@@ -12,22 +12,31 @@ CAPACITY_PER = ("batch", "sample")
 
 @record
 class Weighting(metaclass=Record):
-    """What of the KL enters the objective, in nats. B samples b, with latent dimensions d; all of it is times beta.
+    """What of the KL enters the loss: free bits, a capacity, or balanced gradients, in nats. Pass it as `weighting=`; None and
+    `Weighting()` are the same, all of the KL. It is frozen and compared by value.
+
+    The loss has beta times what the weighting makes of the KL; `kl` in the results is the KL itself. B samples b have latent
+    dimensions d.
 
     Args:
         free_bits: lambda: a KL below it counts as lambda and has no gradient. None: no free bits.
-        free_bits_per: `"element"`: the sum over b and d of max(lambda, KL_bd). `"dimension"`: the sum over d of max(lambda,
-            mean over b of KL_bd), the objective of Kingma et al. (Improved Variational Inference with Inverse Autoregressive
-            Flow, 2016) where each dimension is a group. `"channel"`: likewise, where each channel of `[B, C, ...]` is one, as
-            in their code. `"sample"`: the sum over b of max(lambda, KL_b), the free nats of DreamerV3 (Hafner et al., 2023).
-            `"batch"`: max(lambda, mean over b of KL_b), those of DreamerV1 and V2 (Hafner et al., 2020, 2021).
+        free_bits_per: what the lambda is for. `"element"`: the sum over b and d of max(lambda, KL_bd). `"dimension"`: the sum
+            over d of max(lambda, mean over b of KL_bd), the objective of Kingma et al. (Improved Variational Inference with
+            Inverse Autoregressive Flow, 2016) with a group for each dimension. `"channel"`: likewise, with a group for each
+            channel of `[B, C, ...]`, as in their code. `"sample"`: the sum over b of max(lambda, KL_b), the free nats of
+            DreamerV3 (Hafner et al., 2023). `"batch"`: max(lambda, mean over b of KL_b), those of DreamerV1 and V2 (Hafner et
+            al., 2020, 2021).
         capacity: C: the KL is drawn to it by |KL - C| (Burgess et al., Understanding disentangling in beta-VAE, 2018), whose
-            gamma is beta here. A number or a 0-d tensor, which may change from step to step. None: no capacity.
+            gamma is beta here. A number, or a 0-d tensor, which may change from step to step. None: no capacity.
         capacity_per: `"batch"`: |mean over b of KL_b - C|. `"sample"`: the mean over b of |KL_b - C|, as pythae's
             DisentangledBetaVAE.
-        balance: (a, b): a KL(q || sg(p)) + b KL(sg(q) || p), sg being what has no gradient: the value is a + b times the KL (or
-            what free bits or capacity make of it), and the gradients by posterior q and prior p are a and b times theirs.
-            DreamerV2 (Hafner et al., 2021): (0.2, 0.8); DreamerV3's code: (0.1, 1.0), its `rep` and `dyn`. Needs a prior.
+        balance: (a, b): a KL(q || sg(p)) + b KL(sg(q) || p), where sg stops the gradient. The value is a + b times the KL, or
+            times what free bits or capacity make of it; the gradients by the posterior q and the prior p are a and b times
+            theirs. It needs a prior. DreamerV2 (Hafner et al., 2021) has (0.2, 0.8); DreamerV3's code (0.1, 1.0), its `rep` and
+            `dyn`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, negative or unknown, or both free bits and a capacity came.
     """
 
     free_bits: float | None = None

@@ -25,6 +25,8 @@ first may be smaller, as long as they broadcast to its shape: a 0-d tensor, a nu
 All are negative log-likelihoods in nats with their constants, so that they can be compared with others and be turned into bits;
 but for `"mse"` and `"l1"`, which are no densities, and `"multinomial"`, without the coefficient that only the data determine.
 
+Each has `target_scale`, 1 by default: `x` is multiplied by it, such as 1/255 for `uint8` images.
+
 A likelihood of your own is a subclass of `Likelihood` with its formula, `nll`; it is computed in Torch.
 """
 

@@ -15,10 +15,9 @@ DENOMINATOR = 9.999999960041972e-13  # 1e-12 in float32, which Torch clamps by i
 
 @record
 class Bernoulli(Likelihood):
-    """Of probabilities, as `F.binary_cross_entropy`.
+    """Bits or gray values by their probabilities: `F.binary_cross_entropy(recon_x, x)`, with its logarithms clamped at -100.
 
-    Args:
-        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
+    `recon_x` and `x` lie in [0, 1]; `uint8` images take `target_scale=1/255`.
     """
 
     name = kernel = "bernoulli"
@@ -56,12 +55,16 @@ class Bernoulli(Likelihood):
 
 @record
 class BernoulliLogits(Likelihood):
-    """Of logits, as `F.binary_cross_entropy_with_logits(logits, x, pos_weight=pos_weight)`.
+    """Bits or gray values by logits: `F.binary_cross_entropy_with_logits(recon_x, x, pos_weight=pos_weight)`.
+
+    `recon_x` is the logits, or the tuple (logits, pos_weight) where the weight is a tensor: one that is learned, or one a
+    feature.
 
     Args:
-        pos_weight: weight of the positive part, such as negatives / positives: a number. A tensor of weights that broadcasts to
-            `x` is the second of the tuple `(logits, pos_weight)` in place of `recon_x`.
-        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
+        pos_weight: a number that weighs the positive part, such as negatives / positives.
+
+    Raises:
+        TypeError: `pos_weight` is no number. A tensor goes into the tuple.
     """
 
     pos_weight: float | None = None
@@ -121,11 +124,8 @@ class BernoulliLogits(Likelihood):
 
 @record
 class ContinuousBernoulli(Likelihood):
-    """Of probabilities, with the normalizer of Loaiza-Ganem and Cunningham (The continuous Bernoulli, 2019), by which the density
-    of values in [0, 1] integrates to 1.
-
-    Args:
-        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
+    """Values in [0, 1], as a density: `-ContinuousBernoulli(recon_x).log_prob(x)` (Loaiza-Ganem and Cunningham, The Continuous
+    Bernoulli, 2019). Probabilities are kept from 0 and 1 by one rounding, as `torch.distributions` does.
     """
 
     name = kernel = "continuous_bernoulli"
@@ -144,10 +144,8 @@ class ContinuousBernoulli(Likelihood):
 
 @record
 class ContinuousBernoulliLogits(Likelihood):
-    """As `ContinuousBernoulli`, of logits.
-
-    Args:
-        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
+    """Values in [0, 1], as a density, by logits: `-ContinuousBernoulli(logits=recon_x).log_prob(x)` (Loaiza-Ganem and
+    Cunningham, The Continuous Bernoulli, 2019).
     """
 
     name = kernel = "continuous_bernoulli_logits"

@@ -45,15 +45,17 @@ class Classes(Likelihood):
 
 @record
 class Categorical(Classes):
-    """As `F.cross_entropy`: logits `[B, K, ...]` and labels `[B, ...]`, or a target of the shape of the logits.
+    """Classes by logits: `F.cross_entropy(recon_x, x)`, for labels or for probabilities of the classes.
 
-    Targets of an integer dtype with one dimension less are labels; those of the shape of the logits are probabilities of the
-    classes, one-hot or soft.
+    `recon_x` is the logits, `[B, K, ...]`. `x` is labels `[B, ...]` of an integer dtype, or, of the shape of the logits,
+    probabilities: one-hot or soft.
 
     Args:
         dim: the dimension of the classes in the logits; -1 for `[B, ..., K]`.
         ignore_index: positions with this label count neither in a sum nor in the number that a mean divides by.
-        target_scale: targets of the shape of the logits are multiplied by it.
+
+    Raises:
+        TypeError, ValueError: an argument is no integer, or `dim` is 0, the dimension of the batch.
     """
 
     dim: int = 1
@@ -120,12 +122,16 @@ class Categorical(Classes):
 
 @record
 class Multinomial(Classes):
-    """`-(log_softmax(logits) * counts).sum(dim)`, without the multinomial coefficient, which only the data determine (Liang et
-    al., Variational Autoencoders for Collaborative Filtering, 2018). The counts have the shape of the logits.
+    """Counts of items by logits: `-(log_softmax(recon_x) * x).sum(dim)`, as Mult-VAE has it.
+
+    `x` holds counts, of the shape of the logits. The multinomial coefficient is left out, since only the data determine it.
+    (Liang et al., Variational Autoencoders for Collaborative Filtering, 2018.)
 
     Args:
-        dim: the dimension of the items.
-        target_scale: the counts are multiplied by it.
+        dim: the dimension of the items in the logits.
+
+    Raises:
+        TypeError, ValueError: `dim` is no integer, or 0, the dimension of the batch.
     """
 
     dim: int = -1

@@ -11,11 +11,7 @@ from .values import NONNEGATIVE, POSITIVE
 
 @record
 class Poisson(Likelihood):
-    """`-Poisson(rate).log_prob(x)`, of rates.
-
-    Args:
-        target_scale: `x` is multiplied by it.
-    """
+    """Counts by their rate: `-Poisson(recon_x).log_prob(x)`. Rates and counts are not negative."""
 
     name = kernel = "poisson"
     ranges = (NONNEGATIVE,)
@@ -32,11 +28,7 @@ class Poisson(Likelihood):
 
 @record
 class PoissonLog(Likelihood):
-    """As `Poisson`, of the rates' logarithms.
-
-    Args:
-        target_scale: `x` is multiplied by it.
-    """
+    """Counts by the logarithm of their rate: `-Poisson(recon_x.exp()).log_prob(x)`. Counts are not negative."""
 
     name = kernel = "poisson_log"
 
@@ -53,11 +45,11 @@ EPS = 1e-8  # by which scvi-tools keeps its logarithms from 0, and so a mean of 
 
 @record
 class NegativeBinomial(Likelihood):
-    """Counts with mean mu and variance mu + mu^2 / theta, of the tuple (mu, theta), theta the inverse dispersion: scvi-tools'
-    `NegativeBinomial(mu, theta)` (Lopez et al., Deep generative modeling for single-cell transcriptomics, 2018).
+    """Counts that vary more than a Poisson's: mean mu, variance mu + mu^2 / theta.
 
-    Args:
-        target_scale: `x` is multiplied by it.
+    `recon_x` is the tuple (mu, theta); theta is the inverse dispersion. It is scvi-tools' `NegativeBinomial(mu, theta)` (Lopez
+    et al., Deep generative modeling for single-cell transcriptomics, 2018). Means and counts are not negative, theta is
+    positive.
     """
 
     name = kernel = "negative_binomial"
@@ -74,11 +66,9 @@ class NegativeBinomial(Likelihood):
 
 @record
 class ZeroInflatedNegativeBinomial(Likelihood):
-    """A negative binomial with a share of extra zeros, whose logits are the third of the tuple: scvi-tools'
-    `ZeroInflatedNegativeBinomial(mu, theta, zi_logits)`.
+    """Counts with more zeros than a negative binomial has: scvi-tools' `ZeroInflatedNegativeBinomial(mu, theta, zi_logits)`.
 
-    Args:
-        target_scale: `x` is multiplied by it.
+    `recon_x` is the tuple (mu, theta, logits of the share of extra zeros); the first two are as in `NegativeBinomial`.
     """
 
     name = kernel = "zero_inflated_negative_binomial"

@@ -19,11 +19,7 @@ SCALES = ("scale", "log_scale", "logvar")
 
 @record
 class MSE(Likelihood):
-    """Squared errors, as `F.mse_loss`. No density: no constant, and no scale.
-
-    Args:
-        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
-    """
+    """The squared error: `F.mse_loss(recon_x, x)`, without the 1/2 that a Gaussian has. It is no density."""
 
     name = kernel = "mse"
     is_density = False
@@ -44,11 +40,7 @@ class MSE(Likelihood):
 
 @record
 class L1(Likelihood):
-    """Absolute errors, as `F.l1_loss`. No density: no constant, and no scale.
-
-    Args:
-        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
-    """
+    """The absolute error: `F.l1_loss(recon_x, x)`. It is no density."""
 
     name = kernel = "l1"
     is_density = False
@@ -145,16 +137,23 @@ OPTIMAL = "optimal"
 
 @record
 class Gaussian(Located):
-    """`-Normal(mean, scale).log_prob(x)`, of a mean, or of a tuple of mean and scale.
+    """Real values with a Gaussian error: `-Normal(mean, scale).log_prob(x)`.
+
+    `recon_x` is the mean where the scale is a number or optimal, and the tuple (mean, scale) where the scale is a tensor: one
+    that the decoder returns, or one that is learned.
 
     Args:
-        scale: the standard deviation of a single tensor of means: a positive number, or `"optimal"`, the one that minimizes the
-            loss: the root of the mean squared error over all that `recon_x` holds (sigma-VAE: Rybkin et al., Simple and
-            Effective VAE Training with Calibrated Decoders, 2021).
-        parameter: what the second tensor of a tuple is: `"scale"`, `"log_scale"` or `"logvar"`.
-        soft_min: a lower bound on the logarithm of a scale that is a tensor or optimal, softly:
-            `soft_min + softplus(log_scale - soft_min)`; sigma-VAE has -6.
-        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
+        scale: the standard deviation that goes with a mean alone, a positive number. `"optimal"`: the one that minimizes the
+            loss, which is the root of the mean squared error over all that `recon_x` holds (sigma-VAE's closed form).
+        parameter: what the second tensor of the tuple is: `"scale"` (the standard deviation), `"log_scale"` (its logarithm) or
+            `"logvar"` (the logarithm of the variance).
+        soft_min: a soft lower bound on the logarithm of the scale, `soft_min + softplus(log_scale - soft_min)`, for the second
+            tensor and the optimal scale. None: no bound. sigma-VAE has -6 (Rybkin et al., Simple and Effective VAE Training
+            with Calibrated Decoders, 2021).
+
+    Raises:
+        TypeError: `scale` is a tensor, which goes into the tuple; or an argument is of another wrong type.
+        ValueError: `scale` is not positive, or `parameter` is unknown.
     """
 
     scale: float | str = 1.0
@@ -200,13 +199,20 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 @record
 class Laplace(Located):
-    """`-Laplace(mean, scale).log_prob(x)`, of a mean, or of a tuple of mean and scale.
+    """Real values with a Laplace error: `-Laplace(mean, scale).log_prob(x)`.
+
+    `recon_x` is the mean where the scale is a number, and the tuple (mean, scale) where it is a tensor: one that the decoder
+    returns, or one that is learned.
 
     Args:
-        scale: the mean absolute deviation for a single tensor of means: a positive number.
-        parameter: what the second tensor of a tuple is: `"scale"`, `"log_scale"`, or `"logvar"`, twice that.
-        soft_min: as in `Gaussian`.
-        target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
+        scale: the scale (mean absolute deviation) that goes with a mean alone, a positive number.
+        parameter: what the second tensor of the tuple is: `"scale"`, `"log_scale"` (its logarithm) or `"logvar"` (twice the
+            logarithm).
+        soft_min: a soft lower bound on the logarithm of the second tensor's scale, as in `Gaussian`. None: no bound.
+
+    Raises:
+        TypeError: `scale` is a tensor, which goes into the tuple; or an argument is of another wrong type.
+        ValueError: `scale` is not positive, or `parameter` is unknown.
     """
 
     scale: float = 1.0

@@ -39,19 +39,21 @@ class Steps(Likelihood):
 
 @record
 class DiscretizedLogistic(Scaled, Steps):
-    """Logistic distribution of values in [-1, 1], integrated over the bin of each of `levels` equal steps, of the tuple
-    (mean, log scale).
+    """The levels of images or sounds: a logistic distribution of values in [-1, 1], integrated over the bin of each level.
 
-    The lowest bin reaches to -infinity, the highest to infinity. Integer targets are taken as the levels 0 to `levels` - 1. Of
-    images in [0, 1], whose loss would be another one, a `UserWarning` tells on a CPU, once in a process.
-    (Kingma et al., Improved Variational Inference with Inverse Autoregressive Flow, 2016; Salimans et al., PixelCNN++, 2017,
-    with their ends. The logarithm of a bin is exact, where theirs is that of a density once the bin holds less than 1e-5.)
+    `recon_x` is the tuple (mean, log scale). A floating target holds values in [-1, 1]; an integer target holds the levels 0 to
+    `levels` - 1. The lowest bin reaches to -infinity and the highest to infinity. For a floating target that lies in [0, 1],
+    where the loss would be another one, a `UserWarning` is given on a CPU, once in a process. (Kingma et al., Improved
+    Variational Inference with Inverse Autoregressive Flow, 2016; the ends are those of Salimans et al., PixelCNN++, 2017. The
+    logarithm of a bin is exact, where theirs is that of a density once the bin holds less than 1e-5.)
 
     Args:
-        parameter: what the second tensor is: `"log_scale"`, `"scale"`, or `"logvar"`, twice the first.
-        levels: number of steps.
-        soft_min: as in `Gaussian`.
-        target_scale: `x` is multiplied by it, if it is floating.
+        parameter: what the second tensor of the tuple is: `"log_scale"`, `"scale"`, or `"logvar"` (twice the logarithm).
+        levels: the number of levels, at least 2.
+        soft_min: a soft lower bound on the logarithm of the scale, as in `Gaussian`. None: no bound.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, `parameter` is unknown, or there are fewer than 2 levels.
     """
 
     parameter: str = "log_scale"
@@ -78,7 +80,7 @@ class DiscretizedLogistic(Scaled, Steps):
 @record
 class DiscretizedLogisticMixture(Steps):
     """A mixture of discretized logistic distributions of each pixel in [-1, 1] (Salimans et al., PixelCNN++, 2017; Child, Very
-    Deep VAEs, 2021), of all its parameters along one dimension.
+    Deep VAEs, 2021).
 
     For targets of three channels, K components take 10 K parameters a pixel, G depends linearly on R and B on both; for C other
     channels, they take K (1 + 2 C). They lie as in PixelCNN++: K logits of the components, then for each channel K means, K log
@@ -88,7 +90,6 @@ class DiscretizedLogisticMixture(Steps):
     Args:
         levels: number of steps.
         dim: the dimension of parameters and channels; -1 for channels last.
-        target_scale: `x` is multiplied by it, if it is floating.
     """
 
     levels: int = 256
