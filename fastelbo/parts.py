@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .basics.arguments import check_alike, check_count, check_device, check_noise, check_prediction, check_reduction, result_dtype
+from .basics.arguments import (
+    check_alike,
+    check_count,
+    check_device,
+    check_noise,
+    check_prediction,
+    check_reduction,
+    result_dtype,
+)
 from .basics.tracing import is_surrounded
 from .engine.call import check_kl
 from .engine.latents import latents_terms, run, sample

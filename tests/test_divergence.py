@@ -153,9 +153,7 @@ def terms(latents, kind, posterior, weighting, beta, reduction, statistics=False
     latents, tensors = check_latents(*latents[:2], posterior, prior)
     beta = check_beta(beta, tensors[0])
     weighting = check_weighting(weighting, tensors[0], prior is not None, beta, reduction)
-    return divergence_terms(
-        latents, tensors, weighting=weighting, beta=beta, reduction=reduction, statistics=statistics
-    )
+    return divergence_terms(latents, tensors, weighting=weighting, beta=beta, reduction=reduction, statistics=statistics)
 
 
 def cases():

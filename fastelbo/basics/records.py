@@ -16,6 +16,9 @@ _made: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 class Record(type):
     """The type of records. A record's `__post_init__` checks its fields and makes them canonical, before equals are found."""
 
+    field_names: tuple[str, ...]
+    has_defaults: bool
+
     def __call__(cls, *args, **options):
         new = super().__call__(*args, **options)
         if torch.compiler.is_compiling():  # no state: compiled code compares values

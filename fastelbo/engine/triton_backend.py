@@ -212,7 +212,15 @@ def _correct(plan, parameters, x, weight, divisor, upstream, stored, used, large
     if plan.call.likelihood.dim is not None:
         module, weight = getattr(kernels, plan.call.likelihood.kernel), _of_positions(plan, parameters, x, weight)
         gradient, seen = module.backward(
-            parameters[0], _target(plan, x), weight, divisor, upstream, stored and stored[0], used, **_common(plan), **plan.options
+            parameters[0],
+            _target(plan, x),
+            weight,
+            divisor,
+            upstream,
+            stored and stored[0],
+            used,
+            **_common(plan),
+            **plan.options,
         )
         return [gradient], seen
     operands, family = _operands(plan, parameters)

@@ -101,7 +101,7 @@ def check_latents(mu, logvar, posterior, prior=None) -> tuple[Latents, tuple[Ten
         raise ValueError(f"prior must be a pair (mu, logvar) or a Normal; got {len(prior)} values")
     if is_normal:
         raise ValueError("prior must be a Normal where mu is one: a pair is parametrized as the posterior's tensors are")
-    tensors = [_expanded(f"prior[{i}]", value, mu) for i, value in enumerate(prior)]
+    tensors = _expanded("prior[0]", prior[0], mu), _expanded("prior[1]", prior[1], mu)
     return Latents(posterior, posterior.parameter), (mu, logvar, *tensors)
 
 

@@ -61,7 +61,9 @@ __all__ = [
     "ZeroInflatedNegativeBinomial",
 ]
 
-_KINDS: dict[str, type[Likelihood]] = {kind.name: kind for kind in map(globals().get, __all__) if kind is not Likelihood}
+_KINDS: dict[str, type[Likelihood]] = {
+    kind.name: kind for kind in map(globals().__getitem__, __all__) if kind is not Likelihood
+}
 
 BY_NAME: dict[str, Likelihood] = {name: kind() for name, kind in sorted(_KINDS.items()) if kind.has_defaults}
 """The likelihood that a name stands for."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,13 +32,6 @@ class Likelihood(metaclass=Record):
     """By which it can be asked for, and under which errors speak of it."""
     parameters: ClassVar[tuple[str, ...]] = ("recon_x",)
     """What its tensors are; all but the first may be smaller, as long as they broadcast to it."""
-    ranges: ClassVar[tuple[Range | None, ...]] = ()
-    """Where its parameters must lie, in their order; None: anywhere, and so those that are not there."""
-    if TYPE_CHECKING:
-        dim: int | None
-    else:  # which would decide where a field of this name stands, were it annotated
-        dim = None
-    """The dimension along which one term is computed from many elements, as classes or channels; None: an element has its own."""
     is_density: ClassVar[bool] = True
     """Whether exp(-nll) is a density or a probability."""
     kernel: ClassVar[str | None] = None
@@ -47,13 +40,23 @@ class Likelihood(metaclass=Record):
     def __init_subclass__(cls) -> None:
         """A formula of one's own has neither its parent's one-pass form nor its kernel."""
         if "nll" in cls.__dict__:
-            cls.one_pass = cls.__dict__.get("one_pass", Likelihood.one_pass)
-            cls.kernel = cls.__dict__.get("kernel")
+            for name, default in (("one_pass", Likelihood.one_pass), ("kernel", None)):
+                setattr(cls, name, cls.__dict__.get(name, default))
 
     def __post_init__(self) -> None:
         canonical(self, "target_scale", check_real)
 
     # --- the tensors of a call
+
+    @property
+    def ranges(self) -> tuple[Range | None, ...]:
+        """Where its parameters must lie, in their order; None: anywhere, and so those that are not there."""
+        return ()
+
+    @property
+    def dim(self) -> int | None:
+        """The dimension along which one term is made of many elements, as classes or channels; None: an element has its own."""
+        return None
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -136,7 +139,11 @@ class Likelihood(metaclass=Record):
             values = self.nll(leaves, x.detach())
         if any(wants):
             # Not afterwards: a derivative may overflow, as that by a rate of 1e-39.
-            upstream = factor.expand_as(values) if isinstance(factor, Tensor) else torch.full_like(values, factor)
+            upstream = (
+                factor.expand_as(values)
+                if isinstance(factor, Tensor)
+                else torch.full_like(values, 1.0 if factor is None else factor)
+            )
             wrt = [leaf for leaf, want in zip(leaves, wants, strict=True) if want]
             found = torch.autograd.grad(values, wrt, upstream, materialize_grads=True)
             for gradient, value in zip((g for g in out if g is not None), found, strict=True):
@@ -194,7 +201,7 @@ def check_given_once(likelihood: Likelihood, field: str, parameters: Sequence[Te
 
 def check_labelled_dim(likelihood: Likelihood, first: Tensor) -> int:
     """The dimension of classes or channels in a first parameter, which has to have it beside that of the batch."""
-    dim = likelihood.dim
+    dim = likelihood.dim or 0
     if not -first.dim() < dim < first.dim() or dim % first.dim() == 0:
         raise ValueError(
             f"{type(likelihood).__name__}.dim must be a dimension of recon_x {tuple(first.shape)} other than the batch,"

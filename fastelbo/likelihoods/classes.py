@@ -33,7 +33,7 @@ class Classes(Likelihood):
 
     def geometry(self, logits: Tensor) -> dict[str, float]:
         """How the kernel sees the logits, `[outer, classes, inner]`, and what it multiplies their targets by."""
-        dim = self.dim % logits.dim()
+        dim = check_labelled_dim(self, logits)
         inner = logits.shape[dim + 1 :].numel()
         return {"classes": logits.shape[dim], "inner": inner, "target_scale": self.target_scale}
 

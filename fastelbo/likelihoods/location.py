@@ -1,7 +1,8 @@
 """Likelihoods of real numbers around a location: squared and absolute errors, Gaussian, Laplace."""
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +29,20 @@ class MSE(Likelihood):
         return F.mse_loss(parameters[0], x, reduction="none")
 
     def one_pass(self, parameters, x, dim, factor, out, spare):
-        (y,), (gradient,) = parameters, out
-        if gradient is None:
-            return torch.ops.aten.mse_loss.out(y, x, 0, out=spare[0]).sum(dim)  # not reduced; a pass less than below
-        torch.sub(y, x, out=gradient)
-        # torch.dot would be one pass less, but is off by 2e-4 for half a million elements.
-        total = None if dim is False else torch.mul(gradient, gradient, out=spare[1]).sum(dim)
-        gradient.mul_(2 * factor)
-        return total
+        return _squares(parameters[0], x, dim, factor, out[0], spare)
+
+
+def _squares(
+    y: Tensor, x: Tensor, dim: int | bool | None, factor: Any, gradient: Tensor | None, spare: Sequence[Tensor]
+) -> Any:
+    """The sum of squares, and the gradient, as in `Likelihood.one_pass`."""
+    if gradient is None:
+        return torch.ops.aten.mse_loss.out(y, x, 0, out=spare[0]).sum(dim)  # not reduced; a pass less than below
+    torch.sub(y, x, out=gradient)
+    # torch.dot would be one pass less, but is off by 2e-4 for half a million elements.
+    total = None if dim is False else torch.mul(gradient, gradient, out=spare[1]).sum(dim)
+    gradient.mul_(2 * factor)
+    return total
 
 
 @record
@@ -55,8 +62,12 @@ class Scaled(Likelihood):
 
     parameters = ("mean", "scale")
     if TYPE_CHECKING:  # fields, each class's in its own order
-        parameter: str
-        soft_min: float | None
+
+        @property
+        def parameter(self) -> str: ...
+
+        @property
+        def soft_min(self) -> float | None: ...
 
     def __post_init__(self):
         super().__post_init__()
@@ -97,7 +108,9 @@ class Located(Scaled):
     """The base of those that have a fixed scale, for a single tensor of means."""
 
     if TYPE_CHECKING:
-        scale: float | str
+
+        @property
+        def scale(self) -> Any: ...
 
     def __post_init__(self):
         super().__post_init__()
@@ -119,7 +132,7 @@ class Located(Scaled):
         return (1, 2)
 
     @property
-    def fixed(self):
+    def fixed(self) -> Any:
         return self.scale
 
     def check(self, name, parameters, x):
@@ -161,7 +174,7 @@ class Gaussian(Located):
     soft_min: float | None = None
     name = kernel = "gaussian"
 
-    def check_scale(self, name, scale):
+    def check_scale(self, name: str, scale: Any, expected: str = "") -> Any:
         return scale if scale == OPTIMAL else super().check_scale(name, scale, f"a number or {OPTIMAL!r}")
 
     @property
@@ -179,18 +192,19 @@ class Gaussian(Located):
     def nll(self, parameters, x):
         mean, *scale = parameters
         if not scale:
-            return 0.5 * ((x - mean) / self.scale).square() + (math.log(self.scale) + HALF_LOG_2PI)
+            return 0.5 * ((x - mean) / self.fixed).square() + (math.log(self.fixed) + HALF_LOG_2PI)
         log_scale, inverse = self.log_and_inverse(scale[0])
         return 0.5 * ((x - mean) * inverse).square() + (log_scale + HALF_LOG_2PI)
 
     def one_pass(self, parameters, x, dim, factor, out, spare):
         if len(parameters) > 1:
             return super().one_pass(parameters, x, dim, factor, out, spare)
-        precision = 0.5 / self.scale**2
-        total = MSE.one_pass(self, parameters, x, dim, None if factor is None else factor * precision, out, spare)
+        scale = self.fixed
+        precision = 0.5 / scale**2
+        total = _squares(parameters[0], x, dim, None if factor is None else factor * precision, out[0], spare)
         if dim is not False:
             terms = x.numel() // max(total.numel(), 1)
-            total.mul_(precision).add_(terms * (math.log(self.scale) + HALF_LOG_2PI))
+            total.mul_(precision).add_(terms * (math.log(scale) + HALF_LOG_2PI))
         return total
 
 

@@ -19,7 +19,9 @@ class Steps(Likelihood):
     """The base of both: targets in [-1, 1], or the levels that integers are."""
 
     if TYPE_CHECKING:  # a field
-        levels: int
+
+        @property
+        def levels(self) -> int: ...
 
     def __post_init__(self):
         super().__post_init__()

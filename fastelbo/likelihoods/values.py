@@ -85,8 +85,8 @@ def _bounds(x: Tensor, factor: float) -> tuple[float, float]:
     """The lowest and the highest of a target, in one pass; NaN if one is."""
     if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which have no minimum in Torch
         x = x.double()
-    low, high = torch.aminmax(x.detach())
-    low, high = low.item() * factor, high.item() * factor
+    lowest, highest = torch.aminmax(x.detach())
+    low, high = lowest.item() * factor, highest.item() * factor
     return (low, high) if factor >= 0 else (high, low)
 
 
