@@ -84,7 +84,9 @@ def sample_tile(
     column = o
     if MU_ROW or SECOND_ROW:
         column = column_of(o, columns)
-    kl, _, _, _, _ = divergence(m, raw, std, lv, excess, prior_mu, prior_second, o, column, mask, PRIOR, MU_ROW, SECOND_ROW, DTYPE)
+    kl, _, _, _, _ = divergence(
+        m, raw, std, lv, excess, prior_mu, prior_second, o, column, mask, PRIOR, MU_ROW, SECOND_ROW, DTYPE
+    )
     floored = tl.where(kl <= floor, floor, kl)  # NaN is not
     if ELEMENTS:
         tl.store(kl_out + o, kl, mask=mask)

@@ -159,7 +159,7 @@ def loss_forward(
 ):  # fmt: skip
     """Loss, reconstruction and KL, and the gradient of the reconstruction.
 
-    - `recon_x`, `x`: prediction and target of one shape `[B, ...]` and one dense memory layout. `mu`, `logvar`: likewise, or None.
+    - `recon_x`, `x`: prediction and target of one shape `[B, ...]` and one dense layout. `mu`, `logvar`: likewise, or None.
     - `kl`: a KL that is reduced already, where mu and logvar are None.
     - `beta`: a float, or a 0-d tensor on the device. `guess`, `[B]` or `[1]`: the upstream factor to store the gradient with;
       None: no gradient is wanted.

@@ -247,7 +247,7 @@ def _launch(
 
 
 def forward(prediction, x, weight, divisor, guess, **options):
-    """Negative log-likelihood of pixels, its sum divided by `divisor`, and the gradient: that of `fastelbo.likelihoods.mixture.nll`.
+    """Negative log-likelihood of pixels, its sum over `divisor`, and the gradient: that of `likelihoods.mixture.nll`.
 
     - `prediction`: parameters, contiguous, seen as `[outer, P, inner]`; with `per_sample` its first dimension is the batch.
     - `x`: `[outer, channels, inner]`, in [-1, 1], or levels of an integer dtype.

@@ -11,7 +11,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, type(None)))
 
 
 def is_surrounded() -> bool:
-    """Whether a call is traced by torch.compile or a dispatch mode (fake tensors, counters), transformed by torch.func, or carries
+    """Whether torch.compile or a dispatch mode (fake tensors, counters) traces a call, torch.func transforms it, or it carries
     forward-mode tangents."""
     return (
         torch.compiler.is_compiling()

@@ -229,7 +229,7 @@ def _leaves(prediction, edge) -> list[Tensor] | None:
 def score(
     call: Call, given: Given, where: slice, prediction, log_q, log_p, known: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the objective is made of, and the reconstruction, of each sample, `[samples, B]`; and a first parameter of one sample's shape.
+    """What the objective is made of, and the reconstruction, of each sample, `[samples, B]`, and a first parameter.
 
     `known`, `[samples, B]`: the upstream factors of the former, if backward is next.
     """

@@ -65,7 +65,7 @@ def repeated(x: Tensor, prediction: Tensor) -> Tensor:
 
 
 def divergence(call: KLCall, noise: Tensor | None, mu: Tensor, second: Tensor, *prior: Tensor | None):
-    """`(z, kl, weighted, sums of mu and mu^2)` of latents, as the backends' `latents_forward` computes them; each may be None."""
+    """`(z, kl, weighted, sums of mu and mu^2)` of latents, as the backends compute them; each may be None."""
     latents, kind = call.latents, call.kind
     z = weighted = sums = None
     if noise is not None:

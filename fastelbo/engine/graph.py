@@ -16,7 +16,7 @@ def decoder_leaves(outputs: Sequence[Tensor], z: GradientEdge, *, rebuilt: bool 
     one may need as well; where a leaf has hooks, which would run twice; and where an autograd Function in it is written in
     Python, since that may hide leaves (a reentrant checkpoint), or count on the gradients of its leaves being there when it has
     run (FSDP2, DDP with a static graph) or when all of backward has (FSDP1). Also where it shares a leaf with the graph behind
-    z, into which its differentiation would go on; but not if it is `rebuilt` from a detached z, which compiled code can be, too.
+    z, into which its differentiation would go on; but not if it is `rebuilt` from a detached z, as compiled code can be.
     """
     # One loop each and no calls, which cost more than what they do. Nodes are numbered as they are made, by each thread: what
     # lies outside these bounds is not the decoder's.

@@ -104,7 +104,7 @@ class Sample(NamedTuple):
 def sample(
     mu, logvar, posterior, prior, reduction: str | None, eps: Tensor | None, generator, surrounded: bool | None = None
 ) -> Sample:
-    """A sample, and its KL unless `reduction` is None, from what users pass. `surrounded`: whether the call is, if that is known."""
+    """A sample, and its KL unless `reduction` is None, from what users pass. `surrounded`: whether the call is, if known."""
     if is_surrounded() if surrounded is None else surrounded:
         call, tensors = check_kl(mu, logvar, posterior, prior, reduction, True)
         noise = draw(tensors[0], tensors[1], eps, generator)

@@ -45,8 +45,8 @@ def planned_terms(
 ) -> ELBOTerms:  # fmt: skip
     """Likewise, of an eager call.
 
-    The tensors are the parameters of the likelihood, of which errors speak as `name`, x, a weight if `weighted`, and the latents:
-    mu and logvar, a KL that is reduced already, or none, as `latents` says, 2, 1 or 0: without a KL, only `recon` is not None.
+    The tensors are the parameters of the likelihood, which errors call `name`, x, a weight if `weighted`, and the latents: mu
+    and logvar, a KL that is reduced already, or none, as `latents` says: 2, 1 or 0. Without a KL, only `recon` is not None.
     With the reduction "none" the parameters may have several samples of all of x, one after the other. `beta` is a float or a
     0-d tensor. `known`: the upstream factor of each row, where it is known before backward.
     """
@@ -97,7 +97,7 @@ def record_reconstruction(monitor, objective: Objective, tensors: Sequence, para
 
 
 class Loss(Function):
-    """Its tensors come as the plan lays them out. `known` is the upstream factor of each row where it is known; else it is guessed."""
+    """Its tensors come as the plan lays them out. `known` is the upstream factor of each row, or None, where it is guessed."""
 
     @staticmethod
     @never_compiled

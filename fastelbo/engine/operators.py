@@ -106,7 +106,7 @@ def _empty_like(value: Tensor) -> Tensor:
 @_operator(f"loss_backward(Tensor? grad_recon, Tensor? grad_kl, {LOSS}, bool[] wants) -> Tensor[]", _loss_backward_fake)
 @torch.no_grad()
 def _loss_backward(grad_recon, grad_kl, first, second, third, x, weight, mu, logvar, kl, likelihood, per_sample, dtype, wants):
-    """The gradients by those of the three parameters that are in `wants`, if `grad_recon` arrived; those by `mu` and `logvar` if
+    """The gradients by the parameters that are in `wants`, if `grad_recon` arrived; those by `mu` and `logvar` if
     `grad_kl` did."""
     plan, tensors, given = _loss_plan(first, second, third, x, weight, mu, logvar, kl, likelihood, per_sample)
     n = plan.call.parameters
@@ -128,7 +128,7 @@ def _save_loss(ctx, inputs, output):
 @never_compiled
 def _differentiate_loss(ctx, grad_recon, grad_kl):
     saved, needs, upstreams = ctx.saved_tensors, ctx.needs_input_grad, (grad_recon, grad_kl)
-    first, second, third, x, weight, mu, logvar, kl = saved
+    *_, mu, _, kl = saved
     code, per_sample, dtype = ctx.options
     if mu is None and kl is None:  # and the KL of 0 depends on nothing
         upstreams = grad_recon, None

@@ -1,9 +1,9 @@
 """Decide once, then run: what follows from a call's options and its tensors, kept for the next call like it.
 
-A *path* follows from options and from the tensors' types, dtypes, devices and who wants gradients; a *plan* from their shapes and
-strides on top of it. One look-up finds both, and a new shape costs some arithmetic. What the key does not hold is looked at each
-time: tracers and transformations, streams, capture, the upstream gradients. Neither holds a tensor of a user, or memory that a
-launch writes to.
+A *path* follows from options, and from the tensors' types, dtypes, devices and who wants gradients; a *plan* from their shapes
+and strides on top of it. One look-up finds both, and a new shape costs some arithmetic. What the key does not hold is looked at
+each time: tracers and transformations, streams, capture, the upstream gradients. Neither holds a tensor of a user, or memory
+that a launch writes to.
 """
 
 from collections.abc import Hashable, Sequence
@@ -41,12 +41,12 @@ def keep(table: dict, key: Hashable, made):
 
 
 class LossPath:
-    """The share of a plan that follows from types. `backend` is None where the formula computes, for autograd to differentiate."""
+    """The share of a plan that follows from types. `backend` is None where autograd differentiates the formula."""
 
     __slots__ = "backend", "guess", "is_plain", "stores", "wants"
 
     def __init__(self, call: LossCall, tensors: Sequence[Tensor], beta: float | Tensor, grad_mode: bool) -> None:
-        parameters, x, weight, latents = call.split(tensors)
+        parameters, x, weight, _ = call.split(tensors)
         self.is_plain = call.is_plain
         self.stores = tuple(grad_mode and p.requires_grad for p in parameters)
         self.wants = grad_mode and any(t.requires_grad for t in tensors)
@@ -63,9 +63,9 @@ class LossPlan:
     """What is known of a call of `loss` before its values are. `guess` is the one thing that changes."""
 
     __slots__ = (
-        "backend", "call", "count", "divisor", "dtype", "guess", "is_dense", "is_elementwise", "is_whole", "kl_weight", "latents",
-        "latents_layout", "layout", "likelihood", "looks", "options", "path", "per_sample", "rows", "scaling", "support",
-        "weight_shape",
+        "backend", "call", "count", "divisor", "dtype", "guess", "is_dense", "is_elementwise", "is_whole", "kl_weight",
+        "latents", "latents_layout", "layout", "likelihood", "looks", "options", "path", "per_sample", "rows", "scaling",
+        "support", "weight_shape",
     )  # fmt: skip
 
     path: LossPath

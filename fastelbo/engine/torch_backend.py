@@ -1,8 +1,8 @@
 """The primitives in pure Torch: what runs on a CPU, and wherever Triton cannot.
 
 `triton_backend` has the same ones, so the two can be read side by side: `draw_noise`, `loss_forward`, `loss_backward`,
-`latents_forward` and `latents_backward`. Formulas are evaluated a block at a time, with results written into scratch memory that
-stays in cache, and gradients come from the same pass.
+`latents_forward` and `latents_backward`. Formulas are evaluated a block at a time, with results in scratch memory that stays
+in cache, and gradients come from the same pass.
 
 Tensors come as the plan's `dense` lays them out. A `beta` is a float, or a 0-d tensor on the device.
 """
@@ -87,8 +87,8 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
 
 
 def latents_forward(plan, tensors, noise, stateless=False):
-    """`(z, kl, weighted, sums)` of latents, each None where it is not computed: z if there is noise, the normals themselves; the
-    KL, `[]` or `[B]`, unless the call's kind is None. The other two are none of this backend's."""
+    """`(z, kl, weighted, sums)` of latents, each None where it is not computed: z if there is noise, the normals themselves;
+    the KL, `[]` or `[B]`, unless the call's kind is None. The other two are none of this backend's."""
     kind, dtype, (mu, logvar) = plan.call.kind, plan.call.dtype, tensors
     per_sample = kind == "row"
     if noise is None:

@@ -63,7 +63,5 @@ def latents(call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None):
     if call.kind is None:
         return z, None, None, None
     scale = call.scale(tensors[0])
-    return (
-        None if noise is None else z, formula.scaled(kl, scale),
-        None if call.floor is None and call.shares is None else formula.scaled(weighted, scale), sums if call.statistics else None,
-    )  # fmt: skip
+    weighted = None if call.floor is None and call.shares is None else formula.scaled(weighted, scale)
+    return None if noise is None else z, formula.scaled(kl, scale), weighted, sums if call.statistics else None

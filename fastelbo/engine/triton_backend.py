@@ -1,7 +1,7 @@
 """The primitives by the Triton kernels: the same as in `torch_backend`, where their arguments are described.
 
-This is the only door to `fastelbo.kernels`. Here it is decided, from the plan, which kernels compute a call: one launch does all
-of most calls; the others have one for the reconstruction and one for the KL.
+This is the only door to `fastelbo.kernels`. The plan decides here which kernels compute a call: one launch does all of most
+calls; the others have one for the reconstruction and one for the KL.
 """
 
 import torch
@@ -98,8 +98,8 @@ def latents_forward(plan, tensors, noise, stateless=False):
 
 
 def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted=None, grad_loss=None, beta=1.0):
-    """See `torch_backend.latents_backward`. Gradients by the prior's two tensors as well, of the shape of mu, where `needs` says
-    so; `grad_weighted` arrived at the KL with a floor."""
+    """See `torch_backend.latents_backward`. Gradients by the prior's two tensors as well, of the shape of mu, where needed;
+    `grad_weighted` arrived at the KL with a floor."""
     call, (mu, second, *priors) = plan.call, tensors
     if grad_z is not None:
         grad_z = grad_z.contiguous(memory_format=plan.layout)
@@ -131,10 +131,7 @@ def log_ratio_backward(call, tensors, noise, needs, upstreams, held, path_scale)
 
 
 def _ratio(call) -> dict:
-    posterior, prior = call.latents
-    return {
-        "posterior": posterior.parameter, "clamp": posterior.clamp, "prior": prior, "samples": call.samples, "dtype": call.dtype,
-    }  # fmt: skip
+    return _gaussian(call.latents) | {"samples": call.samples, "dtype": call.dtype}
 
 
 def _are_large(parameters, wants) -> list[bool]:
@@ -171,10 +168,12 @@ def _plain_kl(plan) -> dict:
 
 def _divergence(plan) -> dict:
     """The options of the kernels for any posterior and prior."""
-    posterior, prior = plan.call.latents
-    return {
-        "posterior": posterior.parameter, "clamp": posterior.clamp, "prior": prior, "scale": plan.scale, "dtype": plan.call.dtype,
-    }  # fmt: skip
+    return _gaussian(plan.call.latents) | {"scale": plan.scale, "dtype": plan.call.dtype}
+
+
+def _gaussian(latents) -> dict:
+    posterior, prior = latents
+    return {"posterior": posterior.parameter, "clamp": posterior.clamp, "prior": prior}
 
 
 def _priors(plan, priors) -> list:

@@ -1,4 +1,4 @@
-"""The formulas of Gaussian latents in plain Torch: sample, KL, log densities. Autograd can differentiate them as often as it likes.
+"""The formulas of Gaussian latents in plain Torch, which autograd can differentiate as often as it likes: sample, KL, densities.
 
 The device functions of the same names are in `kernels/posteriors.py`.
 """

@@ -35,7 +35,7 @@ class Likelihood(metaclass=Record):
     is_density: ClassVar[bool] = True
     """Whether exp(-nll) is a density or a probability."""
     kernel: ClassVar[str | None] = None
-    """Its device function in `kernels/likelihoods.py`; of one with a `dim`, the module of `kernels` that computes it; None: none."""
+    """Its device function in `kernels/likelihoods.py`; of one with a `dim`, the module of `kernels`; None: there is none."""
 
     def __init_subclass__(cls) -> None:
         """A formula of one's own has neither its parent's one-pass form nor its kernel."""
@@ -161,7 +161,7 @@ class Likelihood(metaclass=Record):
         """The likelihood of whose sums `compose` makes this one; None: it is a sum of terms itself."""
 
     def compose(self, sums: Tensor, counts: float | Tensor, total: float | Tensor) -> Tensor:
-        """The reconstruction from sums of the `inner` likelihood, `[]` or `[B]`, each over `counts` elements, `total` in all."""
+        """The reconstruction, from the sums of `inner`, `[]` or `[B]`, each over `counts` elements, `total` in all."""
         raise NotImplementedError
 
     # --- the kernel

@@ -28,7 +28,7 @@ class Bernoulli(Likelihood):
 
     def nll(self, parameters, x):
         (p,) = parameters
-        # Torch's function raises on a CPU, and stops a GPU, where something is NaN or outside: NaN here, in value and derivatives.
+        # Torch's function raises on a CPU, and stops a GPU, where something is NaN or outside: here that gives NaN, throughout.
         inside = (p.clamp(0, 1) == p) & (x.clamp(0, 1) == x)
         invalid = (p + x) * torch.where(inside, 0.0, torch.nan).to(p.dtype)
         p, x, kind = torch.where(inside, p, 0.5), torch.where(inside, x, 0.5), p.device.type

@@ -116,7 +116,8 @@ class DiscretizedLogisticMixture(Steps):
         each = mixture.parameters_of(channels)
         if found % each or found == 0:
             raise ValueError(
-                f"{name} must have {each} parameters a component for {channels} channels, along dimension {dim}: got {found} in all"
+                f"{name} must have {each} parameters a component for {channels} channels, along dimension {dim}:"
+                f" got {found} in all"
             )
 
     def count(self, first, x, weight, dtype):
