@@ -19,10 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
+from . import positions
 from .launch import FINISH, INTERPRETED, MANY_REGISTERS, TRITON_DTYPE, arrivals, as_bytes, launch
 from .numerics import exp_below, log_of_positive
 from .operands import is_wrong, reciprocal, scalar
-from . import positions
 from .positions import blocks_of, divisor_arguments, place, programs_of
 from .reduction import arrive_last, ordered_sum
 

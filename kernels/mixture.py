@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
+from . import positions
 from .launch import FINISH, INTERPRETED, TRITON_DTYPE, arrivals, as_bytes, launch
 from .likelihoods import log_bin
 from .numerics import exp_and_expm1, exp_below, log_of_positive
 from .operands import is_wrong, reciprocal, scalar
-from . import positions
 from .positions import blocks_of, divisor_arguments, place, programs_of
 from .reduction import arrive_last, ordered_sum
 

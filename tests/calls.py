@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributions as D
@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastelbo
-from fastelbo import Posterior
 from conftest import DEVICE
+from fastelbo import Posterior
 from likelihood_cases import reduce
 
+FIELDS = "recon_x", "x", "mu", "logvar"
 SHAPE, LATENT = (3, 4, 2, 2), (3, 5, 2, 2)
 
 
@@ -85,17 +86,23 @@ def reductions(call: Call) -> tuple[str, str]:
     return call.reduction if isinstance(call.reduction, tuple) else (call.reduction, call.reduction)
 
 
+def gaussian(call: Call, of: Callable) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the latents."""
+    posterior = Posterior(call.posterior) if isinstance(call.posterior, str) else call.posterior
+    name, clamp = posterior.parameter, posterior.clamp
+    mu, second = of(call.mu), of(call.logvar)
+    sigma = {"logvar": lambda s: (s / 2).exp(), "log_std": torch.exp, "std": lambda s: s, "var": torch.sqrt}[name]
+    return mu, sigma(second.clamp(*clamp) if clamp else second)
+
+
 def divergence(call: Call, of: Callable) -> tuple[Tensor, Tensor]:
     """The KL, and what of it enters the loss, times beta."""
     beta = of(call.beta) if isinstance(call.beta, Tensor) else call.beta
     if call.kl is not None:
         return of(call.kl) * 1, beta * of(call.kl)
-    posterior = Posterior(call.posterior) if isinstance(call.posterior, str) else call.posterior
-    name, clamp = posterior.parameter, posterior.clamp
-    (mu, second), reduction = map(of, (call.mu, call.logvar)), reductions(call)[1]
-    p, r = map(of, call.prior) if call.prior else (torch.zeros_like(mu), torch.zeros_like(mu))
-    sigma = {"logvar": lambda s: (s / 2).exp(), "log_std": torch.exp, "std": lambda s: s, "var": torch.sqrt}[name]
-    of_q, of_p = (mu, sigma(second.clamp(*clamp) if clamp else second)), (p, (r / 2).exp())
+    of_q, reduction = gaussian(call, of), reductions(call)[1]
+    of_p = tuple(map(of, call.prior)) if call.prior else (torch.zeros_like(of_q[0]),) * 2
+    of_p = of_p[0], (of_p[1] / 2).exp()
 
     def kl_of(q, p):
         return D.kl_divergence(D.Normal(*q, validate_args=False), D.Normal(*p, validate_args=False))
@@ -131,13 +138,6 @@ def truth(call: Call, of: Callable) -> tuple[Tensor, Tensor, Tensor]:
     return recon + counted, recon, kl
 
 
-def results(call: Call, coefficients):
-    """The terms, and the gradients of their sum times the coefficients."""
-    with call.around():
-        terms = call.run()
-    return terms, gradients_of(terms, coefficients, [t for t in call.tensors if t.requires_grad])
-
-
 def gradients_of(terms, coefficients, wanted):
     total = sum((c * t).sum() for c, t in zip(coefficients, terms, strict=True) if t.requires_grad)
     if not wanted or not isinstance(total, Tensor):
@@ -146,23 +146,39 @@ def gradients_of(terms, coefficients, wanted):
 
 
 def check(call: Call, coefficients=(1.0, 0.5, -0.25)) -> None:
-    """All numbers, dtypes, and who requires grad."""
-    terms, got = results(call, coefficients)
-    copies = {id(t): plain(t) for t in call.tensors}
-
-    def of(t):
-        return copies[id(t)] if id(t) in copies else plain(t)
-
-    with call.around() if call.around in (torch.no_grad, torch.inference_mode) else contextlib.nullcontext():
-        expected = truth(call, of)
+    """All numbers and dtypes of the loss, and who requires grad."""
+    with call.around():
+        terms = call.run()
     floats = [t.dtype for t in (*call.parameters, call.mu, call.logvar, call.kl, *(call.prior or ())) if t is not None]
-    dtype = torch.float64 if torch.float64 in floats else torch.float32
+    compare(call, terms, lambda of: truth(call, of), coefficients, [result_dtype(*floats)] * 3)
+
+
+def wanted(call: Call) -> list[Tensor]:
+    return [t for t in call.tensors if t.requires_grad]
+
+
+def copies_of(call: Call) -> Callable:
+    """What finds the copy of a tensor of the call, always the same one."""
+    copies = {id(t): plain(t) for t in call.tensors}
+    return lambda t: copies[id(t)] if id(t) in copies else plain(t)
+
+
+def result_dtype(*dtypes):
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def compare(call: Call, found, expected: Callable, coefficients, dtypes) -> None:
+    """Results and gradients with what `expected` makes of copies of the tensors, which `of` finds."""
+    of = copies_of(call)
+    with call.around() if call.around in (torch.no_grad, torch.inference_mode) else contextlib.nullcontext():
+        expected = expected(of)
     differentiable = any(t.requires_grad for t in expected)
-    for a, b in zip(terms, expected, strict=True):
+    for a, b, dtype in zip(found, expected, dtypes, strict=True):
         assert b.requires_grad <= a.requires_grad <= differentiable
         same(a, b, dtype)
-    wanted = [t for t in call.tensors if t.requires_grad]
-    for t, a, b in zip(wanted, got, gradients_of(expected, coefficients, [of(t) for t in wanted]), strict=True):
+    got = gradients_of(found, coefficients, wanted(call))
+    by_truth = gradients_of(expected, coefficients, [of(t) for t in wanted(call)])
+    for t, a, b in zip(wanted(call), got, by_truth, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
             same(a, b, t.dtype)
@@ -182,3 +198,24 @@ TOLERANCES = {
     torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-4},
     torch.float16: {"rtol": 2e-3, "atol": 1e-5},
 }
+
+
+def expected_gradients(call, upstream):
+    """By what the call has, of the loss times what arrives at it, in float64."""
+    of = copies_of(call)
+    return torch.autograd.grad(truth(call, of)[0], [of(t) for t in wanted(call)], plain(upstream).detach())
+
+
+def check_backward(call, loss, upstream, **kwargs):
+    got = torch.autograd.grad(loss, wanted(call), upstream, **kwargs)
+    for g, e in zip(got, expected_gradients(call, upstream), strict=True):
+        same(g, e)
+
+
+def number(value):
+    return torch.tensor(value, device=DEVICE)
+
+
+def by_loss(call):
+    """A function of the tensors alone, and these."""
+    return lambda *t: replace(call, **dict(zip(FIELDS, t, strict=True))).run().loss, [getattr(call, f).detach() for f in FIELDS]

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -598,6 +599,8 @@ def test_errors(name, device):
             lambda: Laplace(torch.nn.Parameter(torch.ones(4))),
             r"Laplace.scale must be a number: pass a tensor .*\(mean, scale\)",
         ),
+        (lambda: Gaussian(np.ones(2)), "Gaussian.scale must be a number or 'optimal', got ndarray"),
+        (lambda: Laplace(np.ones(2)), "Laplace.scale must be a number, got ndarray"),
         (lambda: Gaussian(0), "Gaussian.scale must be positive, got 0.0"),
         (lambda: Laplace(-0.5), "Laplace.scale must be positive, got -0.5"),
         (lambda: Gaussian(math.nan), "Gaussian.scale must be positive, got nan"),

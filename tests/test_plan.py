@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributions as D
-from calls import SHAPE, Call, bits, check, leaf, probabilities
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from calls import SHAPE, Call, bits, check, leaf, probabilities
 from conftest import BACKEND, DEVICE
 from fastelbo import Posterior, Weighting
 from fastelbo.likelihoods import BernoulliLogits, Categorical, DiscretizedLogistic, Gaussian, Laplace, Multinomial

@@ -1,4 +1,4 @@
-"""The formulas of Gaussian latents in plain Torch, which autograd can differentiate as often as it likes: sample, KL, densities.
+"""The formulas of Gaussian latents in plain Torch, which autograd can differentiate any number of times: sample, KL, densities.
 
 The device functions of the same names are in `kernels/posteriors.py`.
 """

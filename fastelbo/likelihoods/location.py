@@ -117,7 +117,7 @@ class Located(Scaled):
         name = f"{type(self).__name__}.scale"
         if isinstance(self.scale, Tensor):
             raise TypeError(f"{name} must be a number: pass a tensor as the second of the tuple (mean, scale)")
-        if self.scale in SCALES:
+        if isinstance(self.scale, str) and self.scale in SCALES:
             raise ValueError(f"{name} must be a number: what the second of the tuple is, parameter={self.scale!r} says")
         canonical(self, "scale", self.check_scale)
 
@@ -175,7 +175,8 @@ class Gaussian(Located):
     name = kernel = "gaussian"
 
     def check_scale(self, name: str, scale: Any, expected: str = "") -> Any:
-        return scale if scale == OPTIMAL else super().check_scale(name, scale, f"a number or {OPTIMAL!r}")
+        is_optimal = isinstance(scale, str) and scale == OPTIMAL
+        return scale if is_optimal else super().check_scale(name, scale, f"a number or {OPTIMAL!r}")
 
     @property
     def inner(self):
