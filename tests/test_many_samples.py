@@ -7,6 +7,7 @@ import contextlib
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -789,7 +790,7 @@ def test_dtypes(device):
     found = fastelbo.sample_log_ratio(mu, logvar, flow=lambda z: (2 * z.double(), z.sum(1)))
     assert found.log_q.dtype == found.log_p.dtype == torch.float64
     torch.testing.assert_close(found.log_p, torch.distributions.Normal(0.0, 1.0).log_prob(found.z).sum(1))
-    loss = fastelbo.elbo(lambda z: net(z.float()), x, mu.double(), logvar, likelihood="mse", bound=IWAE(2)).loss
+    loss = fastelbo.elbo(lambda z: net(z.float()), x, mu.double(), logvar, likelihood="mse", bound=IWAE(np.int64(2))).loss
     assert loss.dtype == torch.float64
 
 
@@ -826,6 +827,7 @@ def test_sample_log_ratio_draws_as_reparameterize(device):
         ({"decoder": lambda z: z[:, :1]}, ValueError, r"decoder\(z\) must have the shape of x"),
         ({"decoder": lambda z: z[:1]}, ValueError, r"decoder\(z\) must have a row for each of the 3 of z, got \(1, 4\)"),
         ({"decoder": lambda z: (z, z, z)}, ValueError, r"decoder\(z\) must be .* the tuple \(logits, pos_weight\) for"),
+        ({"decoder": lambda z: (z, z), "likelihood": "mse"}, ValueError, r"decoder\(z\) must be a tensor for .* 'mse', got 2"),
         ({"x": torch.rand(2, FEATURES)}, ValueError, "x and mu must have the same batch size"),
         ({"likelihood": Gaussian("optimal")}, ValueError, r"likelihood must not be Gaussian\(scale='optimal'\) with several"),
         ({"x": torch.full((B, FEATURES), 7)}, ValueError, r"x must lie in \[0, 1\]"),
@@ -876,6 +878,7 @@ def test_errors_of_sample_log_ratio(options, error, match, device):
         ),
         (lambda: IWAE(2, estimator="rws"), ValueError, "IWAE.estimator must be one of 'standard', 'stl', 'dreg'; got 'rws'"),
         (lambda: IWAE(2, estimator=None), ValueError, "IWAE.estimator must be one of 'standard', 'stl', 'dreg'; got None"),
+        (lambda: ELBO(2, estimator="stl"), TypeError, "estimator"),
         (lambda: IWAE(), TypeError, "n_samples"),
     ),
 )
