@@ -37,7 +37,7 @@ from calls import (
     wanted,
 )
 from conftest import BACKEND, DEVICE, INTERPRETED
-from fastelbo.likelihoods import BernoulliLogits
+from fastelbo import Weighting
 
 # --- tracers and transforms
 
@@ -207,18 +207,20 @@ def test_copies_of_the_module(twin_of):
                 same(a, b)
 
 
-def test_a_record_s_tensor_that_is_written_to():
-    """A tensor in a record is compared by nobody: its values are those of now."""
-    ratio = torch.ones(4, 1, 1, device=DEVICE)
-    likelihood = BernoulliLogits(ratio)
+def test_tensors_that_are_written_to():
+    """A second parameter and a capacity: their values are those of now."""
+    ratio, capacity = torch.ones(4, 1, 1, device=DEVICE), torch.tensor(12.0, device=DEVICE)
+    weighting = Weighting(capacity=capacity)
     for value in (1.0, 3.0, 0.5):
         ratio.fill_(value)
+        capacity.fill_(12 * value)
 
         def weighted(p, x, value=value):
             return -(value * x * torch.nn.functional.logsigmoid(p[0]) + (1 - x) * torch.nn.functional.logsigmoid(-p[0]))
 
-        check(replace(Call(), likelihood=likelihood, terms=weighted))
-        check(CHANGES["capacity, tensor"](Call()))
+        call = Call()
+        check(replace(call, recon_x=(call.recon_x, ratio), likelihood="bernoulli_logits", terms=weighted))
+        check(replace(Call(), weighting=weighting))
 
 
 # --- threads
