@@ -198,7 +198,7 @@ def inputs(likelihood: str, shape: tuple[int, ...], latent: tuple[int, ...]) -> 
     generator = torch.Generator().manual_seed(0)
     recon_x, x = torch.rand((2, *shape), dtype=torch.float32, generator=generator)
     mu, logvar = torch.randn((2, *latent), dtype=torch.float32, generator=generator)
-    return [0.05 + 0.9 * recon_x if any(BY_NAME[likelihood].ranges) else 4 * recon_x - 2, x, mu, logvar]
+    return [0.05 + 0.9 * recon_x if any(BY_NAME[likelihood].ranges[:1]) else 4 * recon_x - 2, x, mu, logvar]
 
 
 def relative(value: Tensor, truth: Tensor) -> float:
