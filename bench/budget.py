@@ -149,7 +149,8 @@ class Kernel(NamedTuple):
 
 def kernels() -> Iterator[Kernel]:
     """Every primitive of the budget, for each likelihood and dtype."""
-    for likelihood in (name for name, record in BY_NAME.items() if record.is_plain(1)):
+    others = (name for name, record in BY_NAME.items() if record.is_plain(1) and name not in LIKELIHOODS)
+    for likelihood in (*LIKELIHOODS, *others):
         # The others differ by their device functions alone.
         for prediction, target in PAIRS if likelihood in LIKELIHOODS else PAIRS[:1]:
             latent = F64 if prediction == F64 else F32

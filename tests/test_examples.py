@@ -223,7 +223,7 @@ def plain_iwae(model, x, bound, monitor=None):
 
     log_p, log_pz = log_joint(z)
     recon, kl = -log_p.sum() / (samples * batch), standard_kl(q).sum() / batch
-    if isinstance(bound, fastelbo.ELBO):
+    if not isinstance(bound, fastelbo.IWAE):
         return recon + kl, recon, kl
     loss = -(log_pz - q.log_prob(z).sum(-1)).exp().mean(0).log().sum() / batch
     if bound.estimator != "standard" and torch.is_grad_enabled():

@@ -97,34 +97,34 @@ def test_host_times(device):
     assert 0.005 <= slow < 0.05 and 0 < fast < 0.005
 
 
-def spoil(monkeypatch, primitive: str, result: int, change) -> None:
-    """One result of one primitive of the backend in use is changed."""
+def spoil(monkeypatch, primitive: str, change, *place: int) -> None:
+    """The result in one place of what a primitive of the backend in use returns is changed."""
     module = backend.backend_for(DEVICE)
     right = getattr(module, primitive)
 
-    def wrong(*args, **kwargs):
-        results = list(right(*args, **kwargs))
-        if results[result] is not None:
-            results[result] = change(results[result])
-        return tuple(results)
+    def changed(results, first, *rest):
+        results = list(results)
+        if results[first] is not None:
+            results[first] = changed(results[first], *rest) if rest else change(results[first])
+        return results
 
-    monkeypatch.setattr(module, primitive, wrong)
+    monkeypatch.setattr(module, primitive, lambda *args, **kwargs: changed(right(*args, **kwargs), *place))
 
 
 @pytest.mark.parametrize(
-    "primitive, result, spoiled, name",
+    "primitive, place, spoiled, name",
     (
-        ("loss_forward", 0, SUBJECTS[:4], "loss"),
-        ("loss_forward", 1, SUBJECTS[:4], "recon"),
-        ("loss_forward", 3, SUBJECTS[:4], "d recon_x"),  # the stored gradient, which backward hands on
-        ("loss_backward", 0, SUBJECTS[:4], "d recon_x"),
-        ("loss_backward", 1, SUBJECTS[:4], "d mu"),
-        ("sample_forward", 1, SUBJECTS[4:], "kl"),
-        ("sample_backward", 1, SUBJECTS[4:], "d logvar"),
+        ("loss_forward", (0,), SUBJECTS[:4], "loss"),
+        ("loss_forward", (1,), SUBJECTS[:4], "recon"),
+        ("loss_forward", (3, 0), SUBJECTS[:4], "d recon_x"),  # the stored gradient, which backward hands on
+        ("loss_backward", (0, 0), SUBJECTS[:4], "d recon_x"),
+        ("loss_backward", (0, 2), SUBJECTS[:4], "d mu"),
+        ("latents_forward", (1,), SUBJECTS[4:], "kl"),
+        ("latents_backward", (1,), SUBJECTS[4:], "d logvar"),
     ),
 )
-def test_a_wrong_result_fails(monkeypatch, main, primitive, result, spoiled, name):
-    spoil(monkeypatch, primitive, result, lambda tensor: 1.01 * tensor)
+def test_a_wrong_result_fails(monkeypatch, main, primitive, place, spoiled, name):
+    spoil(monkeypatch, primitive, lambda tensor: 1.01 * tensor, *place)
     text, code = main()
     assert code == 1 and "self-test FAILED" in text
     assert verdicts(text) == {subject: "FAILED" if subject in spoiled else "ok" for subject in SUBJECTS}
@@ -140,10 +140,10 @@ def test_a_gradient_that_is_wrong_only_where_it_is_computed_anew_fails(monkeypat
     module = backend.backend_for(DEVICE)
     right = module.loss_backward
 
-    def wrong(recon_x, x, mu, logvar, beta, upstreams, gradient, used, **kwargs):
+    def wrong(plan, beta, tensors, divisor, upstreams, stored, sums, used, needs):
         guessed = used is not None and upstreams[0].item() == used.item()
-        gradient, *others = right(recon_x, x, mu, logvar, beta, upstreams, gradient, used, **kwargs)
-        return gradient if guessed else 1.01 * gradient, *others
+        (gradient, *others), seen = right(plan, beta, tensors, divisor, upstreams, stored, sums, used, needs)
+        return [gradient if guessed else 1.01 * gradient, *others], seen
 
     monkeypatch.setattr(module, "loss_backward", wrong)
     text, code = main()
@@ -151,14 +151,14 @@ def test_a_gradient_that_is_wrong_only_where_it_is_computed_anew_fails(monkeypat
 
 
 def test_nan_fails(monkeypatch, main):
-    spoil(monkeypatch, "loss_backward", 2, lambda tensor: tensor * float("nan"))
+    spoil(monkeypatch, "loss_backward", lambda tensor: tensor * float("nan"), 0, 3)
     text, code = main()
     assert code == 1 and verdicts(text)["loss mse"] == "FAILED" and verdicts(text)["sample_kl"] == "ok"
     assert re.search(r"^loss mse .* nan  FAILED$", text, re.MULTILINE)
 
 
 def test_noise_that_is_none_fails(monkeypatch, main):
-    spoil(monkeypatch, "sample_forward", 0, torch.zeros_like)
+    spoil(monkeypatch, "latents_forward", torch.zeros_like, 0)
     text, code = main()
     assert code == 1 and "sample_kl                          FAILED: ArithmeticError: the noise has mean 0 and standard" in text
 
@@ -257,7 +257,7 @@ def test_why_a_backend_was_chosen(monkeypatch, device, forced, triton, interpret
 def test_a_forced_backend():
     result = run("-m", "fastelbo", FASTELBO_BACKEND="torch")
     assert result.returncode == 0
-    assert field(result.stdout, "backend") == "fastelbo.torch_backend: FASTELBO_BACKEND=torch forces it"
+    assert field(result.stdout, "backend") == "fastelbo.engine.torch_backend: FASTELBO_BACKEND=torch forces it"
 
 
 def test_without_anything_but_torch():
@@ -266,7 +266,7 @@ def test_without_anything_but_torch():
     result = run("-c", code, FASTELBO_BACKEND=None, TRITON_INTERPRET=None)
     assert result.returncode == 0, result.stderr
     assert field(result.stdout, "triton") == "not installed"
-    assert field(result.stdout, "backend").startswith("fastelbo.torch_backend: the tensors are on ")
+    assert field(result.stdout, "backend").startswith("fastelbo.engine.torch_backend: the tensors are on ")
     assert set(verdicts(result.stdout).values()) == {"ok"}
     forced = run("-c", code, FASTELBO_BACKEND="triton", TRITON_INTERPRET="1")
     assert forced.returncode == 1 and "Traceback" not in forced.stderr
