@@ -307,6 +307,6 @@ def test_module(device):
     torch.testing.assert_close(twin(*inputs), fastelbo.loss(*inputs, 2.0, likelihood="mse", reduction="batchmean"))
     kl = fastelbo.sample_kl(inputs[2], inputs[3], reduction="batchmean").kl
     torch.testing.assert_close(twin(inputs[0], inputs[1], kl=kl).loss, twin(*inputs).loss)
-    assert repr(twin) == f"ELBOLoss(likelihood={'mse'!r}, beta=2, reduction='batchmean')"
+    assert repr(twin) == "ELBOLoss(likelihood='mse', beta=2, reduction='batchmean')"
     twin = fastelbo.nn.ELBOLoss(posterior="std", weighting=fastelbo.Weighting(free_bits=0.5))
-    assert f"posterior={fastelbo.Posterior('std')}, weighting={fastelbo.Weighting(free_bits=0.5)}" in repr(twin)
+    assert f"posterior='std', weighting={fastelbo.Weighting(free_bits=0.5)}" in repr(twin)

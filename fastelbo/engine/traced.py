@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 from ..basics.tracing import is_transformed, is_wrapper
 from ..likelihoods import code_of
 from . import formula
-from .backend import backend_for, has_kernels
+from .backend import has_kernels
 from .call import KLCall, LossCall
 from .operators import encoded, ops
 
@@ -51,7 +51,9 @@ def loss(call: LossCall, beta: float | Tensor, tensors: Sequence[Tensor], diviso
 def draw(mu: Tensor, second: Tensor, generator: torch.Generator | None) -> Tensor:
     """Noise, or a seed for it."""
     if _goes_to_kernels(mu, second):
-        return backend_for(mu.device).draw_noise(second, torch.contiguous_format, generator)
+        from .triton_backend import draw_noise  # not above: Triton may be missing
+
+        return draw_noise(second, torch.contiguous_format, generator)
     return torch.empty_like(second).normal_(generator=generator) if generator is not None else torch.randn_like(second)
 
 
