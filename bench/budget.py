@@ -180,7 +180,7 @@ def kernels() -> Iterator[Kernel]:
     for parameter in ("log_std", "std", "var"):
         for step, launch in (("forward", compiled.divergence_forward), ("backward", compiled.divergence_backward)):
             yield _kernel(f"sample {step}", f"float32 {parameter}", launch(F32, posterior=parameter), dtypes)
-            prior = launch(F32, posterior=parameter, prior="logvar")
+            prior = launch(F32, posterior=parameter, prior=parameter)
             yield _kernel(f"sample {step}, prior", f"float32 {parameter}", prior, dtypes)
     dtypes = dict.fromkeys((*GAUSSIAN, *PRIOR, "grad_log_q", "grad_log_p", "path_scale"), F32)
     for step, launch in (("forward", compiled.log_ratio_forward), ("backward", compiled.log_ratio_backward)):
