@@ -19,7 +19,7 @@ from fastelbo.kernels.launch import THREADS
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 POSTERIORS = ("logvar", "log_std", "std", "var")
-PRIORS = (None, "logvar", "std")
+PRIORS = (None, *POSTERIORS)
 # Batches of one column, of rows that begin at multiples of 16, and not; of more than one block as `blocks` has them.
 SHAPES = ((3, 1), (3, 16), (1, 20), (2, 5, 8), (2, 300), (2, 304))
 
@@ -200,7 +200,7 @@ def test_a_part_of_the_prior_is_differentiated(wants, device):
 
 
 @pytest.mark.parametrize("seed", (None, 5), ids=("noise", "seed"))
-@pytest.mark.parametrize("posterior, prior", (("logvar", None), ("log_std", "logvar"), ("std", "std"), ("var", "std")))
+@pytest.mark.parametrize("posterior, prior", (("logvar", None), ("log_std", "log_std"), ("std", "std"), ("var", "var")))
 @pytest.mark.parametrize("shape", ((2, 1), (2, 16), (2, 20), (1, 40)), ids=str)
 def test_float32(shape, posterior, prior, seed, blocks, device):
     case = Case(shape, posterior=posterior, prior=prior, device=device, seed=seed)
@@ -276,6 +276,7 @@ def test_empty(shape, device):
         (math.nan, "logvar", None, F32),
         (math.nan, "std", "std", F32),
         (math.inf, "logvar", None, F32),
+        (math.nan, "var", "var", F32),
         (math.inf, "std", "std", F32),
     ),
 )
@@ -303,11 +304,12 @@ def test_nan_stays_nan_in_a_clamp_and_below_zero(device):
     case = Case((2, 4), clamp=(-1.0, 1.0), device=device)
     case.second[1, 2] = math.nan
     assert case.forward()[1].isnan().tolist() == [False, True] * 2
-    case = Case((2, 4), posterior="std", prior="std", device=device)
-    case.second[1, 2] = case.prior_second[0, 1] = -0.5
-    _, log_q, log_p = case.forward()
-    assert log_q.isnan().tolist() == [False, True] * 2
-    assert log_p.isnan().all()
+    for kind in ("std", "var"):
+        case = Case((2, 4), posterior=kind, prior=kind, device=device)
+        case.second[1, 2] = case.prior_second[0, 1] = -0.5
+        _, log_q, log_p = case.forward()
+        assert log_q.isnan().tolist() == [False, True] * 2
+        assert log_p.isnan().all()
 
 
 @pytest.mark.parametrize("bad", (0, 1, 2), ids=("z", "log_q", "log_p"))
