@@ -151,3 +151,24 @@ def test_results_written_to_are_the_users():
             same(g, e)
             g.fill_(5.0)  # what was handed out
         check(Call())
+
+
+@pytest.mark.parametrize("name", ("beta 1", "gaussian, log_scale", "prior", "reduction none", "kl", "no_grad"))
+def test_results_stay_when_others_are_made(name):
+    """Of three calls at once: forward of all, then backward of all, and only then a look."""
+    calls = [CHANGES[name](Call()) for _ in range(3)]
+    made = []
+    for call in calls:
+        with call.around():
+            made.append(call.run())
+    upstreams = [torch.full_like(terms.loss, factor) for terms, factor in zip(made, (1.0, 1.0, 2.0), strict=True)]
+    grads = [
+        torch.autograd.grad(terms.loss, wanted(call), upstream) if terms.loss.requires_grad else ()
+        for call, terms, upstream in zip(calls, made, upstreams, strict=True)
+    ]
+    for call, terms, upstream, got in zip(calls, made, upstreams, grads, strict=True):
+        for a, b in zip(terms, truth(call, plain), strict=True):
+            same(a, b)
+        if got:
+            for g, e in zip(got, expected_gradients(call, upstream), strict=True):
+                same(g, e)

@@ -84,7 +84,7 @@ def by_wrappers(call):
 
 
 WAYS = (by_grad, by_vmap, by_make_fx, by_dispatch_mode, by_wrappers)
-CASES = [(way, name) for way in WAYS for name in ("beta 4.0", "gaussian", "posterior std", "reduction mean")]
+CASES = [(way, name) for way in WAYS for name in ("beta 4.0", "reduction mean")]
 CASES += [(by_compile, "beta 4.0")]  # which takes seconds
 
 
@@ -282,7 +282,7 @@ def test_backward_in_another_thread():
 # --- memory
 
 
-KEPT_BY = ("beta 4.0", "gaussian, log_scale", "prior", "weight", "kl", "beta, with gradient", "transposed all", "torch.uint8 x",
+KEPT_BY = ("beta 4.0", "gaussian, log_scale", "prior", "weight", "kl", "beta, with gradient", "transposed all",
            "reduction none", "no_grad", "free bits per dimension", "pos_weight 3")  # fmt: skip
 
 
@@ -292,7 +292,7 @@ def test_no_tensor_is_kept(name, backward):
     """Neither inputs nor results, nor the memory of which they are views, whether or not there was a backward."""
     for _ in range(2):
         refs, storages = passing(CHANGES[name](Call()), backward)
-        if any(r() is not None for r in refs):
+        if not all(s.expired() for s in storages):  # in cycles, which the interpreter makes
             gc.collect()
         assert not [r for r in refs if r() is not None]
         assert all(s.expired() for s in storages)
@@ -321,7 +321,7 @@ def resident() -> int:
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
 def test_shapes_that_never_repeat_take_no_memory():
     """One tensor of each would be 70 MB, or 40 MB."""
-    n, size = (40, 250_000) if INTERPRETED else (3000, 6000)
+    n, size = (20, 500_000) if INTERPRETED else (3000, 6000)
     before, values, ones = 0, probabilities((1, size + n)), torch.ones(1, size + n, device=DEVICE)
     latents = [leaf(t[:1]) for t in (Call().mu, Call().logvar)]
     for i in range(n):
