@@ -55,10 +55,8 @@ def _constants(mu, prior_mu, prior_second, posterior, clamp, prior) -> dict:
     """What the kernels have as constants of the arguments that the launchers share."""
     low, high = clamp or (None, None)
     function = None if prior is None else f"{prior}_prior"
-    if prior == posterior == "var":
-        function = "var_of_var_prior"
-    elif prior in ("std", "var") and posterior in ("std", "var"):
-        function = f"{prior}_of_std_prior"
+    if prior in ("std", "var") and posterior in (prior, "var"):
+        function = f"{prior}_of_{prior}_prior"
     return {
         "POSTERIOR": getattr(posteriors, posterior), "LOW": low, "HIGH": high,
         "PRIOR": function and getattr(posteriors, function),

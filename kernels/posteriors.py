@@ -87,15 +87,8 @@ def var_prior(raw, std, logvar, given):
 
 
 @triton.jit
-def var_of_std_prior(raw, std, logvar, given):
-    d = positive_inverse(raw)
-    inverse = tl.sqrt(d)
-    ratio = std / tl.where(raw > 0.0, tl.sqrt(tl.where(raw > 0.0, raw, 1.0)), inverse)
-    return inverse, 0.5 * d, 2.0 * log(ratio), (ratio - 1.0) * (ratio + 1.0)
-
-
-@triton.jit
 def var_of_var_prior(raw, std, logvar, given):
+    """Likewise; of roots, each would have a rounding of its own."""
     d = positive_inverse(raw)
     ratio = tl.where(given < 0.0, float("nan"), given) / tl.where(raw > 0.0, raw, d)
     return tl.sqrt(d), 0.5 * d, log(ratio), ratio - 1.0

@@ -72,8 +72,8 @@ def kl_elements(latents: Latents, mu: Tensor, second: Tensor, *prior: Tensor | N
     # Both terms from one quotient: what its rounding does to them cancels, where the two deviations are nearly alike.
     if kind == parameter == "var":
         beyond = excess_of_var(raw / prior_raw)
-    elif kind in ("std", "var") and parameter in ("std", "var"):
-        beyond = excess_of_std(std(raw, parameter) / std(prior_raw, kind))
+    elif kind == "std" and parameter in ("std", "var"):
+        beyond = excess_of_std(std(raw, parameter) / prior_raw)
     else:
         beyond = excess_of_logvar(log_variance(raw, parameter) - log_variance(prior_raw, kind))
     return 0.5 * (distance.square() + beyond)
