@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastelbo
-from fastelbo.likelihoods import BernoulliLogits, Gaussian
+from fastelbo.likelihoods import BernoulliLogits, DiscretizedLogistic, Gaussian
 from support import LIKELIHOODS, gradients, make_inputs, options
 
 pytestmark = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # Inductor's own
@@ -253,6 +253,34 @@ def test_a_float_that_changes_compiles_twice(device):
     for beta in (0.1, 0.2, 0.35, 1.0):
         assert_same(call, compiled, (recon_x, mu, logvar), recon_x, x, mu, logvar, beta)
     assert compiled.compilations <= 2
+
+
+@pytest.mark.parametrize("record", (Gaussian, DiscretizedLogistic), ids=("float", "integer"))
+@pytest.mark.parametrize("made", ("inside", "outside", "in a module"))
+def test_numbers_of_a_record(made, record, device):
+    """They may differ from call to call, and be symbols to the compiler, which sees them differ."""
+    mean, x, mu, logvar = make_inputs("gaussian", (5, 9), (5, 3), device=device)
+    x = torch.tanh(x)  # in [-1, 1], where both have it
+    recon_x = mean if record is Gaussian else (mean, torch.zeros((), device=device))
+
+    def record_of(number):
+        return Gaussian(scale=number) if record is Gaussian else DiscretizedLogistic(levels=number)
+
+    def call(number_or_record, recon_x, x, mu, logvar):
+        likelihood = record_of(number_or_record) if made == "inside" else number_or_record
+        return fastelbo.loss(recon_x, x, mu, logvar, likelihood=likelihood)
+
+    compiled, counter = Counted(call), CompileCounterWithBackend("aot_eager")
+    numbers = (0.1, 0.2, 0.35) if record is Gaussian else (16, 32, 64)
+    for number in numbers:
+        if made == "in a module":
+            criterion = fastelbo.nn.ELBOLoss(record_of(number)).to(device)
+            twin = torch.compile(criterion, fullgraph=True, backend=counter)
+            assert_same(criterion, twin, (mean, mu, logvar), recon_x, x, mu, logvar)
+        else:
+            given = number if made == "inside" else record_of(number)
+            assert_same(call, compiled, (mean, mu, logvar), given, recon_x, x, mu, logvar)
+    assert max(compiled.compilations, counter.frame_count) <= 2 * len(numbers)
 
 
 @pytest.mark.parametrize("where", ("device", "cpu"))

@@ -30,7 +30,7 @@ def loss_arguments(device, likelihood="mse", per_sample=False, given=False, chan
     if given:
         mu = logvar = None
         kl = torch.rand(3 if per_sample else (), device=device, requires_grad=True)
-    return recon_x, None, None, x, weight, mu, logvar, kl, code_of(record), per_sample, SINGLE
+    return recon_x, None, None, x, weight, mu, logvar, kl, *code_of(record), per_sample, SINGLE
 
 
 def of_several(name, device, weight=None):
@@ -38,7 +38,7 @@ def of_several(name, device, weight=None):
     case = CASES[name]
     parameters, x = case.make(dtype=SINGLE, device=device)
     first, second, third = (*(p.requires_grad_() for p in parameters), None, None)[:3]
-    return first, second, third, x, weight, None, None, None, code_of(find_likelihood(case.likelihood)), False, SINGLE
+    return first, second, third, x, weight, None, None, None, *code_of(find_likelihood(case.likelihood)), False, SINGLE
 
 
 SEVERAL = [name for name, case in CASES.items() if find_likelihood(case.likelihood).inner is None]
@@ -134,7 +134,8 @@ def test_opcheck(name, device):
 @pytest.mark.parametrize("case", SEVERAL)
 def test_a_likelihood_from_its_code(case):
     likelihood = find_likelihood(CASES[case].likelihood)
-    assert likelihood_of(code_of(likelihood)) is likelihood
+    code, numbers = code_of(likelihood)
+    assert likelihood_of(code, tuple(numbers)) is likelihood
 
 
 @pytest.mark.parametrize("per_sample", (False, True), ids=("sum", "none"))
@@ -142,22 +143,22 @@ def test_a_likelihood_from_its_code(case):
 def test_loss_is_the_formula(likelihood, per_sample, device):
     """In values, gradients and second derivatives, that by the target included."""
     if likelihood in SEVERAL:
-        *arguments, code, _, dtype = of_several(likelihood, device)
+        *arguments, code, numbers, _, dtype = of_several(likelihood, device)
     else:
-        *arguments, code, _, dtype = loss_arguments(device, likelihood, per_sample)
+        *arguments, code, numbers, _, dtype = loss_arguments(device, likelihood, per_sample)
     if arguments[3].is_floating_point():
         arguments[3].requires_grad_()
     there = [t for t in arguments if t is not None]
     reduction = "none" if per_sample else "sum"
     latents = 2 if arguments[5] is not None else 0
-    call = LossCall(likelihood_of(code), reduction, reduction, dtype, len(there) - 1 - latents, False, latents)
+    call = LossCall(likelihood_of(code, tuple(numbers)), reduction, reduction, dtype, len(there) - 1 - latents, False, latents)
 
     def by_formula():
         _, recon, kl = formula.terms(call, 1.0, 1.0, there)
         return recon, torch.zeros_like(recon) if kl is None else kl
 
     results = []
-    for way in (lambda: ops.loss(*arguments, code, per_sample, dtype), by_formula):
+    for way in (lambda: ops.loss(*arguments, code, numbers, per_sample, dtype), by_formula):
         recon, kl_sum = way()
         total = (2 * recon + 3 * kl_sum).sum()
         wrt = [t for t in there if t.requires_grad]
@@ -176,7 +177,7 @@ def test_loss_is_the_formula(likelihood, per_sample, device):
 @pytest.mark.parametrize("shape, latent", (((3, 0), (3, 2)), ((3, 7), (3, 0)), ((3, 0), (3, 0)), ((0, 7), (0, 2))), ids=str)
 def test_of_nothing(shape, latent, device):
     recon_x, x, mu, logvar = make_inputs("mse", shape, latent, device=device)
-    recon, kl = ops.loss(recon_x, None, None, x, None, mu, logvar, None, code_of(find_likelihood("mse")), False, SINGLE)
+    recon, kl = ops.loss(recon_x, None, None, x, None, mu, logvar, None, *code_of(find_likelihood("mse")), False, SINGLE)
     found = gradients(recon + 3 * kl, recon_x, mu, logvar)
     torch.testing.assert_close(found, (2 * (recon_x - x), 3 * mu, 1.5 * torch.expm1(logvar)))
     _, kl, *_ = ops.latents(mu, logvar, None, None, None, *encoded(CALLS["sum"]))

@@ -54,15 +54,15 @@ def _needs_formula(upstreams, *tensors: Tensor | None) -> bool:
 
 LOSS = (
     "Tensor first, Tensor? second, Tensor? third, Tensor x, Tensor? weight, Tensor? mu, Tensor? logvar, Tensor? kl,"
-    " str likelihood, bool per_sample, ScalarType dtype"
+    " str likelihood, Scalar[] numbers, bool per_sample, ScalarType dtype"
 )
 
 
-def _loss_plan(first, second, third, x, weight, mu, logvar, kl, likelihood, per_sample):
+def _loss_plan(first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, per_sample):
     """The plan of a sum, the tensors as it takes them, and those as they came. The weight has the terms' dimensions."""
     parameters, latents = _given(first, second, third), _given(mu, logvar, kl)
     reduction = "none" if per_sample else "sum"
-    objective = Objective(likelihood_of(likelihood), LOGVAR, reduction, reduction, True, True)
+    objective = Objective(likelihood_of(likelihood, tuple(numbers)), LOGVAR, reduction, reduction, True, True)
     if weight is not None and (dim := objective.likelihood.term_dim(first, x)) is not None:
         weight = weight.unsqueeze(dim)
     tensors = [*parameters, x, *_given(weight), *latents]
@@ -70,16 +70,16 @@ def _loss_plan(first, second, third, x, weight, mu, logvar, kl, likelihood, per_
     return plan, plan.dense(tensors), tensors
 
 
-def _loss_fake(first, second, third, x, weight, mu, logvar, kl, likelihood, per_sample, dtype):
+def _loss_fake(first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, per_sample, dtype):
     return _scalars_like(first, per_sample, dtype), _scalars_like(first, per_sample, dtype)
 
 
 @_operator(f"loss({LOSS}) -> (Tensor, Tensor)", _loss_fake)
 @torch.no_grad()
-def _loss(first, second, third, x, weight, mu, logvar, kl, likelihood, per_sample, dtype):
+def _loss(first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, per_sample, dtype):
     """Reconstruction and KL, each its sum or one sum a sample; a `kl` that is given is handed on, and one of 0 where there is
     none."""
-    plan, tensors, _ = _loss_plan(first, second, third, x, weight, mu, logvar, kl, likelihood, per_sample)
+    plan, tensors, _ = _loss_plan(first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, per_sample)
     if plan.backend is None:
         _, recon, kl = formula.terms(plan.call, 1.0, 1.0, tensors)
     else:
@@ -89,7 +89,7 @@ def _loss(first, second, third, x, weight, mu, logvar, kl, likelihood, per_sampl
 
 
 def _loss_backward_fake(
-    grad_recon, grad_kl, first, second, third, x, weight, mu, logvar, kl, likelihood, per_sample, dtype, wants
+    grad_recon, grad_kl, first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, per_sample, dtype, wants
 ):  # fmt: skip
     gradients = []
     if grad_recon is not None:
@@ -105,10 +105,12 @@ def _empty_like(value: Tensor) -> Tensor:
 
 @_operator(f"loss_backward(Tensor? grad_recon, Tensor? grad_kl, {LOSS}, bool[] wants) -> Tensor[]", _loss_backward_fake)
 @torch.no_grad()
-def _loss_backward(grad_recon, grad_kl, first, second, third, x, weight, mu, logvar, kl, likelihood, per_sample, dtype, wants):
+def _loss_backward(
+    grad_recon, grad_kl, first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, per_sample, dtype, wants
+):
     """The gradients by the parameters that are in `wants`, if `grad_recon` arrived; those by `mu` and `logvar` if
     `grad_kl` did."""
-    plan, tensors, given = _loss_plan(first, second, third, x, weight, mu, logvar, kl, likelihood, per_sample)
+    plan, tensors, given = _loss_plan(first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, per_sample)
     n = plan.call.parameters
     needs = [want and grad_recon is not None for want in wants[:n]] + [False] * (len(tensors) - n)
     if grad_kl is not None:
@@ -129,16 +131,17 @@ def _save_loss(ctx, inputs, output):
 def _differentiate_loss(ctx, grad_recon, grad_kl):
     saved, needs, upstreams = ctx.saved_tensors, ctx.needs_input_grad, (grad_recon, grad_kl)
     *_, mu, _, kl = saved
-    code, per_sample, dtype = ctx.options
+    code, numbers, per_sample, dtype = ctx.options
     if mu is None and kl is None:  # and the KL of 0 depends on nothing
         upstreams = grad_recon, None
     if needs[3] or needs[4] or _needs_formula(upstreams, *saved):
         there = [t is not None for t in saved]
         reduction = "none" if per_sample else "sum"
-        call = LossCall(likelihood_of(code), reduction, reduction, dtype, sum(there[:3]), there[4], sum(there[5:]))
+        likelihood = likelihood_of(code, tuple(numbers))
+        call = LossCall(likelihood, reduction, reduction, dtype, sum(there[:3]), there[4], sum(there[5:]))
         wanted = [need for need, has in zip(needs[:8], there, strict=True) if has]
         found = iter(formula.differentiate(lambda *t: formula.terms(call, 1.0, 1.0, t)[1:], _given(*saved), wanted, upstreams))
-        return *(next(found) if has else None for has in there), None, None, None
+        return *(next(found) if has else None for has in there), *[None] * len(ctx.options)
     wants = [bool(need) for need in needs[:3]]
     to_recon = grad_recon if True in wants else None
     to_latents = grad_kl if needs[5] or needs[6] else None
@@ -148,7 +151,7 @@ def _differentiate_loss(ctx, grad_recon, grad_kl):
     grads = [next(found) if want and to_recon is not None else None for want in wants]
     grad_mu, grad_logvar = (None, None) if to_latents is None else found
     own = grad_kl.to(kl.dtype) if needs[7] and grad_kl is not None else None
-    return *grads, None, None, grad_mu, grad_logvar, own, None, None, None
+    return *grads, None, None, grad_mu, grad_logvar, own, *[None] * len(ctx.options)
 
 
 # --- the latents

@@ -38,7 +38,7 @@ def loss(call: LossCall, beta: float | Tensor, tensors: Sequence[Tensor], diviso
     first, second, third = (*parameters, None, None)[:3]
     mu, logvar, kl = {0: (None, None, None), 1: (None, None, *latents), 2: (*latents, None)}[call.latents]
     recon, kl_sum = ops.loss(
-        first, second, third, formula.repeated(x, first), weight, mu, logvar, kl, code, call.per_sample, call.dtype
+        first, second, third, formula.repeated(x, first), weight, mu, logvar, kl, *code, call.per_sample, call.dtype
     )
     recon = recon / divisor if isinstance(divisor, Tensor) or divisor != 1 else recon
     if not latents:

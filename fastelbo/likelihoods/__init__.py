@@ -32,7 +32,6 @@ A likelihood of your own is a subclass of `Likelihood` with its formula, `nll`; 
 
 import ast
 import functools
-import math
 
 from .base import Likelihood
 from .bernoulli import Bernoulli, BernoulliLogits, ContinuousBernoulli, ContinuousBernoulliLogits
@@ -80,18 +79,20 @@ def find_likelihood(likelihood: str | Likelihood) -> Likelihood:
     return found
 
 
-def code_of(likelihood: Likelihood) -> str | None:
-    """A likelihood of this module as a string, from which `likelihood_of` makes it again, in another process too."""
+def code_of(likelihood: Likelihood) -> tuple[str, list[float]] | None:
+    """A likelihood of this module as a string and the numbers in it, from which `likelihood_of` makes it again, in another
+    process too. They are apart since to torch.compile a number may be a symbol, for which what it compiles holds as well."""
     kind = type(likelihood)
     if _KINDS.get(likelihood.name) is not kind:
         return None
-    # Spelled so that torch.compile can trace it.
-    return likelihood.name + repr([getattr(likelihood, field) for field in kind.field_names])
+    values = [getattr(likelihood, field) for field in kind.field_names]
+    numbers = [value for value in values if isinstance(value, int | float)]
+    return likelihood.name + repr([0 if isinstance(value, int | float) else value for value in values]), numbers
 
 
-@functools.cache
-def likelihood_of(code: str) -> Likelihood:
+@functools.lru_cache
+def likelihood_of(code: str, numbers: tuple[float, ...]) -> Likelihood:
     name, values = code[:-1].split("[")
-    numbers = {"inf": math.inf, "nan": math.nan}
-    found = [numbers[value] if value in numbers else ast.literal_eval(value) for value in values.split(", ")]
+    given = iter(numbers)
+    found = [next(given) if value == "0" else ast.literal_eval(value) for value in values.split(", ")]
     return _KINDS[name](**dict(zip(_KINDS[name].field_names, found, strict=True)))
