@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calls import SHAPE, Call, bits, check, leaf, probabilities
-from conftest import BACKEND, DEVICE
+from conftest import DEVICE
 from fastelbo import Posterior, Weighting
 from fastelbo.likelihoods import BernoulliLogits, Categorical, DiscretizedLogistic, Gaussian, Laplace, Multinomial
 from likelihood_cases import _discretized, _laplace, _normal, _soft, _weighted_bernoulli
@@ -194,9 +194,8 @@ FACTS = {
     "parameter": lambda t: torch.nn.Parameter(t.detach()),
     "wrapper": Wrapper,
     "other gradient": lambda t: t.detach().requires_grad_(not t.requires_grad),
+    "neg bit": lambda t: torch._neg_view(-t.detach()),
 }
-if BACKEND == "torch":
-    FACTS["neg bit"] = lambda t: torch._neg_view(-t.detach())
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 

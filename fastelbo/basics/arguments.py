@@ -176,7 +176,7 @@ def check_number(name: str, value, like: Tensor) -> float | Tensor:
             raise ValueError(f"{name} must be on {like.device} or on the CPU, got {value.device}")
         if value.device.type == "cpu" and not value.requires_grad and not is_traced(value):
             return float(value)
-        return value
+        return value.resolve_neg()
     return check_real(name, value, "a number or a 0-d tensor")
 
 

@@ -48,8 +48,8 @@ def is_differentiated(upstreams: Sequence[Tensor | None]) -> bool:
 
 
 def has_symbolic_zeros(upstreams: Sequence[Tensor | None]) -> bool:
-    """Whether a tensor is one of the zeros that some second derivatives are, without memory for a kernel to read."""
-    return any(g is not None and g._is_zerotensor() for g in upstreams)
+    """Whether a tensor's memory does not hold its values: some second derivatives are zeros without any, and views negate."""
+    return any(g is not None and (g._is_zerotensor() or g.is_neg()) for g in upstreams)
 
 
 def needs_formula(upstreams: Sequence[Tensor | None]) -> bool:

@@ -94,6 +94,7 @@ class Elbo(Function):
                 "a tensor that the decoder of fastelbo.elbo uses was given a hook after the call, which would run twice:"
                 " register it before, or use fastelbo.sample_kl, the decoder and fastelbo.loss(..., kl=kl)"
             )
+        upstreams = [g if g is None else g.resolve_neg() for g in upstreams]
         plan, latents, count = ctx.plan, ctx.latents, ctx.latent_tensors
         saved = ctx.saved_tensors
         noise, latent_tensors = saved[0], saved[1 : 1 + count]
@@ -119,6 +120,8 @@ class Elbo(Function):
         grad_leaves = [next(found) if wanted else None for wanted in wants_leaves]
         grad_loss, _, grad_kl = upstreams
         grad_latents = [None] * count
+        if grad_z is not None:
+            grad_z = grad_z.resolve_neg()
         if wants_z and not (grad_z is None and grad_loss is None and grad_kl is None):
             latent_tensors, noise = again(latents, latent_tensors, noise)
             grad_latents = latents.backend.latents_backward(

@@ -58,7 +58,9 @@ def log_ratio(
     The tensors have been checked; `noise` is what `draw_rows` gives. The log densities are None unless they are wanted.
     """
     call = RatioCall(latents, samples, wants_logs, result_dtype(*tensors))
-    if is_traced(*tensors, noise) or noise.requires_grad or backend_for(noise.device).log_ratio_forward is None:
+    if is_traced(*tensors, noise) or any(t.is_neg() for t in (*tensors, noise)):
+        return _formula(call, held, noise, *tensors)
+    if noise.requires_grad or backend_for(noise.device).log_ratio_forward is None:
         return _formula(call, held, noise, *tensors)
     tensors = [t.contiguous() for t in (*tensors[:2], *map(_one_row, tensors[2:]))]
     if noise.is_floating_point():

@@ -191,7 +191,9 @@ class LatentsPlan:
         self.rows = mu.shape[0] if call.kind == "row" else 1
         self.scale = call.scale(mu)
         self.wants = grad_mode and any(t.requires_grad for t in tensors)
-        strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or (noise is not None and is_wrapper(noise))
+        strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or (
+            noise is not None and (is_wrapper(noise) or noise.is_neg())
+        )
         seldom = noise is not None and grad_mode and noise.requires_grad
         self.backend = None if strange or seldom or not mu.numel() else backend_for(mu.device)
         if self.backend is torch_backend and not call.is_plain:
