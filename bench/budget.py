@@ -31,6 +31,7 @@ SEVERAL = (
     ("gaussian", "logvar", (F32, F32), F32, None),
     ("gaussian", "log_scale", (BF16, BF16), F32, None),
     ("laplace", "scale", (F32, F32), F32, None),
+    ("student_t", "log_scale", (F32, F32), F32, None),
     ("discretized_logistic", "log_scale", (F32, F32), F32, None),
     ("negative_binomial", None, (F32, F32), F32, None),
     ("negative_binomial", None, (BF16, BF16), F32, None),

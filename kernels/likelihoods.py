@@ -79,6 +79,18 @@ def laplace(mean, log_scale, inverse, target, constant, upstream):
 
 
 @triton.jit
+def student_t(mean, log_scale, inverse, target, df, upstream):
+    d = (mean - target) * inverse
+    q = d * (d / df)
+    share = 1.0 / (1.0 + q)
+    half, _, _ = log_gamma_ratio(0.5 * df, 0.0 * df + 0.5)
+    nll = 0.5 * (df + 1.0) * log1p_positive(q) + (log_scale + (0.5 * log(3.141592653589793 * df) - half))
+    # What q is of 1 + q, without a difference where it is small.
+    beyond = tl.where(q < 1.0, q * share, 1.0 - share)
+    return nll, ((df + 1.0) / df) * (d * share) * (upstream * inverse), 1.0 - (df + 1.0) * beyond, inverse
+
+
+@triton.jit
 def poisson(rate, second, third, target, constant, upstream):
     divisor = tl.where((target == 0.0) & (rate == 0.0), 1.0, rate)  # 0 log 0 is 0, and so is 0 / 0
     slope = upstream - upstream * target / divisor

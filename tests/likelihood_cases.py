@@ -16,6 +16,7 @@ from fastelbo.likelihoods import (
     Laplace,
     Likelihood,
     Multinomial,
+    StudentT,
 )
 
 SHAPE = (3, 4, 5, 6)
@@ -80,6 +81,14 @@ def _normal(kind: str, soft_min: float | None = None):
 def _laplace(kind: str, soft_min: float | None = None):
     def truth(parameters, x):
         return -D.Laplace(parameters[0], scale_of(kind, parameters[1], soft_min)).log_prob(x)
+
+    return truth
+
+
+def _student_t(df: float, kind: str = "scale"):
+    def truth(parameters, x):
+        scale = scale_of(kind, parameters[1]) if len(parameters) == 2 else 0.3
+        return -D.StudentT(df, parameters[0], scale, validate_args=False).log_prob(x)
 
     return truth
 
@@ -201,6 +210,12 @@ CASES = {
         Case(
             "laplace, logvar", Laplace(parameter="logvar", soft_min=-2.0), _real, _reals, _laplace("logvar", -2.0), OF_CHANNELS
         ),
+        Case("student_t", StudentT(3.0), POSITIVE_SECOND, _reals, _student_t(3.0), EACH),
+        Case(
+            "student_t, log scale", StudentT(5.0, parameter="log_scale"), _real, _reals, _student_t(5.0, "log_scale"),
+            OF_FEATURES,
+        ),
+        Case("student_t, alone", StudentT(2.0, scale=0.3), _real, _reals, _student_t(2.0), WHOLE),
         Case("poisson", "poisson", _positive, _counts, lambda p, x: -D.Poisson(p[0]).log_prob(x), WHOLE),
         Case("poisson_log", "poisson_log", _real, _counts, lambda p, x: -D.Poisson(p[0].exp()).log_prob(x), WHOLE),
         Case("negative_binomial", "negative_binomial", _positive, _counts, _negative_binomial, OF_FEATURES),

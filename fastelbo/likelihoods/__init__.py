@@ -12,6 +12,7 @@ first may be smaller, as long as they broadcast to its shape: a 0-d tensor, a nu
 | `"mse"`, `"l1"` | `MSE`, `L1` | values |
 | `"gaussian"` | `Gaussian` | mean, or (mean, scale) |
 | `"laplace"` | `Laplace` | mean, or (mean, scale) |
+| | `StudentT` | mean, or (mean, scale) |
 | `"categorical"` | `Categorical` | logits, with a dimension of classes |
 | `"multinomial"` | `Multinomial` | logits, with a dimension of items |
 | `"poisson"`, `"poisson_log"` | `Poisson`, `PoissonLog` | rate, or its logarithm |
@@ -37,7 +38,7 @@ from .base import Likelihood
 from .bernoulli import Bernoulli, BernoulliLogits, ContinuousBernoulli, ContinuousBernoulliLogits
 from .classes import Categorical, Multinomial
 from .counts import NegativeBinomial, Poisson, PoissonLog, ZeroInflatedNegativeBinomial
-from .location import L1, MSE, Gaussian, Laplace
+from .location import L1, MSE, Gaussian, Laplace, StudentT
 from .logistic import DiscretizedLogistic, DiscretizedLogisticMixture
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "NegativeBinomial",
     "Poisson",
     "PoissonLog",
+    "StudentT",
     "ZeroInflatedNegativeBinomial",
 ]
 

@@ -241,3 +241,51 @@ class Laplace(Located):
             return (x - mean).abs() / self.scale + (math.log(self.scale) + math.log(2))
         log_scale, inverse = self.log_and_inverse(scale[0])
         return (x - mean).abs() * inverse + (log_scale + math.log(2))
+
+
+@record
+class StudentT(Located):
+    """Real values with outliers: `-StudentT(df, mean, scale).log_prob(x)`, in nats.
+
+    Robust VAEs have it in place of a Gaussian, whose squares let a few far values outweigh the rest. `recon_x` is the mean, or
+    the tuple (mean, scale) where the scale is a tensor.
+
+    Args:
+        df: the degrees of freedom, a positive and finite number: 1 is Cauchy's distribution, and a large one nearly Gaussian.
+        scale: that of a mean alone, a positive number; the standard deviation is `sqrt(df / (df - 2))` times as large.
+        parameter: what the second tensor of the tuple is: `"scale"`, `"log_scale"`, or `"logvar"`, twice that.
+        soft_min: a soft lower bound on the logarithm of a scale that is a tensor, as in `Gaussian`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, not positive, or unknown.
+    """
+
+    df: float
+    scale: float = 1.0
+    parameter: str = "scale"
+    soft_min: float | None = None
+    name = kernel = "student_t"
+
+    def __post_init__(self):
+        super().__post_init__()
+        canonical(self, "df", check_real)
+        if not 0 < self.df < math.inf:
+            raise ValueError(f"StudentT.df must be positive and finite, got {self.df}")
+
+    @property
+    def constant(self):
+        return self.df
+
+    def nll(self, parameters, x):
+        mean, *scale = parameters
+        log_scale, inverse = self.log_and_inverse(scale[0]) if scale else (math.log(self.scale), 1 / self.scale)
+        tail = torch.log1p(((x - mean) * inverse).square() / self.df)
+        return 0.5 * (self.df + 1) * tail + (log_scale + 0.5 * math.log(math.pi * self.df) - _log_gamma_beyond(self.df / 2))
+
+
+def _log_gamma_beyond(a: float) -> float:
+    """log Gamma(a + 1/2) - log Gamma(a)."""
+    if a < 50:
+        return math.lgamma(a + 0.5) - math.lgamma(a)
+    u = 1 / (a * a)  # the asymptotic series, which keeps the digits that the difference would lose
+    return 0.5 * math.log(a) - (1 / 8 - u * (1 / 192 - u * (1 / 640 - u * (17 / 14336)))) / a
