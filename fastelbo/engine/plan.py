@@ -184,11 +184,10 @@ def loss_plan(
 class LatentsPlan:
     """What is known of a sample or a KL before its values are."""
 
-    __slots__ = "backend", "call", "is_dense", "is_whole", "layout", "noise_layout", "rows", "scale", "wants"
+    __slots__ = "backend", "call", "is_dense", "is_whole", "layout", "noise_layout", "scale", "wants"
 
     def __init__(self, call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None, grad_mode: bool) -> None:
         mu, self.call = tensors[0], call
-        self.rows = mu.shape[0] if call.kind == "row" else 1
         self.scale = call.scale(mu)
         self.wants = grad_mode and any(t.requires_grad for t in tensors)
         strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or (
