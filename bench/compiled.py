@@ -163,7 +163,9 @@ def _positions(module, prediction, x, per_sample, options):
 def divergence_forward(latent, *, posterior="logvar", prior=None, kind="sum"):
     mu, noise, dtype = _latents(latent, True, 64)
     priors = (None, None) if prior is None else (mu.clone(), mu.clone())
-    options = {"posterior": posterior, "clamp": None, "prior": prior, "kind": kind, "scale": 1.0, "floor": None, "dtype": dtype}
+    options = {
+        "posterior": posterior, "clamp": None, "prior": prior, "kind": kind, "kl_weight": 1.0, "floor": None, "dtype": dtype,
+    }  # fmt: skip
     return record(lambda: kernels.divergence.divergence_forward(mu, mu.clone(), noise, *priors, **options))
 
 
@@ -171,8 +173,8 @@ def divergence_backward(latent, *, posterior="logvar", prior=None):
     mu, noise, dtype = _latents(latent, True, 64)
     priors = (None, None) if prior is None else (mu.clone(), mu.clone())
     options = {
-        "posterior": posterior, "clamp": None, "prior": prior, "kind": "sum", "scale": 1.0, "floor": None, "shares": (1.0, 1.0),
-        "dtype": dtype,
+        "posterior": posterior, "clamp": None, "prior": prior, "kind": "sum", "kl_weight": 1.0, "floor": None,
+        "shares": (1.0, 1.0), "dtype": dtype,
     }  # fmt: skip
     upstreams, wants = (mu.clone(), torch.ones((), dtype=dtype), None), [prior is not None] * 2
     return record(lambda: kernels.divergence.divergence_backward(*upstreams, mu, mu.clone(), noise, *priors, wants, **options))

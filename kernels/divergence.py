@@ -66,7 +66,7 @@ def _constants(mu, prior_mu, prior_second, posterior, clamp, prior) -> dict:
 
 
 def divergence_forward(
-    mu, second, noise, prior_mu, prior_second, *, posterior, clamp, prior, kind, scale, floor, dtype, stateless=False
+    mu, second, noise, prior_mu, prior_second, *, posterior, clamp, prior, kind, kl_weight, floor, dtype, stateless=False
 ):  # fmt: skip
     """A sample if there is `noise`, and KLs unless `kind` is None.
 
@@ -74,7 +74,7 @@ def divergence_forward(
       all, or None. `noise`: likewise, a seed from `draw_noise`, or None.
     - `posterior`, `prior`: what `second` and `prior_second` are, by name. `clamp`: None, or bounds of `second`.
     - `kind`: of the KL: "sum" over everything, of each "row" or "element". `floor`: None, or a least KL of an element.
-    - `scale`: what the sums are times; 1 for elements.
+    - `kl_weight`: what the sums are times; 1 for elements.
 
     Returns `(z, kl, the KL with the floor)`: what was not asked for is None.
     """
@@ -96,7 +96,7 @@ def divergence_forward(
     launch(
         divergence_fwd_kernel, programs, mu.device,
         mu, second, prior_mu, prior_second, noise, z, kl, weighted, partials, arrived,
-        scale, floor or 0.0, latents.columns, _columns(mu), latents.programs,
+        kl_weight, floor or 0.0, latents.columns, _columns(mu), latents.programs,
         **_constants(mu, prior_mu, prior_second, posterior, clamp, prior), ELEMENTS=kind == "element",
         DTYPE=TRITON_DTYPE[dtype], ALIGNED=latents.aligned, WIDE=latents.wide, BLOCK=tile, THREADS=THREADS, FINISH=FINISH,
     )  # fmt: skip
@@ -105,7 +105,7 @@ def divergence_forward(
 
 def divergence_backward(
     grad_z, grad_kl, grad_weighted, mu, second, noise, prior_mu, prior_second, wants_prior, *,
-    posterior, clamp, prior, kind, scale, floor, shares, dtype,
+    posterior, clamp, prior, kind, kl_weight, floor, shares, dtype,
 ):  # fmt: skip
     """Gradients by `mu`, `second`, `prior_mu` and `prior_second`, the latter of the shape of `mu` and None where unwanted.
 
@@ -125,7 +125,7 @@ def divergence_backward(
     launch(
         divergence_bwd_kernel, rows * latents.programs, mu.device,
         grad_z, mu, second, prior_mu, prior_second, noise, grad_mu, grad_second, *grad_priors,
-        grad_kl, grad_weighted, scale, floor or 0.0, *shares, latents.columns, _columns(mu), latents.programs,
+        grad_kl, grad_weighted, kl_weight, floor or 0.0, *shares, latents.columns, _columns(mu), latents.programs,
         HAS_KL=has_kl, **_constants(mu, prior_mu, prior_second, posterior, clamp, prior), FLOORED=floor is not None,
         PER=kind if kind in ("column", "element") else "row", DTYPE=TRITON_DTYPE[dtype],
         ALIGNED=latents.aligned, WIDE=latents.wide, BLOCK=tile,
@@ -134,9 +134,9 @@ def divergence_backward(
 
 
 def divergence_columns(
-    mu, second, prior_mu, prior_second, *, layout, posterior, clamp, prior, scale, dtype, statistics
+    mu, second, prior_mu, prior_second, *, layout, posterior, clamp, prior, kl_weight, dtype, statistics
 ):  # fmt: skip
-    """The KL summed over the batch, times `scale`, and the sums of mu and mu^2 if `statistics`: `mu.shape[1:]`.
+    """The KL summed over the batch, times `kl_weight`, and the sums of mu and mu^2 if `statistics`: `mu.shape[1:]`.
 
     The other arguments are those of `divergence_forward`; `layout` is the memory format of `mu`.
     """
@@ -157,7 +157,7 @@ def divergence_columns(
         WIDE=mu.numel() + chunks * rows * columns >= 2**31, ROWS=rows, BLOCK=block,
     )  # fmt: skip
     kl, *sums = (partial.sum(0) for partial in partials)
-    return (kl * scale).to(dtype), tuple(s.to(dtype) for s in sums) or None
+    return (kl * kl_weight).to(dtype), tuple(s.to(dtype) for s in sums) or None
 
 
 def _columns(mu) -> int:

@@ -31,10 +31,9 @@ def as_bytes(target: torch.Tensor) -> torch.Tensor:
     return target.view(torch.uint8) if target.dtype == torch.bool else target
 
 
-def pointer_and_value(*numbers: torch.Tensor | float) -> list:
-    """A kernel takes each number twice: the pointers first, then the values. One of the two is None or unused."""
-    pointers = [n if isinstance(n, torch.Tensor) else None for n in numbers]
-    return pointers + [1.0 if isinstance(n, torch.Tensor) else n for n in numbers]
+def pointer_and_value(number: torch.Tensor | float) -> tuple[torch.Tensor | None, float]:
+    """A kernel takes a number that may be on the device twice. One of the two is None or unused."""
+    return (number, 1.0) if isinstance(number, torch.Tensor) else (None, number)
 
 
 def tile_size(first: torch.Tensor, second: torch.Tensor) -> int:

@@ -60,7 +60,7 @@ def kl_backward_tile(mu, logvar, grad_mu, grad_logvar, offsets, mask, factor, DT
 @triton.jit(do_not_specialize=["features", "latents", "recon_programs", "programs", "batch"])
 def loss_fwd_kernel(
     prediction, target, gradient, guess, mu, logvar, kl, partials, arrived, loss_out, recon_out, kl_out, beta,
-    scale_value: tl.float64, beta_value: tl.float64, target_scale: tl.float64, recon_weight: tl.float64, kl_weight: tl.float64,
+    beta_value: tl.float64, scale_value: tl.float64, target_scale: tl.float64, recon_weight: tl.float64, kl_weight: tl.float64,
     features: tl.int64, latents: tl.int64, recon_programs: tl.int32, programs: tl.int32, batch,
     LIKELIHOOD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LATENTS_ALIGNED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, THREADS: tl.constexpr, FINISH: tl.constexpr,
@@ -109,7 +109,7 @@ def loss_fwd_kernel(
 def loss_bwd_kernel(
     prediction, target, gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl, grad_loss, grad_recon, grad_own_kl,
     beta,
-    scale_value: tl.float64, beta_value: tl.float64, target_scale: tl.float64, recon_weight: tl.float64, kl_weight: tl.float64,
+    beta_value: tl.float64, scale_value: tl.float64, target_scale: tl.float64, recon_weight: tl.float64, kl_weight: tl.float64,
     features: tl.int64, latents: tl.int64, recon_programs: tl.int32, programs: tl.int32, batch,
     LIKELIHOOD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LATENTS_ALIGNED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -183,7 +183,7 @@ def loss_forward(
         loss_fwd_kernel, rows * programs, recon_x.device,
         recon_x, as_bytes(x), gradient, guess, mu, logvar, kl if kl is None else kl.contiguous(),
         recon_x.new_empty(rows * programs, dtype=torch.float64), arrivals(recon_x.device, rows, stateless), *terms,
-        *_numbers(beta, scale), target_scale, *weights,
+        *pointer_and_value(beta), scale, target_scale, *weights,
         recon.columns, latents.columns, recon.programs, programs, _batch(recon_x, x, per_sample),
         LIKELIHOOD=_device_function(likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,
         LATENTS_ALIGNED=latents.aligned, WIDE=recon.wide or latents.wide, BLOCK=tile, THREADS=THREADS,
@@ -229,18 +229,12 @@ def loss_backward(
     launch(
         loss_bwd_kernel, rows * programs, recon_x.device,
         recon_x, as_bytes(x), gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl,
-        *upstreams, *_numbers(beta, scale), target_scale, *weights,
+        *upstreams, *pointer_and_value(beta), scale, target_scale, *weights,
         recon.columns, latents.columns, recon.programs, programs, _batch(recon_x, x, per_sample),
         LIKELIHOOD=_device_function(likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,
         LATENTS_ALIGNED=latents.aligned, WIDE=recon.wide or latents.wide, BLOCK=tile,
     )  # fmt: skip
     return gradient, grad_mu, grad_logvar, grad_kl, seen
-
-
-def _numbers(beta, scale) -> tuple:
-    """beta's pointer, and the values of scale and beta."""
-    pointer, value = pointer_and_value(beta)
-    return pointer, scale, value
 
 
 def _batch(recon_x, x, per_sample) -> int | None:

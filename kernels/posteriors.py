@@ -41,6 +41,18 @@ def var(raw):
     return std, 0.5 * positive_inverse(std), log(raw), raw - 1.0, 0.5 * positive_inverse(raw)
 
 
+@triton.jit
+def log_ratio(ratio, beyond):
+    """The logarithm of a ratio; `beyond`, formed from a difference, is what the ratio is more than 1.
+
+    Where the two numbers are nearly alike, `beyond` has digits that the rounded ratio has lost, and what its own rounding does
+    to the two terms of the KL cancels.
+    """
+    near = tl.abs(beyond) < 0.5
+    u = tl.where(near, 1.0 + beyond, ratio)
+    return log(u) + tl.where(near, beyond - (u - 1.0), 0.0)
+
+
 # A prior, from its second parameter, the posterior's sigma and logvar, and the output that these are of, `given`:
 # `(1 / sigma, d, delta, excess)`: `delta` is the logarithm of the ratio of the variances, `excess` that ratio - 1, and `d` half
 # the derivative of the prior's logvar.
@@ -72,10 +84,9 @@ def std_prior(raw, std, logvar, given):
 
 @triton.jit
 def std_of_std_prior(raw, std, logvar, given):
-    """Both terms from one quotient: what its rounding does to them cancels, where the two deviations are nearly alike."""
     inverse = positive_inverse(raw)
-    ratio = std / tl.where(raw > 0.0, raw, inverse)
-    return inverse, inverse, 2.0 * log(ratio), (ratio - 1.0) * (ratio + 1.0)
+    beyond = (std - raw) * inverse
+    return inverse, inverse, 2.0 * log_ratio(std * inverse, beyond), beyond * (beyond + 2.0)
 
 
 @triton.jit
@@ -88,7 +99,8 @@ def var_prior(raw, std, logvar, given):
 
 @triton.jit
 def var_of_var_prior(raw, std, logvar, given):
-    """Likewise; of roots, each would have a rounding of its own."""
+    """Of the variances, since roots would each have a rounding of their own."""
     d = positive_inverse(raw)
-    ratio = tl.where(given < 0.0, float("nan"), given) / tl.where(raw > 0.0, raw, d)
-    return tl.sqrt(d), 0.5 * d, log(ratio), ratio - 1.0
+    variance = tl.where(given < 0.0, float("nan"), given)
+    beyond = (variance - raw) * d
+    return tl.sqrt(d), 0.5 * d, log_ratio(variance * d, beyond), beyond

@@ -421,7 +421,7 @@ def test_kernels_compile_without_spills(target):
         result = torch.float64 if dtype == torch.float64 else torch.float32
         mu, seed, one = torch.zeros(128, 20, dtype=dtype), torch.zeros((), dtype=torch.int64), torch.ones((), dtype=result)
         values = (None, None) if prior is None else (torch.zeros(rows, 20, dtype=dtype),) * 2
-        form = {"posterior": posterior, "clamp": clamp, "prior": prior, "scale": 1.0, "dtype": result}
+        form = {"posterior": posterior, "clamp": clamp, "prior": prior, "kl_weight": 1.0, "dtype": result}
         summed = {"kind": "sum", "floor": 0.5, **form}
         wants = (prior is not None,) * 2
         yield lambda: divergence.divergence_forward(mu, mu, seed, *values, **summed)

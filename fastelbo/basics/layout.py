@@ -12,20 +12,3 @@ def layout_of(tensor: Tensor) -> torch.memory_format:
     if channels_last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=channels_last):
         return torch.contiguous_format
     return channels_last
-
-
-def in_layout(layout: torch.memory_format, *tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in that layout; copied only where they are not in it yet."""
-    return [t if t is None else t.contiguous(memory_format=layout) for t in tensors]
-
-
-def dense(first: Tensor | None, *others: Tensor | None) -> list[Tensor | None]:
-    """The tensors in the layout of the first; as they are, where that is None."""
-    return [first, *others] if first is None else in_layout(layout_of(first), first, *others)
-
-
-def dense_latents(mu: Tensor, logvar: Tensor, noise: Tensor) -> list[Tensor]:
-    """The three in the layout of `mu`, by which noise is numbered; a seed in place of the noise has none."""
-    if noise.is_floating_point():
-        return dense(mu, logvar, noise)
-    return [*dense(mu, logvar), noise]

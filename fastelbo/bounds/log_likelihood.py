@@ -75,9 +75,7 @@ def log_likelihood(
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
     bound = IWAE(n_samples, chunk=chunk)
-    call, given = prepared(
-        decoder, x, mu, logvar, 1.0, objective, bound, prior=prior, weight=weight, eps=eps, generator=generator
-    )
+    call, given = prepared(decoder, x, mu, logvar, objective, bound, prior=prior, weight=weight, eps=eps, generator=generator)
     chunks = bound.chunks
     if progress:
         chunks = _tqdm()(chunks, unit="chunk")

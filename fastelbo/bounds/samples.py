@@ -71,9 +71,7 @@ def many_samples(
     decoder, x, mu, logvar, beta, objective: Objective, bound: ELBO, *, prior, weighting, weight, eps, generator, monitor
 ) -> ELBOTerms:
     """`elbo` of several samples, or by another bound. The tensors come as the user gave them."""
-    call, given = prepared(
-        decoder, x, mu, logvar, 1.0, objective, bound, prior=prior, weight=weight, eps=eps, generator=generator
-    )
+    call, given = prepared(decoder, x, mu, logvar, objective, bound, prior=prior, weight=weight, eps=eps, generator=generator)
     recon_reduction, kl_reduction = objective.reduction, objective.kl_reduction
     if call.is_weighted:
         given = given._replace(beta=check_number("beta", beta, given.mu))
@@ -103,9 +101,7 @@ def many_samples(
     return ELBOTerms(value, recon, kl) if call.is_weighted else ELBOTerms(value + kl_term.to(dtype), value, kl)
 
 
-def prepared(
-    decoder, x, mu, logvar, beta: float, objective: Objective, bound: ELBO, *, prior, weight, eps, generator
-) -> tuple[Call, Given]:
+def prepared(decoder, x, mu, logvar, objective: Objective, bound: ELBO, *, prior, weight, eps, generator) -> tuple[Call, Given]:
     """What can be checked before the decoder runs, which may draw noise and move statistics."""
     latents, tensors = check_latents(mu, logvar, objective.posterior, prior)
     if objective.likelihood.inner is not None:
@@ -121,7 +117,7 @@ def prepared(
         check_noise(eps, generator, mu, bound.n_samples)
     # Each sample of each datum has a value of its own.
     objective = objective._replace(reduction="none", kl_reduction="none")
-    return Call(decoder, bound, latents, objective), Given(*(*tensors, None, None)[:4], x, weight, beta, eps)
+    return Call(decoder, bound, latents, objective), Given(*(*tensors, None, None)[:4], x, weight, 1.0, eps)
 
 
 def _estimate(call: Call, given: Given, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,7 +128,8 @@ def _estimate(call: Call, given: Given, generator: torch.Generator | None) -> tu
     helds = [None if call.bound.estimator == "standard" else Held() for _ in call.bound.chunks]
     run = leaves = None
     several = eager and len(call.bound.chunks) > 1 and torch.is_grad_enabled()
-    if several and not _has_other_inputs(given):
+    # `Samples` does not differentiate by the noise.
+    if several and not (given.eps is not None and given.eps.requires_grad):
         if given.mu.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a CUDA graph cannot go back to earlier random states: capture elbo with chunk=n_samples")
         run = Run(Replay(given.mu, generator), Modules(call.decoder))
@@ -163,11 +160,6 @@ GRAPHS_KEPT = (
     " by a tensor that is computed elsewhere or has hooks, or the decoder has an autograd Function written in Python, or is"
     " sharded. chunk=n_samples does the same in one call"
 )
-
-
-def _has_other_inputs(given: Given) -> bool:
-    """Whether a gradient is wanted by what `Samples` does not differentiate by."""
-    return given.eps is not None and given.eps.requires_grad
 
 
 class Run(NamedTuple):

@@ -11,7 +11,7 @@ from ..basics.tracing import is_differentiated, is_surrounded, never_compiled
 from ..likelihoods.values import check_values
 from .call import Objective
 from .graph import decoder_leaves
-from .latents import Sample, again
+from .latents import Sample
 from .loss import ELBOTerms, loss_backward, loss_terms, planned_terms, save_loss, saved_loss
 from .plan import LatentsPlan, LossPlan, loss_plan
 
@@ -123,7 +123,7 @@ class Elbo(Function):
         if grad_z is not None:
             grad_z = grad_z.resolve_neg()
         if wants_z and not (grad_z is None and grad_loss is None and grad_kl is None):
-            latent_tensors, noise = again(latents, latent_tensors, noise)
+            latent_tensors, noise = latents.again(latent_tensors, noise)
             grad_latents = latents.backend.latents_backward(
                 latents, latent_tensors, noise, wants_latents, grad_z, grad_kl, None, grad_loss, beta
             )

@@ -18,7 +18,7 @@ def terms(call: LossCall, beta: float | Tensor, divisor: float | Tensor, tensors
     """`(loss, recon, kl)`, as the backends' `loss_forward` computes them."""
     parameters, x, weight, latents = call.split(tensors)
     recon = reduced(elements(call, parameters, repeated(x, parameters[0]), weight), call.reduction)
-    recon = recon / divisor if isinstance(divisor, Tensor) or divisor != 1 else recon
+    recon = divided(recon, divisor)
     if not latents:
         return None, recon, None
     if call.latents == 1:
@@ -92,6 +92,10 @@ def _by_kind(values: Tensor, kind: str) -> Tensor:
     if kind == "element":
         return values
     return values.sum(0) if kind == "column" else reduced(values, "none" if kind == "row" else "sum")
+
+
+def divided(value: Tensor, divisor: float | Tensor) -> Tensor:
+    return value / divisor if isinstance(divisor, Tensor) or divisor != 1 else value
 
 
 def scaled(value: Tensor, factor: float) -> Tensor:

@@ -71,18 +71,11 @@ class Latents(Function):
             return None, None, *differentiated(plan, noise, tensors, needs, upstreams)
         if grad_z is None and grad_kl is None and grad_weighted is None:
             return (None,) * (2 + len(tensors))
-        tensors, noise = again(plan, tensors, noise)
+        tensors, noise = plan.again(tensors, noise)
         return None, None, *plan.backend.latents_backward(plan, tensors, noise, needs, *upstreams)
 
 
 _apply = super(Function, Latents).apply  # not the one in Python, which looks for transformations again
-
-
-def again(plan: LatentsPlan, tensors: Sequence[Tensor], noise: Tensor | None):
-    """What was saved, as it was: a hook on saved tensors may bring it back with other strides."""
-    if noise is not None and noise.is_floating_point():
-        noise = noise.contiguous(memory_format=plan.layout)
-    return plan.dense(tensors), noise
 
 
 def differentiated(plan: LatentsPlan, noise: Tensor | None, tensors, needs, upstreams) -> list[Tensor | None]:

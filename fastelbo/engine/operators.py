@@ -10,14 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..basics.layout import in_layout, layout_of
+from ..basics.layout import layout_of
 from ..basics.tracing import has_symbolic_zeros, is_differentiated, never_compiled
 from ..latents.posterior import LOGVAR, Latents, Posterior
 from ..likelihoods import likelihood_of
 from . import formula
 from .backend import has_kernels
-from .call import KLCall, LossCall, Objective
-from .plan import latents_plan, loss_plan
+from .call import KLCall, LossCall
+from .plan import find_objective, latents_plan, loss_plan
 
 _library = torch.library.Library("fastelbo", "DEF")
 ops = torch.ops.fastelbo
@@ -61,8 +61,7 @@ LOSS = (
 def _loss_plan(first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, per_sample):
     """The plan of a sum, the tensors as it takes them, and those as they came. The weight has the terms' dimensions."""
     parameters, latents = _given(first, second, third), _given(mu, logvar, kl)
-    reduction = "none" if per_sample else "sum"
-    objective = Objective(likelihood_of(likelihood, tuple(numbers)), LOGVAR, reduction, reduction, True, True)
+    objective = find_objective(likelihood_of(likelihood, tuple(numbers)), LOGVAR, "none" if per_sample else "sum")
     if weight is not None and (dim := objective.likelihood.term_dim(first, x)) is not None:
         weight = weight.unsqueeze(dim)
     tensors = [*parameters, x, *_given(weight), *latents]
@@ -178,15 +177,13 @@ def _decoded(posterior, clamp, prior, kind, floor, shares, statistics, dtype) ->
 
 def _latents_fake(mu, second, prior_mu, prior_second, noise, posterior, clamp, prior, kind, floor, shares, statistics, dtype):
     shape = {None: (0,), "sum": (), "row": mu.shape[:1], "column": mu.shape[1:], "element": mu.shape}[kind]
-    z = mu.new_empty(0) if noise is None else _z_like(mu, second)
+    z = mu.new_empty(0)
+    if noise is not None:
+        z = torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, second.dtype), memory_format=layout_of(mu))
     kl = mu.new_empty(shape, dtype=dtype)
     weighted = mu.new_empty((0,) if floor is None and shares is None else shape, dtype=dtype)
     sums = (mu.new_empty(mu.shape[1:] if statistics else (0,), dtype=dtype) for _ in range(2))
     return z, kl, weighted, *sums
-
-
-def _z_like(mu: Tensor, second: Tensor) -> Tensor:
-    return torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, second.dtype), memory_format=layout_of(mu))
 
 
 @_operator(f"latents({LATENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _latents_fake)
@@ -210,9 +207,7 @@ def _latents(mu, second, prior_mu, prior_second, noise, *options):
 def _latents_plan(mu, second, prior_mu, prior_second, noise, options):
     tensors = _given(mu, second, prior_mu, prior_second)
     plan = latents_plan(_decoded(*options), tensors, noise)
-    if noise is not None and noise.is_floating_point():
-        (noise,) = in_layout(plan.layout, noise)
-    return plan, plan.dense(tensors), noise
+    return plan, *plan.again(tensors, noise)
 
 
 def _latents_backward_fake(

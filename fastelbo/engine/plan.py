@@ -184,11 +184,13 @@ def loss_plan(
 class LatentsPlan:
     """What is known of a sample or a KL before its values are."""
 
-    __slots__ = "backend", "call", "is_dense", "is_whole", "layout", "noise_layout", "scale", "wants"
+    __slots__ = (
+        "backend", "call", "dtype", "is_dense", "is_whole", "kl_weight", "layout", "noise_layout", "per_sample", "wants",
+    )  # fmt: skip
 
     def __init__(self, call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None, grad_mode: bool) -> None:
         mu, self.call = tensors[0], call
-        self.scale = call.scale(mu)
+        self.dtype, self.per_sample, self.kl_weight = call.dtype, call.kind == "row", call.scale(mu)
         self.wants = grad_mode and any(t.requires_grad for t in tensors)
         strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or (
             noise is not None and (is_wrapper(noise) or noise.is_neg())
@@ -206,6 +208,12 @@ class LatentsPlan:
         """The tensors as the backends take them; copied only where they are not so yet."""
         mu, second, *prior = tensors
         return [mu.contiguous(memory_format=self.layout), second.contiguous(memory_format=self.layout), *prior]
+
+    def again(self, tensors: Sequence[Tensor], noise: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        """Likewise, with the noise, or the seed of it, of what was saved: hooks may bring it back with other strides."""
+        if noise is not None and noise.is_floating_point():
+            noise = noise.contiguous(memory_format=self.layout)
+        return self.dense(tensors), noise
 
 
 def latents_plan(call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None) -> LatentsPlan:

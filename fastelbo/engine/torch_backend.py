@@ -89,13 +89,12 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
 def latents_forward(plan, tensors, noise, stateless=False):
     """`(z, kl, weighted, sums)` of latents, each None where it is not computed: z if there is noise, the normals themselves;
     the KL, `[]` or `[B]`, unless the call's kind is None. The other two are none of this backend's."""
-    kind, dtype, (mu, logvar) = plan.call.kind, plan.call.dtype, tensors
-    per_sample = kind == "row"
+    kind, dtype, per_sample, (mu, logvar) = plan.call.kind, plan.dtype, plan.per_sample, tensors
     if noise is None:
-        return None, _divergence(mu, logvar, plan.scale, per_sample, dtype), None, None
+        return None, _divergence(mu, logvar, plan.kl_weight, per_sample, dtype), None, None
     if plan.is_whole and noise.dtype == dtype:
         z = torch.mul(logvar, HALF).exp_().mul_(noise).add_(mu)  # addcmul would round otherwise than the naive code
-        return z, None if kind is None else _divergence(mu, logvar, plan.scale, per_sample, dtype), None, None
+        return z, None if kind is None else _divergence(mu, logvar, plan.kl_weight, per_sample, dtype), None, None
     z, parts = torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype)), []
     for rows, m, lv, eps, out in _blocks(per_sample, mu, logvar, noise, z):
         m, lv, eps = _converted("mu", m, dtype), _converted("logvar", lv, dtype), _converted("noise", eps, dtype)
@@ -105,7 +104,7 @@ def latents_forward(plan, tensors, noise, stateless=False):
             out.copy_(sampled)
         if kind is not None:
             parts.append((rows, _kl_sum(m, lv, per_sample)))
-    return z, None if kind is None else _total(parts, mu, plan.scale, per_sample, dtype), None, None
+    return z, None if kind is None else _total(parts, mu, plan.kl_weight, per_sample, dtype), None, None
 
 
 def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted=None, grad_loss=None, beta=1.0):
@@ -116,7 +115,7 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
     factor = None if grad_loss is None and grad_kl is None else added(grad_loss, grad_kl, beta)
     if grad_z is not None:
         grad_z = grad_z.contiguous(memory_format=plan.layout)
-    return _latent_gradients(grad_z, *tensors, noise, factor, plan.scale, plan.call.dtype)
+    return _latent_gradients(grad_z, *tensors, noise, factor, plan.kl_weight, plan.dtype)
 
 
 log_ratio_forward = None  # the formula is as good, and autograd differentiates it

@@ -40,7 +40,7 @@ def loss(call: LossCall, beta: float | Tensor, tensors: Sequence[Tensor], diviso
     recon, kl_sum = ops.loss(
         first, second, third, formula.repeated(x, first), weight, mu, logvar, kl, *code, call.per_sample, call.dtype
     )
-    recon = recon / divisor if isinstance(divisor, Tensor) or divisor != 1 else recon
+    recon = formula.divided(recon, divisor)
     if not latents:
         return None, recon, None
     if kl is None:

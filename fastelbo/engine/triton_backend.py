@@ -82,8 +82,8 @@ def latents_forward(plan, tensors, noise, stateless=False):
     `sums` are those over the batch of mu and mu^2."""
     call, (mu, second, *priors) = plan.call, tensors
     if call.is_plain:
-        options = {"kl_weight": plan.scale, "per_sample": call.kind == "row", "dtype": call.dtype}
-        z, kl = kernels.sample_forward(mu, second, noise, **options, wants_kl=call.kind is not None, stateless=stateless)
+        wants_kl = call.kind is not None
+        z, kl = kernels.sample_forward(mu, second, noise, **_plain_kl(plan), wants_kl=wants_kl, stateless=stateless)
         return z, kl, None, None
     priors, options = _priors(plan, priors), _divergence(plan)
     if call.kind == "column":
@@ -104,8 +104,7 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
     if grad_z is not None:
         grad_z = grad_z.contiguous(memory_format=plan.layout)
     if call.is_plain:
-        options = {"kl_weight": plan.scale, "per_sample": call.kind == "row", "dtype": call.dtype}
-        return kernels.sample_backward(grad_z, mu, second, noise, beta, (grad_loss, grad_kl), **options)
+        return kernels.sample_backward(grad_z, mu, second, noise, beta, (grad_loss, grad_kl), **_plain_kl(plan))
     factor = None if grad_loss is None and grad_kl is None else added(grad_loss, grad_kl, beta)
     grads = kernels.divergence.divergence_backward(
         grad_z, _as_latents(plan, factor), _as_latents(plan, grad_weighted), mu, second, noise, *_priors(plan, priors),
@@ -162,13 +161,13 @@ def _plain(plan, divisor) -> dict:
 
 
 def _plain_kl(plan) -> dict:
-    """The options of the kernel for the KL alone."""
-    return {"kl_weight": plan.kl_weight, "per_sample": plan.call.per_sample, "dtype": plan.call.dtype}
+    """The options of the kernels for plain latents."""
+    return {"kl_weight": plan.kl_weight, "per_sample": plan.per_sample, "dtype": plan.dtype}
 
 
 def _divergence(plan) -> dict:
     """The options of the kernels for any posterior and prior."""
-    return _gaussian(plan.call.latents) | {"scale": plan.scale, "dtype": plan.call.dtype}
+    return _gaussian(plan.call.latents) | {"kl_weight": plan.kl_weight, "dtype": plan.dtype}
 
 
 def _gaussian(latents) -> dict:
@@ -193,10 +192,8 @@ def _as_latents(plan, upstream):
 def _reconstruct(plan, parameters, x, weight, divisor, factor, wants, stateless):
     """The reconstruction, and the gradients that are wanted: see `kernels.reconstruction.forward`."""
     if plan.call.likelihood.dim is not None:
-        module, weight = getattr(kernels, plan.call.likelihood.kernel), _of_positions(plan, parameters, x, weight)
-        recon, gradient = module.forward(
-            parameters[0], _target(plan, x), weight, divisor, factor, **_common(plan), **plan.options, stateless=stateless
-        )
+        module, tensors, options = _over_classes(plan, parameters, x, weight)
+        recon, gradient = module.forward(*tensors, divisor, factor, **options, stateless=stateless)
         return recon, [gradient]
     operands, family = _operands(plan, parameters)
     wants = [*wants, *[False] * (len(operands) - len(wants))]
@@ -209,18 +206,8 @@ def _reconstruct(plan, parameters, x, weight, divisor, factor, wants, stateless)
 def _correct(plan, parameters, x, weight, divisor, upstream, stored, used, large):
     """The gradients of large parameters with the factor `upstream`, and that factor: see `kernels.reconstruction.backward`."""
     if plan.call.likelihood.dim is not None:
-        module, weight = getattr(kernels, plan.call.likelihood.kernel), _of_positions(plan, parameters, x, weight)
-        gradient, seen = module.backward(
-            parameters[0],
-            _target(plan, x),
-            weight,
-            divisor,
-            upstream,
-            stored and stored[0],
-            used,
-            **_common(plan),
-            **plan.options,
-        )
+        module, tensors, options = _over_classes(plan, parameters, x, weight)
+        gradient, seen = module.backward(*tensors, divisor, upstream, stored and stored[0], used, **options)
         return [gradient], seen
     operands, family = _operands(plan, parameters)
     missing = [None] * (len(operands) - len(parameters))
@@ -231,16 +218,18 @@ def _correct(plan, parameters, x, weight, divisor, upstream, stored, used, large
     return gradients[: len(parameters)], seen
 
 
-def _target(plan, x):
-    """The target, multiplied here where its kernel does not."""
-    scale = plan.call.likelihood.target_scale
-    if scale == 1 or "target_scale" in plan.options or not x.is_floating_point():
-        return x
-    return x.to(plan.call.dtype) * scale
+def _over_classes(plan, parameters, x, weight):
+    """What computes a likelihood over classes or channels; its prediction, target and weight of positions; its options."""
+    likelihood, (prediction,) = plan.likelihood, parameters
+    if weight is not None:
+        weight = weight.expand(likelihood.terms(prediction, x)).contiguous()
+    if likelihood.target_scale != 1 and "target_scale" not in plan.options and x.is_floating_point():
+        x = x.to(plan.dtype) * likelihood.target_scale  # its kernel does not
+    return getattr(kernels, likelihood.kernel), (prediction, x, weight), _common(plan) | plan.options
 
 
 def _common(plan) -> dict:
-    return {"per_sample": plan.call.per_sample, "dtype": plan.call.dtype}
+    return {"per_sample": plan.per_sample, "dtype": plan.dtype}
 
 
 def _operands(plan, parameters):
@@ -251,11 +240,6 @@ def _operands(plan, parameters):
         dtype = torch.promote_types(first.dtype, torch.float32)
         operands.append(torch.full((), call.likelihood.fixed, dtype=dtype, device=first.device))
     return operands, kernels.reconstruction.Family(call.likelihood.function(len(operands)), **plan.options)
-
-
-def _of_positions(plan, parameters, x, weight):
-    """A weight for each position."""
-    return weight if weight is None else weight.expand(plan.call.likelihood.terms(parameters[0], x)).contiguous()
 
 
 def _times_upstream(total: Tensor, upstream: Tensor, divisor: float | Tensor, parameter: Tensor) -> Tensor:
