@@ -11,8 +11,8 @@ from .basics.arguments import split_reduction
 from .basics.scalars import check_real
 from .diagnostics import Monitor
 from .engine.loss import ELBOTerms
-from .latents.posterior import Posterior, find_posterior
-from .latents.weighting import Weighting
+from .latents.posterior import LOGVAR, Posterior, find_posterior
+from .latents.weighting import ALL, Weighting
 from .likelihoods import Likelihood, find_likelihood
 from .objective import Prior, Reduction, loss
 
@@ -82,9 +82,9 @@ class ELBOLoss(nn.Module):
     def extra_repr(self) -> str:
         beta = "?" if self.beta.is_meta else f"{self.beta.item():g}"
         shown = f"likelihood={self.likelihood!r}, beta={beta}, reduction={self.reduction!r}"
-        if self.posterior != "logvar":
+        if find_posterior(self.posterior) != LOGVAR:
             shown += f", posterior={self.posterior!r}"
-        return shown if self.weighting is None else f"{shown}, weighting={self.weighting}"
+        return shown if self.weighting in (None, ALL) else f"{shown}, weighting={self.weighting}"
 
 
 WITHOUT_FLOAT64 = ("mps",)

@@ -586,7 +586,7 @@ MISUSE = (
 )
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), MISUSE, ids=str)
+@pytest.mark.parametrize(("arguments", "error", "message"), MISUSE, ids=[f"{'-'.join(m[0])}: {m[2]}" for m in MISUSE])
 @pytest.mark.parametrize("function", (fastelbo.sample_kl, kl_divergence))
 def test_misuse(function, arguments, error, message):
     with pytest.raises(error, match=message):  # records are checked where they are made

@@ -44,6 +44,8 @@ class Choice(NamedTuple):
 def choose(device: torch.device) -> Choice:
     """The backend for tensors on `device`. Nothing that decides changes while a process runs, so each device asks once."""
     forced = _forced()
+    if device.type == "meta":
+        return Choice(torch_backend, "tensors on meta have no values for a kernel to read")
     if forced == "torch":
         return Choice(torch_backend, f"{VARIABLE}=torch forces it")
     if forced is None and device.type != "cuda":
