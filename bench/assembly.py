@@ -96,26 +96,36 @@ def machine(compiled) -> Machine:
     return _nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd(compiled.asm["amdgcn"])
 
 
-def _nvidia(cubin: bytes) -> Machine:
+def spilled_bytes(compiled) -> int:
+    """That of `machine`, without the assembly of NVIDIA's, which takes longest."""
+    if "cubin" in compiled.asm:
+        return _nvidia_usage(_cuobjdump(compiled.asm["cubin"], "--dump-resource-usage"))[1]
+    return _amd(compiled.asm["amdgcn"]).spilled_bytes
+
+
+def _cuobjdump(cubin: bytes, *options: str) -> str:
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        sass, usage = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-sass", "--dump-resource-usage")
-        )
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _nvidia_usage(text: str) -> tuple[int, int]:
+    """Registers of a thread, and bytes spilled."""
+    return int(re.search(r"REG:(\d+)", text)[1]), sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", text)))
+
+
+def _nvidia(cubin: bytes) -> Machine:
+    sass = _cuobjdump(cubin, "-sass", "--dump-resource-usage")
     listing = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(\S[^;]*);", sass)]
     loops = {}  # by where they start, to the last branch back there
     for end, text in listing:
         target = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
         if target and (start := int(target[1], 16)) < end:
             loops[start] = Loop([text for address, text in listing if start <= address <= end])
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
     # Loads of what other programs wrote are the only strong ones.
-    return Machine(
-        _with_stream(loops.values(), "STRONG"), registers, sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
-    )
+    return Machine(_with_stream(loops.values(), "STRONG"), *_nvidia_usage(sass))
 
 
 def _amd(text: str) -> Machine:

@@ -4,7 +4,7 @@ import argparse
 import collections
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,11 +178,14 @@ def kernels() -> Iterator[Kernel]:
         yield _kernel("sample forward", _name(dtype), compiled.sample_forward(dtype), dtypes)
         yield _kernel("sample backward", _name(dtype), compiled.sample_backward(dtype), dtypes)
     dtypes = dict.fromkeys((*LATENTS, *PRIOR), F32)
-    for parameter in ("log_std", "std", "var"):
-        for step, launch in (("forward", compiled.divergence_forward), ("backward", compiled.divergence_backward)):
+    for step, launch in (("forward", compiled.divergence_forward), ("backward", compiled.divergence_backward)):
+        for parameter in ("log_std", "std", "var"):
             yield _kernel(f"sample {step}", f"float32 {parameter}", launch(F32, posterior=parameter), dtypes)
+        for parameter in ("logvar", "log_std", "std", "var"):
             prior = launch(F32, posterior=parameter, prior=parameter)
             yield _kernel(f"sample {step}, prior", f"float32 {parameter}", prior, dtypes)
+        normal = launch(F32, posterior="logvar", prior="std")
+        yield _kernel(f"sample {step}, prior", "float32 logvar, of a Normal", normal, dtypes)
     dtypes = dict.fromkeys((*GAUSSIAN, *PRIOR, "grad_log_q", "grad_log_p", "path_scale"), F32)
     for step, launch in (("forward", compiled.log_ratio_forward), ("backward", compiled.log_ratio_backward)):
         for suffix, prior in (("", None), (", prior", "logvar")):
@@ -231,8 +234,13 @@ move the bytes, by the published rates of the product named. Memory is the bound
 def table() -> str:
     header = ["loop", "bytes", *(f"{target}: {device.name}" for target, device in DEVICES.items())]
     lines = [f"Triton {triton.__version__}.", "", LEGEND, "", _line(header), _line(["---"] * len(header))]
+    return "\n".join([*lines, *rows(by_name().values())]) + "\n"
+
+
+def rows(kernels: Iterable[Kernel]) -> Iterator[str]:
+    """The lines of the table that are about these."""
     seen = set()
-    for kernel in by_name().values():
+    for kernel in kernels:
         for stream in kernel.streams:
             title = kernel.name
             if stream.reads == LATENTS and len(kernel.streams) > 1:
@@ -243,8 +251,7 @@ def table() -> str:
             if title not in seen:
                 seen.add(title)
                 costs = [_cell(kernel, stream, target) for target in DEVICES]
-                lines.append(_line([title, str(kernel.bytes_per_element(stream)), *costs]))
-    return "\n".join(lines) + "\n"
+                yield _line([title, str(kernel.bytes_per_element(stream)), *costs])
 
 
 def _cell(kernel: Kernel, stream: Stream, target: str) -> str:

@@ -13,6 +13,9 @@ BACKEND = os.environ.get("FASTELBO_BACKEND") or ("triton" if DEVICE.type == "cud
 INTERPRETED = BACKEND == "triton" and DEVICE.type == "cpu"
 COMPILED = BACKEND == "triton" and os.environ.get("TRITON_INTERPRET") != "1"
 
+# Of what no backend has a part in, which the process of the other one tests.
+once = pytest.mark.skipif(INTERPRETED, reason="the same for both backends, and Torch's is faster")
+
 
 @pytest.fixture
 def device() -> torch.device:

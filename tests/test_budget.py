@@ -12,15 +12,27 @@ pytest.importorskip("triton", reason="triton is installed on Linux only")
 
 from bad_kernels import streaming
 from bench import budget, compiled
-from bench.assembly import Machine, accesses, machine
+from bench.assembly import Machine, accesses, machine, spilled_bytes
 from bench.budget import FLOAT64, Kernel, code_of, machine_of
+from bench.cases import LIKELIHOODS
 from bench.compiled import TARGETS, compile_for, specialization
 from fastelbo import kernels
 from fastelbo.kernels.launch import FINISH, THREADS
 
 F32, BF16, F64, U8 = torch.float32, torch.bfloat16, torch.float64, torch.uint8
 
-KERNELS = budget.by_name()
+EVERY = os.environ.get("EVERY_KERNEL") == "1"  # `make budget` sets it
+
+
+def is_checked(name: str) -> bool:
+    """The usual likelihoods differ by their device functions alone: one is checked in every dtype, and the others in one."""
+    primitive, kind = name.split(": ")
+    likelihood, *dtypes = kind.split()
+    alike = primitive.startswith("loss") and likelihood in LIKELIHOODS and likelihood != "bernoulli_logits"
+    return EVERY or not alike or dtypes == ["float32", "float32"]
+
+
+KERNELS = {name: kernel for name, kernel in budget.by_name().items() if is_checked(name)}
 VARIANTS = {
     "no gradient": lambda: compiled.loss_forward("bernoulli", F32, F32, gradient=False),
     "given kl": lambda: compiled.loss_forward("bernoulli", F32, F32, kl=True),
@@ -142,10 +154,13 @@ def test_enough_loads_are_in_flight(name):
         assert kernel.bytes_in_flight(stream, registers) >= 1024 * LESS_IN_FLIGHT.get(name, 32)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "target"),
+    [(variant, target) for i, variant in enumerate(VARIANTS) for j, target in enumerate(TARGETS) if EVERY or (i + j) % 2 == 0],
+)
 def test_other_variants_compile_without_spills(variant, target):
-    assert machine(compile_for(target, VARIANTS[variant]())).spilled_bytes == 0
+    """In two of the architectures, in turns."""
+    assert spilled_bytes(compile_for(target, VARIANTS[variant]())) == 0
 
 
 def check_code(kernel: Kernel, code) -> None:
@@ -177,7 +192,8 @@ def test_the_table_is_the_one_that_is_kept():
     kept = budget.KEPT.read_text()
     if not kept.startswith(f"Triton {importlib.metadata.version('triton')}."):
         pytest.skip("it was made with another Triton")
-    assert budget.table() == kept
+    assert set(budget.rows(KERNELS.values())) <= set(kept.splitlines())
+    assert not EVERY or budget.table() == kept
 
 
 POSITIONS = {

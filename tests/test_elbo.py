@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastelbo
+from conftest import once
 from fastelbo import ELBO, IWAE
 from support import gradients, options
 from support import naive as naive_loss
@@ -440,6 +441,7 @@ def test_bad_decoders(device):
         fastelbo.elbo(lambda z: z, x[:3], mu, logvar)
 
 
+@once
 @pytest.mark.parametrize(
     "likelihood, kind", (("bernoulli_logits", tuple), ("mse", list), (fastelbo.likelihoods.Gaussian(scale=0.5), tuple))
 )

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
 
 import fastelbo
-from support import LIKELIHOODS, gradients, make_inputs, options
+from support import LIKELIHOODS, gradcheck, gradgradcheck, gradients, make_inputs, options
 
 REDUCTIONS = ("sum", "batchmean", "mean", "none", ("mean", "sum"))
 

@@ -6,6 +6,10 @@ import sys
 
 import pytest
 
+from conftest import once
+
+pytestmark = once  # each is a process of its own
+
 RUN = """
 import torch, fastelbo
 x = torch.rand(4, 6, requires_grad=True)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import gradcheck, gradgradcheck
 
 import fastelbo
 from conftest import BACKEND
@@ -24,7 +23,7 @@ from fastelbo.likelihoods import (
     find_likelihood,
 )
 from likelihood_cases import CASES, SHAPE, recon_x, reduce
-from support import assert_no_worse, gradients
+from support import assert_no_worse, gradcheck, gradgradcheck, gradients
 
 
 def recon(parameters, x, likelihood, reduction="sum", **options):
@@ -128,7 +127,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("reduction", ("sum", "batchmean", "mean", "none"))
+@pytest.mark.parametrize("reduction", ("sum", "mean", "none"))
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("layout", ("contiguous", "channels last"))
 def test_weights(layout, kind, reduction, device):

@@ -5,14 +5,13 @@ import math
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
 from torch.distributions import Independent, Normal
 from torch.distributions import kl_divergence as torch_kl
 
 import fastelbo
 from conftest import BACKEND
 from fastelbo import Posterior, kl_divergence
-from support import APPROXIMATE, as_double, assert_no_worse, gradients, relative
+from support import APPROXIMATE, as_double, assert_no_worse, gradcheck, gradgradcheck, gradients, relative
 
 triton_only = pytest.mark.skipif(BACKEND != "triton", reason="about the kernels")
 

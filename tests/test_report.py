@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastelbo
-from conftest import BACKEND, DEVICE
+from conftest import BACKEND, DEVICE, once
 from fastelbo import __main__ as report
 from fastelbo.engine import backend, torch_backend
 
@@ -52,8 +52,10 @@ def verdicts(text: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def main(capsys):
+def main(capsys, monkeypatch):
     """Runs the report in this process; returns what it printed and its exit code."""
+
+    monkeypatch.setattr(report.host_times, "__kwdefaults__", {"seconds": 0.0})  # enough to see that there are times
 
     def call() -> tuple[str, int]:
         code = report.main()
@@ -175,6 +177,7 @@ def test_an_exception_in_a_kernel_fails(monkeypatch, main):
     assert verdicts(text)["sample_kl"] == "ok"
 
 
+@once
 def test_what_cannot_be_found_out(monkeypatch, main):
     """Nor do warnings get lost: Torch says by one why it cannot use a GPU."""
 
@@ -254,12 +257,14 @@ def test_why_a_backend_was_chosen(monkeypatch, device, forced, triton, interpret
     assert f"{choice.backend.__name__}: {choice.reason}" == f"fastelbo.engine.{expected}"
 
 
+@once
 def test_a_forced_backend():
     result = run("-m", "fastelbo", FASTELBO_BACKEND="torch")
     assert result.returncode == 0
     assert field(result.stdout, "backend") == "fastelbo.engine.torch_backend: FASTELBO_BACKEND=torch forces it"
 
 
+@once
 def test_without_anything_but_torch():
     blocked = "import runpy, sys; sys.modules.update(triton=None, numpy=None); "
     code = blocked + "runpy.run_module('fastelbo', run_name='__main__', alter_sys=True)"
@@ -279,6 +284,7 @@ if DEVICE.type == "cpu":
     BAD.append(("triton", None, message))
 
 
+@once
 @pytest.mark.parametrize("forced, interpreted, message", BAD)
 def test_a_backend_that_cannot_be(forced, interpreted, message):
     result = run("-m", "fastelbo", FASTELBO_BACKEND=forced, TRITON_INTERPRET=interpreted)

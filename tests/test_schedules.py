@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastelbo
+from conftest import once
 from fastelbo import schedules
 from support import make_inputs
 
@@ -127,6 +128,7 @@ def test_pickle_and_equality(schedule):
     assert sum(schedule == one for one in EACH.values()) == 1
 
 
+@once
 @pytest.mark.parametrize("name", EACH)
 def test_compiled_step_compiles_once(name, device):
     """A step in a tensor, counted on in the graph, or beta in a tensor that is written between the steps."""

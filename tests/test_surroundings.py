@@ -56,7 +56,9 @@ def test_default_dtype(restored, device):
 @pytest.mark.parametrize("weighted", (False, True), ids=("", "weighted"))
 @pytest.mark.parametrize("name", (*CASES, "bernoulli", "optimal"))
 def test_default_dtype_of_everything(name, weighted, restored, device):
-    """Whatever the likelihood and the posterior are: none of their constants has the default dtype."""
+    """Whatever the likelihood and the posterior are: none of their constants has the default dtype. They know nothing of each
+    other, so one likelihood meets all posteriors."""
+    posteriors = ("logvar", "log_std", "std", "var") if name == "bernoulli" else ("std",)
     if name in CASES:
         parameters, x = CASES[name].make(torch.float32, device)
         likelihood = CASES[name].likelihood
@@ -68,13 +70,13 @@ def test_default_dtype_of_everything(name, weighted, restored, device):
     results = []
     for dtype in (torch.float32, torch.float64):
         torch.set_default_dtype(dtype)
-        for posterior in ("logvar", "log_std", "std", "var"):
+        for posterior in posteriors:
             terms = fastelbo.loss(
                 parameters[0] if len(parameters) == 1 else tuple(parameters), x, mu, second, posterior=posterior,
                 likelihood=likelihood, weight=weight,
             )  # fmt: skip
             results.append([t.detach() for t in (*terms, *gradients(terms.loss, *parameters, second))])
-    for found, expected in zip(results[4:], results[:4], strict=True):
+    for found, expected in zip(results[len(posteriors) :], results[: len(posteriors)], strict=True):
         assert [t.dtype for t in found] == [t.dtype for t in expected]
         assert found[0].dtype == torch.float32
         torch.testing.assert_close(found, expected)
