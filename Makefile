@@ -27,13 +27,13 @@ demo-iwae: $(READY)
 
 # Both backends pass the same tests, side by side: Torch, and Triton through its interpreter, which a process chooses before it
 # imports triton.
-test: lint
-	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) test-torch test-triton
+test: $(READY)
+	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) test-torch test-triton lint
 
 test-torch: $(READY)
 	$(RUN) -m pytest
 
-# In two parts, since the interpreter takes twice as long as Torch.
+# In two parts, so that both processors are busy to the end.
 test-triton: test-triton-a-l test-triton-m-z
 
 test-triton-a-l test-triton-m-z: test-triton-%: $(READY)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from . import posteriors
 from .latents import clamped, divergence, divergence_bwd_kernel, divergence_fwd_kernel
-from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, _resident_programs, arrivals, launch, tile_size
+from .launch import FINISH, MANY_REGISTERS, THREADS, TRITON_DTYPE, Segment, resident_programs, arrivals, launch, tile_size
 
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
@@ -144,7 +144,7 @@ def divergence_columns(
     block = min(max(16, triton.next_power_of_2(columns)), THREADS)
     rows = tile_size(mu, second) // block
     blocks = triton.cdiv(columns, block)
-    chunks = max(1, min(triton.cdiv(batch, rows), _resident_programs(mu.device) // max(blocks, 1)))
+    chunks = max(1, min(triton.cdiv(batch, rows), resident_programs(mu.device) // max(blocks, 1)))
     # In the memory format of a batch of that many samples.
     partials = [
         torch.empty((chunks, *mu.shape[1:]), dtype=torch.float64, device=mu.device, memory_format=layout)
@@ -155,6 +155,7 @@ def divergence_columns(
         mu, second, prior_mu, prior_second, *(partials if statistics else (*partials, None, None)), batch, columns, chunks,
         **_constants(mu, prior_mu, prior_second, posterior, clamp, prior), DTYPE=TRITON_DTYPE[dtype],
         WIDE=mu.numel() + chunks * rows * columns >= 2**31, ROWS=rows, BLOCK=block,
+        **(MANY_REGISTERS if mu.element_size() == 2 else {}),
     )  # fmt: skip
     kl, *sums = (partial.sum(0) for partial in partials)
     return (kl * kl_weight).to(dtype), tuple(s.to(dtype) for s in sums) or None

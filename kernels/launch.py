@@ -48,7 +48,7 @@ def tile_size(first: torch.Tensor, second: torch.Tensor) -> int:
 
 
 @functools.cache
-def _resident_programs(device: torch.device) -> int:
+def resident_programs(device: torch.device) -> int:
     """Programs that the device can hold at once; more only queue up."""
     if device.type != "cuda":
         return PROGRAMS
@@ -75,7 +75,7 @@ class Segment(NamedTuple):
         if tensor is None or rows == 0:
             return cls(0, 0, True, False)
         columns = tensor.numel() // rows
-        programs = min(triton.cdiv(columns, tile), max(1, _resident_programs(tensor.device) // rows))
+        programs = min(triton.cdiv(columns, tile), max(1, resident_programs(tensor.device) // rows))
         # The loop counter runs past the end by at most one stride.
         wide = tensor.numel() + programs * tile >= 2**31
         return cls(columns, max(1, programs), rows == 1 or columns % 16 == 0, wide)

@@ -91,11 +91,12 @@ def cases(name, device):
                 latent = mu.detach(), logvar.detach()
                 yield to_recon, to_kl, recon_x.detach(), None, None, x, weight, *latent, kl, *rest, [True, False, False]
     elif name == "latents":
+        for call in CALLS:
+            strided = call in ("sum", "floor", "columns")
+            noise = seed(device) if TAKES_SEEDS else torch.randn_like(next(iter(latents(device, strided=strided))))
+            yield latents_arguments(call, device, None if call in ("columns", "prior") else noise, strided)
         for strided in (False, True):
-            noises = [torch.randn_like(next(iter(latents(device, strided=strided))))] + [seed(device)] * TAKES_SEEDS
-            for call in CALLS:
-                for noise in (None,) if call in ("columns", "prior") else noises:
-                    yield latents_arguments(call, device, noise, strided)
+            yield latents_arguments("row", device, torch.randn_like(next(iter(latents(device, strided=strided)))), strided)
     elif name == "latents_backward":
         for call in ("sum", "row", "balance"):
             mu, second, prior_mu, prior_second, _, *rest = latents_arguments(call, device)
@@ -140,7 +141,7 @@ def test_opcheck(name, device):
     if name.startswith("loss"):
         several = list(cases_of_several(name, device))
         for i, args in enumerate(several):
-            torch.library.opcheck(operator, args, test_utils="ALL" if i % 5 == 0 else seen)
+            torch.library.opcheck(operator, args, test_utils="ALL" if i < 2 else seen)
 
 
 @pytest.mark.parametrize("case", SEVERAL)
