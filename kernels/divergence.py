@@ -8,7 +8,7 @@ import triton.language as tl
 
 from . import posteriors
 from .latents import clamped, divergence, divergence_bwd_kernel, divergence_fwd_kernel
-from .launch import FINISH, MANY_REGISTERS, THREADS, TRITON_DTYPE, Segment, resident_programs, arrivals, launch, tile_size
+from .launch import FINISH, MANY_REGISTERS, THREADS, TRITON_DTYPE, Segment, arrivals, launch, resident_programs, tile_size
 
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
