@@ -299,7 +299,7 @@ def _spare(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if like.device.type != "cpu" or (found := _memory.pairs.get(dtype)) is None or found.shape[1] < like.numel():
         return _made_pair(like, dtype)
     shape, stride = like.shape, like.stride()
-    return found[0].as_strided(shape, stride, 0), found[1].as_strided(shape, stride, found.shape[1])
+    return found.as_strided(shape, stride), found.as_strided(shape, stride, found.shape[1])
 
 
 def _made_pair(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
