@@ -365,7 +365,7 @@ def test_dtypes(posterior, dtype, device):
     z, kl = fastelbo.sample_kl(mu, second, posterior=posterior, prior=(prior_mu, prior_second), eps=eps)
     m, s, pm, ps = as_double(mu, second, prior_mu, prior_second)
     exact_z, exact_kl = m + STD[posterior](s) * eps.double(), naive(posterior, "pair", m, s, pm, ps).sum()
-    tolerance = 2 * torch.finfo(dtype).eps + 2 * APPROXIMATE
+    tolerance = 2 * torch.finfo(dtype).eps + 3 * APPROXIMATE  # of a deviation: one reciprocal squared, and another
     assert (z.dtype, kl.dtype) == (dtype, torch.float32)
     assert relative(z, exact_z) <= tolerance
     assert relative(kl, exact_kl) <= 3e-7
