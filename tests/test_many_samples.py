@@ -188,7 +188,7 @@ def test_memory_does_not_grow(estimator, device):
     step(2)  # what a thread keeps between calls is there
     one, *several = (peak_bytes(lambda k=k: step(k), device) for k in (1, 8, 24))
     assert max(several) - sums <= 1.2 * one, (one, several, sums)
-    assert peak_bytes(lambda: step(8, chunk=8), device) > 6 * one  # this measures what it should
+    assert peak_bytes(lambda: step(8, chunk=8), device) > 5 * one  # this measures what it should
 
 
 # The decoder, run again.
