@@ -78,9 +78,8 @@ def loss_forward(
     given = torch.zeros((rows,) if per_sample else ()) if kl else None
     guess = torch.ones(rows, dtype=dtype) if gradient else None
     latents = (None, None) if kl else (mu, logvar)
-    return record(
-        lambda: kernels.loss_forward(recon_x, x, *latents, given, 1.0, guess, **_settings(likelihood, per_sample, dtype))
-    )
+    launches = kernels.Loss(recon_x, x, latents[0], **_settings(likelihood, per_sample, dtype))
+    return record(lambda: launches.forward(recon_x, x, *latents, given, 1.0, guess))
 
 
 def loss_backward(
@@ -101,10 +100,8 @@ def loss_backward(
     upstream = torch.ones((len(recon_x),) if per_sample else (), dtype=dtype)
     stored = (None, None) if retained or not recon else (torch.empty_like(recon_x), upstream.reshape(-1))
     wants = {"wants_recon": recon, "wants_latents": latents, "wants_kl": kl}
-    settings = _settings(likelihood, per_sample, dtype)
-    return record(
-        lambda: kernels.loss_backward(recon_x, x, mu, logvar, 1.0, (upstream, None, None), *stored, **settings, **wants)
-    )
+    launches = kernels.Loss(recon_x, x, mu if latents else None, **_settings(likelihood, per_sample, dtype))
+    return record(lambda: launches.backward(recon_x, x, mu, logvar, 1.0, (upstream, None, None), *stored, **wants))
 
 
 def reconstruction(
@@ -182,15 +179,15 @@ def divergence_backward(latent, *, posterior="logvar", prior=None):
 
 def sample_forward(latent, *, seeded=True, per_sample=False, features=20, wants_kl=True):
     mu, noise, dtype = _latents(latent, seeded, features)
-    options = {"kl_weight": 1.0, "per_sample": per_sample, "dtype": dtype, "wants_kl": wants_kl}
-    return record(lambda: kernels.sample_forward(mu, mu.clone(), noise, **options))
+    launches = kernels.Sample(mu, mu, kl_weight=1.0, per_sample=per_sample, dtype=dtype)
+    return record(lambda: launches.forward(mu, mu.clone(), noise, wants_kl=wants_kl))
 
 
 def sample_backward(latent, *, seeded=True):
     mu, noise, dtype = _latents(latent, seeded)
     upstreams = None, torch.ones((), dtype=dtype)
-    options = {"kl_weight": 1.0, "per_sample": False, "dtype": dtype}
-    return record(lambda: kernels.sample_backward(mu.clone(), mu, mu.clone(), noise, 1.0, upstreams, **options))
+    launches = kernels.Sample(mu, mu, kl_weight=1.0, per_sample=False, dtype=dtype)
+    return record(lambda: launches.backward(mu.clone(), mu, mu.clone(), noise, 1.0, upstreams))
 
 
 def log_ratio_forward(latent, *, posterior="logvar", prior=None, features=64, wants_logs=True):

@@ -5,22 +5,21 @@ it, with a docstring that says what it takes.
 """
 
 from . import categorical, divergence, mixture, reconstruction
-from .latents import draw_noise, sample_backward, sample_forward
-from .launch import INTERPRETED
+from .direct import INTERPRETED, stream_of
+from .latents import Sample, draw_noise
 from .log_ratio import log_ratio_backward, log_ratio_forward
-from .loss import loss_backward, loss_forward
+from .loss import Loss
 
 __all__ = [
     "INTERPRETED",
+    "Loss",
+    "Sample",
     "categorical",
     "divergence",
     "draw_noise",
     "log_ratio_backward",
     "log_ratio_forward",
-    "loss_backward",
-    "loss_forward",
     "mixture",
     "reconstruction",
-    "sample_backward",
-    "sample_forward",
+    "stream_of",
 ]

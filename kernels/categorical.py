@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from . import positions
-from .launch import FINISH, INTERPRETED, MANY_REGISTERS, TRITON_DTYPE, arrivals, as_bytes, launch
+from .launch import FINISH, INTERPRETED, MANY_REGISTERS, TRITON_DTYPE, as_bytes, launch, scratch
 from .numerics import exp_below, log_of_positive
 from .operands import is_wrong, reciprocal, scalar
 from .positions import blocks_of, divisor_arguments, place, programs_of
@@ -255,8 +255,7 @@ def _launch(
     programs = programs_of(blocks, rows, device, read_again)
     partials = arrived = None
     if recon is not None:
-        partials = prediction.new_empty(rows * programs, dtype=torch.float64)
-        arrived = arrivals(device, rows, stateless)
+        partials, arrived = scratch(device, rows, rows * programs, stateless)
     launch(
         categorical_kernel, rows * programs, device,
         prediction, as_bytes(x), weight if weight is None else as_bytes(weight), gradient, factor, used, seen,

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from . import posteriors
 from .latents import clamped, divergence, divergence_bwd_kernel, divergence_fwd_kernel
-from .launch import FINISH, MANY_REGISTERS, THREADS, TRITON_DTYPE, Segment, arrivals, launch, resident_programs, tile_size
+from .launch import FINISH, MANY_REGISTERS, THREADS, TRITON_DTYPE, Segment, launch, resident_programs, scratch, tile_size
 
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
@@ -91,8 +91,7 @@ def divergence_forward(
     else:
         kl = mu.new_empty(shape, dtype=dtype)
         weighted = None if floor is None else mu.new_empty(shape, dtype=dtype)
-        partials = mu.new_empty(programs if floor is None else 2 * programs, dtype=torch.float64)
-        arrived = arrivals(mu.device, rows, stateless)
+        partials, arrived = scratch(mu.device, rows, programs if floor is None else 2 * programs, stateless)
     launch(
         divergence_fwd_kernel, programs, mu.device,
         mu, second, prior_mu, prior_second, noise, z, kl, weighted, partials, arrived,

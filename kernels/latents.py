@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, arrivals, launch, pointer_and_value, tile_size
+from .direct import Launch
+from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
 from .noise import normals
 from .operands import kl_factor, row_bounds, scalar, upstream_of
 from .posteriors import logvar as logvar_posterior
@@ -308,42 +309,50 @@ def draw_noise(like: torch.Tensor, layout: torch.memory_format, generator: torch
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=like.device, generator=generator)
 
 
-def sample_forward(mu, logvar, noise, *, kl_weight, per_sample, dtype, wants_kl, stateless=False):
-    """z = mu + exp(logvar / 2) * noise, unless `noise` is None, and the KL, `[]` or `[B]`, if it is wanted: `(z, kl)`.
+class Sample:
+    """The launches of a sample and its KL for latents of one kind, with all that follows from shapes and options.
 
-    `mu` and `logvar` are of one shape `[B, ...]` and dense layout. `noise`: likewise, or a seed from `draw_noise`. The KL is
-    times `kl_weight`. `stateless`: keep nothing for later calls.
+    `mu` and `logvar` are of one shape `[B, ...]` and dense layout. The KL is times `kl_weight`, `[]` or `[B]`.
     """
-    rows = mu.shape[0] if per_sample else 1
-    z = None if noise is None else torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
-    kl = mu.new_empty(rows if per_sample else (), dtype=dtype) if wants_kl else None
-    tile = tile_size(mu, logvar)
-    latents = Segment.of(mu, rows, tile)
-    programs = rows * latents.programs
-    partials = mu.new_empty(programs, dtype=torch.float64) if wants_kl else None
-    arrived = arrivals(mu.device, rows, stateless) if wants_kl else None
-    launch(
-        sample_fwd_kernel, programs, mu.device,
-        mu, logvar, noise, z, kl, partials, arrived, kl_weight, latents.columns, latents.programs,
-        DTYPE=TRITON_DTYPE[dtype], ALIGNED=latents.aligned, WIDE=latents.wide, BLOCK=tile,
-        THREADS=THREADS, FINISH=FINISH,
-    )  # fmt: skip
-    return z, kl
 
+    __slots__ = "_backward", "_forward", "device", "dtype", "numbers", "rows", "segment", "shape", "z_dtype"
 
-def sample_backward(grad_z, mu, logvar, noise, beta, upstreams, *, kl_weight, per_sample, dtype):
-    """Gradients by `mu` and `logvar`: `grad_z` arrived at z, `upstreams` at a loss, in which the KL is times `beta`, and at the
-    KL, each `[]`, `[B]` or None; at least one of the three is there."""
-    rows = mu.shape[0] if per_sample else 1
-    upstreams = [g if g is None else g.contiguous() for g in upstreams]
-    has_kl = any(g is not None for g in upstreams)
-    grad_mu, grad_logvar = torch.empty_like(mu) if has_kl else grad_z, torch.empty_like(logvar)
-    tile = tile_size(mu, logvar)
-    latents = Segment.of(mu, rows, tile)
-    launch(
-        sample_bwd_kernel, rows * latents.programs, mu.device,
-        grad_z, mu, logvar, noise, grad_mu, grad_logvar, *upstreams, *pointer_and_value(beta),
-        kl_weight, latents.columns, latents.programs,
-        HAS_KL=has_kl, DTYPE=TRITON_DTYPE[dtype], ALIGNED=latents.aligned, WIDE=latents.wide, BLOCK=tile,
-    )  # fmt: skip
-    return grad_mu, grad_logvar
+    def __init__(self, mu, logvar, *, kl_weight, per_sample, dtype) -> None:
+        self.rows = mu.shape[0] if per_sample else 1
+        self.shape = (self.rows,) if per_sample else ()
+        self.device, self.dtype, self.z_dtype = mu.device, dtype, torch.promote_types(mu.dtype, logvar.dtype)
+        tile, options = tile_size(mu, logvar), options_of(mu.device)
+        self.segment = segment = Segment.of(mu, self.rows, tile)
+        self.numbers = kl_weight, segment.columns, segment.programs
+        constants = {"DTYPE": TRITON_DTYPE[dtype], "ALIGNED": segment.aligned, "WIDE": segment.wide, "BLOCK": tile}
+        self._forward = Launch(sample_fwd_kernel, self.device, constants | {"THREADS": THREADS, "FINISH": FINISH}, options)
+        self._backward = [
+            Launch(sample_bwd_kernel, self.device, {"HAS_KL": has_kl} | constants, options) for has_kl in (False, True)
+        ]
+
+    def forward(self, mu, logvar, noise, *, wants_kl, stateless=False):
+        """z = mu + exp(logvar / 2) * noise, unless `noise` is None, and the KL if it is wanted: `(z, kl)`.
+
+        `noise`: of the shape and layout of `mu`, or a seed from `draw_noise`. `stateless`: keep nothing for later calls.
+        """
+        programs, kl, partials, arrived = self.rows * self.segment.programs, None, None, None
+        z = None if noise is None else torch.empty_like(mu, dtype=self.z_dtype)
+        if wants_kl:
+            kl = mu.new_empty(self.shape, dtype=self.dtype)
+            partials, arrived = scratch(self.device, self.rows, programs, stateless)
+        self._forward(programs, (mu, logvar, noise, z, kl, partials, arrived), self.numbers)
+        return z, kl
+
+    def backward(self, grad_z, mu, logvar, noise, beta, upstreams):
+        """Gradients by `mu` and `logvar`: `grad_z` arrived at z, `upstreams` at a loss, in which the KL is times `beta`, and at
+        the KL, each `[]`, `[B]` or None; at least one of the three is there."""
+        grad_loss, grad_kl = (g if g is None else g.contiguous() for g in upstreams)
+        has_kl = grad_loss is not None or grad_kl is not None
+        grad_mu, grad_logvar = torch.empty_like(mu) if has_kl else grad_z, torch.empty_like(logvar)
+        pointer, value = pointer_and_value(beta)
+        self._backward[has_kl](
+            self.rows * self.segment.programs,
+            (grad_z, mu, logvar, noise, grad_mu, grad_logvar, grad_loss, grad_kl, pointer),
+            (value, *self.numbers),
+        )
+        return grad_mu, grad_logvar

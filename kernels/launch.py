@@ -1,13 +1,14 @@
 """How a launch is laid out: tiles, programs, integer width, and the counters by which programs find out who is last."""
 
 import functools
+import threading
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret
+from .direct import INTERPRETED, Launch, stream_of
 
 # Of a program, and so of the running sums: each thread keeps one.
 THREADS = 128
@@ -56,7 +57,7 @@ def resident_programs(device: torch.device) -> int:
 
 
 @functools.cache
-def _options(device: torch.device) -> dict:
+def options_of(device: torch.device) -> dict:
     """What every launch is compiled with. Triton's default for the fusion of products and sums changes after 3.9."""
     warp = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
     return {"num_warps": THREADS // warp, "enable_fp_fusion": True}
@@ -81,36 +82,44 @@ class Segment(NamedTuple):
         return cls(columns, max(1, programs), rows == 1 or columns % 16 == 0, wide)
 
 
-_arrivals: dict[tuple[torch.device, int], torch.Tensor] = {}
+_scratch: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
 
-def arrivals(device: torch.device, rows: int, stateless: bool) -> torch.Tensor:
-    """One zero a row, `[rows]` int32: the counters that the last program of each row sets back to zero.
+def scratch(device: torch.device, rows: int, programs: int, stateless: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for partial sums, float64, at least one a program, and counters, int32, at least one zero a row, which the last
+    program of each row sets back to zero.
 
-    Launches on one stream run one after the other and share theirs. A captured launch takes its own, since its graph may be
-    replayed on any stream; so does a stateless one, which may run while `torch.compile` warms a graph up, with memory from the
-    graph's pool, in which nothing may stay.
+    Launches on one stream run one after the other and share theirs; where there are no streams, a thread's do. A captured
+    launch takes its own, since its graph may be replayed on any stream; so does a stateless one, which may run while
+    `torch.compile` warms a graph up, with memory from the graph's pool, in which nothing may stay.
     """
-    if stateless:
-        return torch.zeros(rows, dtype=torch.int32, device=device)
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(rows, dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-    counters = _arrivals.get((device, stream))
-    if counters is None or counters.numel() < rows:
-        counters = torch.zeros(max(rows, 1024), dtype=torch.int32, device=device)
-        _arrivals[device, stream] = counters
-    return counters
+    is_cuda = device.type == "cuda"
+    if stateless or (is_cuda and torch._C._cuda_isCurrentStreamCapturing()):
+        return _new_scratch(device, rows, programs)
+    key = device, stream_of(device) if is_cuda else threading.get_ident()
+    found = _scratch.get(key)
+    if found is None or found[0].numel() < programs or found[1].numel() < rows:
+        with torch.inference_mode(False):  # what is made in inference mode cannot be written outside of it
+            found = _scratch[key] = _new_scratch(device, max(rows, 1024), max(programs, 4096))
+    return found
+
+
+def _new_scratch(device: torch.device, rows: int, programs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    partials = torch.empty(programs, dtype=torch.float64, device=device)
+    return partials, torch.zeros(rows, dtype=torch.int32, device=device)
+
+
+_launches: dict[tuple, Launch] = {}
 
 
 def launch(kernel, programs: int, device: torch.device, *args, **constants) -> None:
     """Launch on `device`, whichever is current. No programs, no launch."""
-    if programs == 0:
-        return
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[(programs,)](*args, **constants, **_options(device))
-    else:
-        kernel[(programs,)](*args, **constants, **_options(device))
+    # Kernels and device functions are told apart by their addresses, since a hash of them takes long; a launch keeps them.
+    key = id(kernel), device, *[c if type(c) in PLAIN else id(c) for c in constants.values()]
+    found = _launches.get(key)
+    if found is None:
+        found = _launches[key] = Launch(kernel, device, constants, options_of(device))
+    found(programs, args[: found.tensors], args[found.tensors :])
+
+
+PLAIN = (int, bool, str, float, type(None))

@@ -14,7 +14,7 @@ import triton.language as tl
 from . import posteriors
 from .divergence import _constants
 from .latents import clamped, noise_tile, seed_or_noise
-from .launch import FINISH, MANY_REGISTERS, THREADS, TRITON_DTYPE, Segment, arrivals, launch, tile_size
+from .launch import FINISH, MANY_REGISTERS, THREADS, TRITON_DTYPE, Segment, launch, scratch, tile_size
 from .operands import row_bounds, upstream_of
 from .reduction import arrive_last, fold, ordered_sum
 
@@ -193,7 +193,7 @@ def log_ratio_forward(
     programs = rows * latents.programs
     if wants_logs:
         log_q, log_p = (mu.new_empty(rows, dtype=dtype) for _ in range(2))
-        partials, arrived = mu.new_empty(2 * programs, dtype=torch.float64), arrivals(mu.device, rows, False)
+        partials, arrived = scratch(mu.device, rows, 2 * programs, False)
     launch(
         log_ratio_fwd_kernel, programs, mu.device,
         mu, second, prior_mu, prior_second, noise, z, log_q, log_p, partials, arrived,

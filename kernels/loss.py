@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from . import likelihoods
-from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, arrivals, as_bytes, launch, pointer_and_value, tile_size
+from .direct import Launch
+from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
 from .numerics import exp_and_expm1
 from .operands import kl_factor, row_bounds, scalar, upstream_of
 from .reduction import arrive_last, fold, ordered_sum
@@ -30,13 +31,13 @@ def recon_tile(
 
 
 @triton.jit
-def target_row(target, base, row, batch, features, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
-    """The pointer from which a row's offsets, from `base` on, lead to its target: row % batch, unless `batch` is None."""
-    if batch is None:
-        return target
-    else:
+def target_row(target, base, row, batch, features, SHARED: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
+    """The pointer from which a row's offsets, from `base` on, lead to its target: row % batch of one that samples share."""
+    if SHARED:
         # The compiler sees that 16 divides the difference where it sees that of both.
         return target + (row_bounds(row % batch, features, ALIGNED, WIDE)[0] - base)
+    else:
+        return target
 
 
 @triton.jit
@@ -61,9 +62,9 @@ def kl_backward_tile(mu, logvar, grad_mu, grad_logvar, offsets, mask, factor, DT
 def loss_fwd_kernel(
     prediction, target, gradient, guess, mu, logvar, kl, partials, arrived, loss_out, recon_out, kl_out, beta,
     beta_value: tl.float64, scale_value: tl.float64, target_scale: tl.float64, recon_weight: tl.float64, kl_weight: tl.float64,
-    features: tl.int64, latents: tl.int64, recon_programs: tl.int32, programs: tl.int32, batch,
-    LIKELIHOOD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LATENTS_ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr, THREADS: tl.constexpr, FINISH: tl.constexpr,
+    features: tl.int64, latents: tl.int64, recon_programs: tl.int32, programs: tl.int32, batch: tl.int32,
+    LIKELIHOOD: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    LATENTS_ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
@@ -75,7 +76,7 @@ def loss_fwd_kernel(
         s = scalar(None, scale_value, DTYPE)
         ts = scalar(None, target_scale, DTYPE)
         base, end = row_bounds(row, features, ALIGNED, WIDE)
-        target = target_row(target, base, row, batch, features, ALIGNED, WIDE)
+        target = target_row(target, base, row, batch, features, SHARED, ALIGNED, WIDE)
         for start in tl.range(worker * BLOCK, end, recon_programs * BLOCK):
             o = start + tl.arange(0, BLOCK)
             tile = recon_tile(prediction, target, gradient, base + o, o < end, factor, s, ts, LIKELIHOOD, DTYPE)
@@ -110,9 +111,9 @@ def loss_bwd_kernel(
     prediction, target, gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl, grad_loss, grad_recon, grad_own_kl,
     beta,
     beta_value: tl.float64, scale_value: tl.float64, target_scale: tl.float64, recon_weight: tl.float64, kl_weight: tl.float64,
-    features: tl.int64, latents: tl.int64, recon_programs: tl.int32, programs: tl.int32, batch,
-    LIKELIHOOD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LATENTS_ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    features: tl.int64, latents: tl.int64, recon_programs: tl.int32, programs: tl.int32, batch: tl.int32,
+    LIKELIHOOD: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    LATENTS_ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
@@ -129,7 +130,7 @@ def loss_bwd_kernel(
                 s = scalar(None, scale_value, DTYPE)
                 ts = scalar(None, target_scale, DTYPE)
                 base, end = row_bounds(row, features, ALIGNED, WIDE)
-                target = target_row(target, base, row, batch, features, ALIGNED, WIDE)
+                target = target_row(target, base, row, batch, features, SHARED, ALIGNED, WIDE)
                 for start in tl.range(worker * BLOCK, end, recon_programs * BLOCK):
                     o = start + tl.arange(0, BLOCK)
                     recon_tile(prediction, target, gradient, base + o, o < end, factor, s, ts, LIKELIHOOD, DTYPE)
@@ -153,94 +154,95 @@ def loss_bwd_kernel(
                     kl_backward_tile(mu, logvar, grad_mu, grad_logvar, base + o, o < latents, factor, DTYPE)
 
 
-def loss_forward(
-    recon_x, x, mu, logvar, kl, beta, guess, *,
-    likelihood, scale, target_scale, weights, per_sample, dtype, stateless=False,
-):  # fmt: skip
-    """Loss, reconstruction and KL, and the gradient of the reconstruction.
+class Loss:
+    """The launches of the loss for tensors of one kind, with all that follows from shapes and options.
 
-    - `recon_x`, `x`: prediction and target of one shape `[B, ...]` and one dense layout. `mu`, `logvar`: likewise, or None.
-    - `kl`: a KL that is reduced already, where mu and logvar are None.
-    - `beta`: a float, or a 0-d tensor on the device. `guess`, `[B]` or `[1]`: the upstream factor to store the gradient with;
-      None: no gradient is wanted.
-    - `likelihood`: the name of its device function; `scale`: of those that have a fixed one.
-    - `weights`: the factors that turn the sums of reconstruction and KL into the reduction asked for. `per_sample`: one result
-      a sample, `[B]`, instead of one, `[]`. `dtype`: that of results and arithmetic.
-    - `stateless`: keep nothing for later calls.
-
-    Returns `(loss, recon, kl, gradient)`: three tensors `[]` or `[B]`, and `guess * d recon / d recon_x` or None.
-
-    With `per_sample`, `x` may have a fraction of the rows of `recon_x`, which has several samples of each datum, one of every
-    datum in turn: row r of it is held against row r % B of x. `mu` and `logvar` are None then.
+    Args:
+        recon_x, x: prediction and target of one shape `[B, ...]` and one dense layout.
+        mu: likewise, or None; `logvar` is like it.
+        likelihood: the name of its device function; `scale`: of those that have a fixed one.
+        weights: the factors that turn the sums of reconstruction and KL into the reduction asked for.
+        per_sample: one result a sample, `[B]`, instead of one, `[]`. Then `x` may have a fraction of the rows of `recon_x`,
+            which has several samples of each datum, one of every datum in turn: row r of it is held against row r % B of x.
+            `mu` is None then.
+        dtype: that of results and arithmetic.
     """
-    rows = recon_x.shape[0] if per_sample else 1
-    terms = [recon_x.new_empty(rows if per_sample else (), dtype=dtype) for _ in range(3)]
-    gradient = None if guess is None else torch.empty_like(recon_x)
-    tile = tile_size(recon_x, x)
-    recon, latents = Segment.of(recon_x, rows, tile), Segment.of(mu, rows, tile)
-    programs = recon.programs + latents.programs
-    launch(
-        loss_fwd_kernel, rows * programs, recon_x.device,
-        recon_x, as_bytes(x), gradient, guess, mu, logvar, kl if kl is None else kl.contiguous(),
-        recon_x.new_empty(rows * programs, dtype=torch.float64), arrivals(recon_x.device, rows, stateless), *terms,
-        *pointer_and_value(beta), scale, target_scale, *weights,
-        recon.columns, latents.columns, recon.programs, programs, _batch(recon_x, x, per_sample),
-        LIKELIHOOD=_device_function(likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,
-        LATENTS_ALIGNED=latents.aligned, WIDE=recon.wide or latents.wide, BLOCK=tile, THREADS=THREADS,
-        FINISH=FINISH,
-    )  # fmt: skip
-    return *terms, gradient
 
+    __slots__ = "_backward", "_forward", "batch", "device", "dtype", "latents", "numbers", "recon", "rows", "shape"
 
-def loss_backward(
-    recon_x, x, mu, logvar, beta, upstreams, gradient, used, *,
-    likelihood, scale, target_scale, weights, per_sample, dtype, wants_recon, wants_latents, wants_kl,
-):  # fmt: skip
-    """Gradients by `recon_x`, `mu`, `logvar` and `kl`, each of which may be unwanted; the other arguments are `loss_forward`'s.
+    def __init__(self, recon_x, x, mu, *, likelihood, scale, target_scale, weights, per_sample, dtype) -> None:
+        self.rows = recon_x.shape[0] if per_sample else 1
+        self.shape = (self.rows,) if per_sample else ()
+        self.device, self.dtype = recon_x.device, dtype
+        tile, options = tile_size(recon_x, x), options_of(recon_x.device)
+        recon, latents = Segment.of(recon_x, self.rows, tile), Segment.of(mu, self.rows, tile)
+        self.recon, self.latents = recon.programs, latents.programs
+        self.numbers = scale, target_scale, *weights, recon.columns, latents.columns
+        self.batch = x.shape[0] if per_sample and x.shape[0] != self.rows else 0
+        constants = {
+            "LIKELIHOOD": likelihoods.fixed_gaussian if likelihood == "gaussian" else getattr(likelihoods, likelihood),
+            "SHARED": self.batch != 0, "DTYPE": TRITON_DTYPE[dtype], "ALIGNED": recon.aligned,
+            "LATENTS_ALIGNED": latents.aligned, "WIDE": recon.wide or latents.wide, "BLOCK": tile,
+        }  # fmt: skip
+        self._backward = Launch(loss_bwd_kernel, self.device, constants, options)
+        self._forward = Launch(loss_fwd_kernel, self.device, constants | {"THREADS": THREADS, "FINISH": FINISH}, options)
 
-    `upstreams`: the gradients that arrived at loss, reconstruction and KL, each `[]`, `[B]` or None; one that a wanted
-    gradient needs is there. `gradient` is what forward stored with the factor `used`, or None: corrected where it lies, or
-    computed anew.
+    def forward(self, recon_x, x, mu, logvar, kl, beta, guess, stateless=False):
+        """Loss, reconstruction and KL, and the gradient of the reconstruction.
 
-    Returns `(grad_recon_x, grad_mu, grad_logvar, grad_kl, seen)`, None where unwanted; `seen`, `[B]` or `[1]`, is the upstream
-    factor of the reconstruction, for the next forward to guess.
-    """
-    rows = recon_x.shape[0] if per_sample else 1
-    upstreams = [g if g is None else g.contiguous() for g in upstreams]
-    seen = grad_mu = grad_logvar = grad_kl = None
-    tile = tile_size(recon_x, x)
-    recon = latents = Segment.of(None, rows, tile)
-    if wants_recon:
-        recon = Segment.of(recon_x, rows, tile)
-        seen = recon_x.new_empty(rows, dtype=dtype)
-        if gradient is None:
-            gradient = torch.empty_like(recon_x)
-    else:
-        gradient = None
-    if wants_latents:
-        latents = Segment.of(mu, rows, tile)
-        grad_mu, grad_logvar = torch.empty_like(mu), torch.empty_like(logvar)
-    else:
-        mu = logvar = None
-    if wants_kl:
-        latents = latents._replace(programs=1)
-        grad_kl = recon_x.new_empty(rows if per_sample else (), dtype=dtype)
-    programs = recon.programs + latents.programs
-    launch(
-        loss_bwd_kernel, rows * programs, recon_x.device,
-        recon_x, as_bytes(x), gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl,
-        *upstreams, *pointer_and_value(beta), scale, target_scale, *weights,
-        recon.columns, latents.columns, recon.programs, programs, _batch(recon_x, x, per_sample),
-        LIKELIHOOD=_device_function(likelihood), DTYPE=TRITON_DTYPE[dtype], ALIGNED=recon.aligned,
-        LATENTS_ALIGNED=latents.aligned, WIDE=recon.wide or latents.wide, BLOCK=tile,
-    )  # fmt: skip
-    return gradient, grad_mu, grad_logvar, grad_kl, seen
+        - `kl`: a KL that is reduced already, where mu and logvar are None.
+        - `beta`: a float, or a 0-d tensor on the device. `guess`, `[B]` or `[1]`: the upstream factor to store the gradient
+          with; None: no gradient is wanted.
+        - `stateless`: keep nothing for later calls.
 
+        Returns `(loss, recon, kl, gradient)`: three tensors `[]` or `[B]`, and `guess * d recon / d recon_x` or None.
+        """
+        rows, programs, dtype = self.rows, self.recon + self.latents, self.dtype
+        partials, arrived = scratch(self.device, rows, rows * programs, stateless)
+        loss, recon = recon_x.new_empty(self.shape, dtype=dtype), recon_x.new_empty(self.shape, dtype=dtype)
+        kl_out = recon_x.new_empty(self.shape, dtype=dtype)
+        gradient = None if guess is None else torch.empty_like(recon_x)
+        if kl is not None:
+            kl = kl.contiguous()
+        pointer, value = pointer_and_value(beta)
+        self._forward(
+            rows * programs,
+            (recon_x, x, gradient, guess, mu, logvar, kl, partials, arrived, loss, recon, kl_out, pointer),
+            (value, *self.numbers, self.recon, programs, self.batch),
+        )
+        return loss, recon, kl_out, gradient
 
-def _batch(recon_x, x, per_sample) -> int | None:
-    """Rows of a target that has fewer than the prediction; a call without such a one has a kernel without the argument."""
-    return x.shape[0] if per_sample and x.shape[0] != recon_x.shape[0] else None
+    def backward(
+        self, recon_x, x, mu, logvar, beta, upstreams, gradient, used, *, wants_recon, wants_latents, wants_kl
+    ):  # fmt: skip
+        """Gradients by `recon_x`, `mu`, `logvar` and `kl`, each of which may be unwanted; the arguments are those of `forward`.
 
+        `upstreams`: the gradients that arrived at loss, reconstruction and KL, each `[]`, `[B]` or None; one that a wanted
+        gradient needs is there. `gradient` is what forward stored with the factor `used`, or None: corrected where it lies, or
+        computed anew.
 
-def _device_function(likelihood: str):
-    return likelihoods.fixed_gaussian if likelihood == "gaussian" else getattr(likelihoods, likelihood)
+        Returns `(grad_recon_x, grad_mu, grad_logvar, grad_kl, seen)`, None where unwanted; `seen`, `[B]` or `[1]`, is the
+        upstream factor of the reconstruction, for the next forward to guess.
+        """
+        rows, recon, latents = self.rows, 0, 0
+        upstreams = [g if g is None else g.contiguous() for g in upstreams]
+        seen = grad_mu = grad_logvar = grad_kl = None
+        if wants_recon:
+            recon, seen = self.recon, recon_x.new_empty(rows, dtype=self.dtype)
+            if gradient is None:
+                gradient = torch.empty_like(recon_x)
+        else:
+            gradient = None
+        if wants_latents:
+            latents, grad_mu, grad_logvar = self.latents, torch.empty_like(mu), torch.empty_like(logvar)
+        else:
+            mu = logvar = None
+        if wants_kl:
+            latents, grad_kl = 1, recon_x.new_empty(self.shape, dtype=self.dtype)
+        pointer, value = pointer_and_value(beta)
+        self._backward(
+            rows * (recon + latents),
+            (recon_x, x, gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl, *upstreams, pointer),
+            (value, *self.numbers, recon, recon + latents, self.batch),
+        )
+        return gradient, grad_mu, grad_logvar, grad_kl, seen

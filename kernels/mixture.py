@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import positions
-from .launch import FINISH, INTERPRETED, TRITON_DTYPE, arrivals, as_bytes, launch
+from .launch import FINISH, INTERPRETED, TRITON_DTYPE, as_bytes, launch, scratch
 from .likelihoods import log_bin
 from .numerics import exp_and_expm1, exp_below, log_of_positive
 from .operands import is_wrong, reciprocal, scalar
@@ -231,8 +231,7 @@ def _launch(
     programs = programs_of(blocks, rows, device, 0)
     partials = arrived = None
     if recon is not None:
-        partials = prediction.new_empty(rows * programs, dtype=torch.float64)
-        arrived = arrivals(device, rows, stateless)
+        partials, arrived = scratch(device, rows, rows * programs, stateless)
     launch(
         mixture_kernel, rows * programs, device,
         prediction, as_bytes(x), weight if weight is None else as_bytes(weight), gradient, factor, used, seen,

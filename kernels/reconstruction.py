@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import likelihoods
 from .broadcast import ABSENT, BROADCAST, ELEMENT, ROW, Operand, load_operand
-from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, arrivals, as_bytes, launch, pointer_and_value, tile_size
+from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, as_bytes, launch, pointer_and_value, scratch, tile_size
 from .numerics import exp_and_expm1, log_of_positive
 from .operands import is_wrong, row_bounds, scalar
 from .reduction import arrive_last, fold, ordered_sum
@@ -306,13 +306,11 @@ def _run(
         tile //= 2  # registers would be spilled otherwise
     segment = Segment.of(first, plan.rows, tile)
     programs = plan.rows * segment.programs
-    finishes = sums[0] is not None
+    partials, arrived = (None, None) if sums[0] is None else scratch(first.device, plan.rows, 3 * programs, stateless)
     launch(
         reconstruction_kernel, programs, first.device,
         first, second.tensor, third.tensor, as_bytes(x), weight.tensor, *_padded(gradients), factor, used, seen,
-        first.new_empty(3 * programs, dtype=torch.float64) if finishes else None,
-        arrivals(first.device, plan.rows, stateless) if finishes else None,
-        *sums, *pointer_and_value(divisor), family.soft_min or 0.0, family.target_scale, family.constant,
+        partials, arrived, *sums, *pointer_and_value(divisor), family.soft_min or 0.0, family.target_scale, family.constant,
         segment.columns, segment.programs, plan.rows // max(factor.numel(), 1) if factor is not None else 1,
         second.inner, second.groups, third.inner, third.groups, weight.apart, weight.inner, weight.groups,
         LIKELIHOOD=getattr(likelihoods, family.likelihood), SCALE=_SCALES[family.scale], SOFT=family.soft_min is not None,

@@ -250,10 +250,11 @@ def test_batch_sizes_do_not_compile_anew():
         upstreams = torch.ones(()), None, None
         options = {"kl_weight": 1.0 / batch, "per_sample": False, "dtype": F32}
         gradient = tensor(batch, features, dtype=BF16)
-        yield lambda: kernels.loss_forward(recon_x, x, mu, logvar, None, 0.1 * batch, one, **settings)
-        yield lambda: kernels.loss_backward(recon_x, x, mu, logvar, 0.1 * batch, upstreams, gradient, one, **settings, **wants)
-        yield lambda: kernels.sample_forward(mu, logvar, seed, wants_kl=True, **options)
-        yield lambda: kernels.sample_backward(tensor(batch, latents), mu, logvar, seed, 1.0, upstreams[:2], **options)
+        loss, sample = kernels.Loss(recon_x, x, mu, **settings), kernels.Sample(mu, logvar, **options)
+        yield lambda: loss.forward(recon_x, x, mu, logvar, None, 0.1 * batch, one)
+        yield lambda: loss.backward(recon_x, x, mu, logvar, 0.1 * batch, upstreams, gradient, one, **wants)
+        yield lambda: sample.forward(mu, logvar, seed, wants_kl=True)
+        yield lambda: sample.backward(tensor(batch, latents), mu, logvar, seed, 1.0, upstreams[:2])
         samples = 2 + batch % 3
         z, each = tensor(samples * batch, latents), torch.ones(samples * batch)
         normal = {"samples": samples, "posterior": "logvar", "clamp": None, "prior": None, "dtype": F32}
@@ -261,7 +262,8 @@ def test_batch_sizes_do_not_compile_anew():
         yield lambda: kernels.log_ratio_forward(mu, logvar, seed, *priors, wants_logs=True, **normal)
         yield lambda: kernels.log_ratio_backward(z, each, each, mu, logvar, seed, *priors, priors, **held, **normal)
         decoded, rows = tensor(samples * batch, features, dtype=BF16), settings | {"per_sample": True}
-        yield lambda: kernels.loss_forward(decoded, x, None, None, each, 0.1, each, **rows)
+        of_samples = kernels.Loss(decoded, x, None, **rows)
+        yield lambda: of_samples.forward(decoded, x, None, None, each, 0.1, each)
 
     def compilations(*calls):
         return [{specialization(compiled.record(call)) for call in same} for same in zip(*calls, strict=True)]

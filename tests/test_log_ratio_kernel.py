@@ -13,7 +13,7 @@ if BACKEND != "triton":
     pytest.skip("the Torch backend has the formula", allow_module_level=True)
 
 from device_functions import SIZE, run_normals
-from fastelbo.kernels import log_ratio, loss_backward, loss_forward
+from fastelbo.kernels import Loss, log_ratio
 from fastelbo.kernels import loss as loss_kernels
 from fastelbo.kernels.launch import THREADS
 
@@ -326,9 +326,9 @@ def test_upstream_nan(bad, device):
 @pytest.mark.parametrize("shape", ((3, 16), (3, 20)), ids=str)
 def test_wide_offsets(shape, blocks, device, monkeypatch):
     """As tensors of more than 2^31 elements need them."""
-    for module in (log_ratio, loss_kernels):
-        launch = module.launch
-        monkeypatch.setattr(module, "launch", lambda *args, launch=launch, **rest: launch(*args, **rest | {"WIDE": True}))
+    launch, kept = log_ratio.launch, loss_kernels.Launch
+    monkeypatch.setattr(log_ratio, "launch", lambda *args, **rest: launch(*args, **rest | {"WIDE": True}))
+    monkeypatch.setattr(loss_kernels, "Launch", lambda k, device, constants, o: kept(k, device, constants | {"WIDE": True}, o))
     Case(shape, prior="std", row=True, dtype=F64, device=device, seed=3).check(1e-12)
     check_loss("mse", shape[1], F32, device)
 
@@ -352,9 +352,10 @@ def check_loss(likelihood, features, target, device, samples=3, guessed=True):
     upstream[: rows // 2] = guess[: rows // 2]  # right for some
     found = []
     for shared in (x, x.repeat(samples, 1)):
-        *terms, gradient = loss_forward(recon_x, shared, None, None, kl, 0.7, guess if guessed else None, **settings)
+        launches = Loss(recon_x, shared, None, **settings)
+        *terms, gradient = launches.forward(recon_x, shared, None, None, kl, 0.7, guess if guessed else None)
         stored = (None, None) if gradient is None else (gradient.clone(), guess)
-        backward = loss_backward(recon_x, shared, None, None, 0.7, (upstream, None, None), *stored, **settings, **wants)
+        backward = launches.backward(recon_x, shared, None, None, 0.7, (upstream, None, None), *stored, **wants)
         found.append([t for t in (*terms, gradient, *backward) if t is not None])
     assert len(found[0]) == (7 if guessed else 6)
     for got, expected in zip(*found, strict=True):

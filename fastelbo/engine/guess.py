@@ -35,7 +35,7 @@ class Guess:
             # Capture begins with a sync of the device, so what another stream wrote is there.
             _captured.append(known[1])
             return known[1]
-        stream = torch.cuda.current_stream(device).cuda_stream
+        stream = torch._C._cuda_getCurrentRawStream(device.index)  # its number, without an object for it
         if known is None or known[0] != stream:
             known = self.known = stream, _ones(rows, dtype, device)
         return known[1]
@@ -45,7 +45,7 @@ class Guess:
         if factor.device.type == "cpu":
             self.known = 0, factor
         elif not torch.cuda.is_current_stream_capturing():
-            self.known = torch.cuda.current_stream(factor.device).cuda_stream, factor
+            self.known = torch._C._cuda_getCurrentRawStream(factor.device.index), factor
 
 
 def _ones(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ that a launch writes to.
 from collections.abc import Hashable, Sequence
 from operator import attrgetter
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,8 +65,8 @@ class LossPlan:
 
     __slots__ = (
         "backend", "call", "count", "divisor", "dtype", "guess", "is_dense", "is_elementwise", "is_whole", "kl_weight",
-        "latents", "latents_layout", "layout", "likelihood", "looks", "options", "path", "per_sample", "rows", "scaling",
-        "support", "weight_shape",
+        "latents", "latents_layout", "launches", "layout", "likelihood", "looks", "options", "path", "per_sample", "rows",
+        "scaling", "support", "weight_shape",
     )  # fmt: skip
 
     path: LossPath
@@ -90,11 +91,12 @@ class LossPlan:
     options: dict  # of the likelihood's kernel
     weight_shape: torch.Size | None
     guess: Guess
+    launches: Any  # of the Triton backend, which makes them when they are first needed
 
     def __init__(self, path: LossPath, call: LossCall, tensors: Sequence[Tensor]) -> None:
         parameters, x, weight, latents = call.split(tensors)
         likelihood, first = call.likelihood, parameters[0]
-        self.path, self.call = path, call
+        self.path, self.call, self.launches = path, call, None
         self.likelihood, self.dtype, self.per_sample = likelihood, call.dtype, call.per_sample
         self.count, self.latents = call.parameters, call.latents
         self.rows = first.shape[0] if call.per_sample else 1
@@ -185,11 +187,12 @@ class LatentsPlan:
     """What is known of a sample or a KL before its values are."""
 
     __slots__ = (
-        "backend", "call", "dtype", "is_dense", "is_whole", "kl_weight", "layout", "noise_layout", "per_sample", "wants",
+        "backend", "call", "dtype", "is_dense", "is_whole", "kl_weight", "launches", "layout", "noise_layout", "per_sample",
+        "wants",
     )  # fmt: skip
 
     def __init__(self, call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None, grad_mode: bool) -> None:
-        mu, self.call = tensors[0], call
+        mu, self.call, self.launches = tensors[0], call, None
         self.dtype, self.per_sample, self.kl_weight = call.dtype, call.kind == "row", call.scale(mu)
         self.wants = grad_mode and any(t.requires_grad for t in tensors)
         strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or (

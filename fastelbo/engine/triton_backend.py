@@ -18,16 +18,19 @@ def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
     """See `torch_backend.loss_forward`. `sums`, in the place of the gradients by parameters smaller than the first, are the
     derivatives of the sum by them, times no factor and not over the divisor.
     """
-    call, used = plan.call, None
+    used = None
+    if plan.path.is_plain:
+        recon_x, x, mu, logvar, kl = _plain_tensors(plan, tensors)
+        if wants[0]:
+            used = plan.guess.factor(plan.rows, plan.dtype, x.device) if known is None else known
+        launches = plan.launches or _loss(plan, recon_x, x, mu)
+        loss, recon, kl, gradient = launches.forward(recon_x, x, mu, logvar, kl, beta, used, stateless)
+        return (loss, recon, kl, [gradient], None, used) if plan.latents else (None, recon, None, [gradient], None, used)
+    call = plan.call
     parameters, x, weight, latents = call.split(tensors)
     large = _are_large(parameters, wants)
     if True in large:
         used = plan.guess.factor(plan.rows, call.dtype, x.device) if known is None else known
-    if plan.path.is_plain:
-        loss, recon, kl, gradient = kernels.loss_forward(
-            parameters[0], x, *_latents_or_kl(call, latents), beta, used, **_plain(plan, divisor), stateless=stateless
-        )
-        return (loss, recon, kl, [gradient], None, used) if latents else (None, recon, None, [gradient], None, used)
     recon, gradients = _reconstruct(plan, parameters, x, weight, divisor, used, wants, stateless)
     stored, sums = _apart(gradients, large)
     sums = None if large == list(wants) else sums
@@ -36,29 +39,32 @@ def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
     if call.latents == 1:
         kl = latents[0].to(call.dtype, copy=True)
     else:
-        _, kl = kernels.sample_forward(*latents, None, **_plain_kl(plan), wants_kl=True, stateless=stateless)
+        launches = plan.launches or _sample(plan, *latents)
+        _, kl = launches.forward(*latents, None, wants_kl=True, stateless=stateless)
     loss = recon + beta.to(call.dtype) * kl if isinstance(beta, Tensor) else torch.add(recon, kl, alpha=beta)
     return loss, recon, kl, stored, sums, used
 
 
 def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, needs):
     """See `torch_backend.loss_backward`. What was stored with another factor is corrected where it lies."""
-    call, grads, seen = plan.call, [None] * len(tensors), None
-    parameters, x, weight, latents = call.split(tensors)
-    (grad_loss, grad_recon, grad_kl), n = upstreams, call.parameters
+    grads, seen, n = [None] * len(tensors), None, plan.count
+    grad_loss, grad_recon, grad_kl = upstreams
     wants_recon = True in needs[:n] and not (grad_loss is None and grad_recon is None)
     wants_kl = True in needs[n:] and not (grad_loss is None and grad_kl is None)
     if plan.path.is_plain:
         if not (wants_recon or wants_kl):
             return grads, None
-        mu, logvar, _ = _latents_or_kl(call, latents)
-        grads[0], grad_mu, grad_logvar, own, seen = kernels.loss_backward(
-            parameters[0], x, mu, logvar, beta, upstreams, None if stored is None else stored[0], used, **_plain(plan, divisor),
-            wants_recon=wants_recon, wants_latents=wants_kl and call.latents == 2, wants_kl=wants_kl and call.latents == 1,
+        recon_x, x, mu, logvar, _ = _plain_tensors(plan, tensors)
+        launches = plan.launches or _loss(plan, recon_x, x, mu)
+        grads[0], grad_mu, grad_logvar, own, seen = launches.backward(
+            recon_x, x, mu, logvar, beta, upstreams, None if stored is None else stored[0], used,
+            wants_recon=wants_recon, wants_latents=wants_kl and plan.latents == 2, wants_kl=wants_kl and plan.latents == 1,
         )  # fmt: skip
         if wants_kl:
-            grads[n + 1 :] = (grad_mu, grad_logvar) if call.latents == 2 else (own,)
+            grads[2:] = (grad_mu, grad_logvar) if plan.latents == 2 else (own,)
         return grads, seen
+    call = plan.call
+    parameters, x, weight, latents = call.split(tensors)
     if wants_recon:
         upstream, large = added(grad_loss, grad_recon), _are_large(parameters, needs)
         if sums is None and large != list(needs[:n]):  # those that forward did not keep, as an operator's: all in one launch
@@ -73,7 +79,8 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
     if wants_kl and call.latents == 1:
         grads[-1] = added(grad_loss, grad_kl, beta).to(latents[0].dtype, copy=True)
     elif wants_kl:
-        grads[-2:] = kernels.sample_backward(None, *latents, None, beta, (grad_loss, grad_kl), **_plain_kl(plan))
+        launches = plan.launches or _sample(plan, *latents)
+        grads[-2:] = launches.backward(None, *latents, None, beta, (grad_loss, grad_kl))
     return grads, seen
 
 
@@ -82,8 +89,8 @@ def latents_forward(plan, tensors, noise, stateless=False):
     `sums` are those over the batch of mu and mu^2."""
     call, (mu, second, *priors) = plan.call, tensors
     if call.is_plain:
-        wants_kl = call.kind is not None
-        z, kl = kernels.sample_forward(mu, second, noise, **_plain_kl(plan), wants_kl=wants_kl, stateless=stateless)
+        launches = plan.launches or _sample(plan, mu, second)
+        z, kl = launches.forward(mu, second, noise, wants_kl=call.kind is not None, stateless=stateless)
         return z, kl, None, None
     priors, options = _priors(plan, priors), _divergence(plan)
     if call.kind == "column":
@@ -104,7 +111,8 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
     if grad_z is not None:
         grad_z = grad_z.contiguous(memory_format=plan.layout)
     if call.is_plain:
-        return kernels.sample_backward(grad_z, mu, second, noise, beta, (grad_loss, grad_kl), **_plain_kl(plan))
+        launches = plan.launches or _sample(plan, mu, second)
+        return launches.backward(grad_z, mu, second, noise, beta, (grad_loss, grad_kl))
     factor = None if grad_loss is None and grad_kl is None else added(grad_loss, grad_kl, beta)
     grads = kernels.divergence.divergence_backward(
         grad_z, _as_latents(plan, factor), _as_latents(plan, grad_weighted), mu, second, noise, *_priors(plan, priors),
@@ -144,25 +152,28 @@ def _apart(gradients, large):
     return stored, [None if at else g for g, at in zip(gradients, large, strict=True)]
 
 
-def _latents_or_kl(call, latents):
-    """`(mu, logvar, kl)`, None where there is none."""
-    if call.latents == 2:
-        return *latents, None
-    return None, None, latents[0] if latents else None
+def _plain_tensors(plan, tensors):
+    """`(recon_x, x, mu, logvar, kl)`, None where there is none."""
+    if plan.latents == 2:
+        return *tensors, None
+    recon_x, x, *kl = tensors
+    return recon_x, x, None, None, kl[0] if kl else None
 
 
-def _plain(plan, divisor) -> dict:
-    """The options of the kernel that does it all."""
-    call = plan.call
-    return {
-        "likelihood": call.likelihood.function(1), "scale": call.likelihood.fixed or 1.0, "target_scale": plan.scaling[0],
-        "weights": (1 / divisor, plan.kl_weight), "per_sample": call.per_sample, "dtype": call.dtype,
-    }  # fmt: skip
+def _loss(plan, recon_x, x, mu):
+    """The launches of the kernel that does it all, which the plan keeps."""
+    likelihood = plan.likelihood
+    plan.launches = kernels.Loss(
+        recon_x, x, mu, likelihood=likelihood.function(1), scale=likelihood.fixed or 1.0, target_scale=plan.scaling[0],
+        weights=(1 / plan.divisor, plan.kl_weight), per_sample=plan.per_sample, dtype=plan.dtype,
+    )  # fmt: skip
+    return plan.launches
 
 
-def _plain_kl(plan) -> dict:
-    """The options of the kernels for plain latents."""
-    return {"kl_weight": plan.kl_weight, "per_sample": plan.per_sample, "dtype": plan.dtype}
+def _sample(plan, mu, logvar):
+    """The launches of the kernels for plain latents, which the plan keeps."""
+    plan.launches = kernels.Sample(mu, logvar, kl_weight=plan.kl_weight, per_sample=plan.per_sample, dtype=plan.dtype)
+    return plan.launches
 
 
 def _divergence(plan) -> dict:

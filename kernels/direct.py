@@ -1,0 +1,116 @@
+"""Repeated launches: what Triton has compiled is handed pointers without binding and specializing all arguments again.
+
+`kernel[grid](...)` takes ten times as long as the launch itself. This is the only module that knows Triton's launcher, which is
+private: of versions that it does not know, and wherever something is unusual, launches go through `kernel[grid]`.
+"""
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+
+INTERPRETED = triton.knobs.runtime.interpret
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_runtime = triton.knobs.runtime
+
+
+def stream_of(device: torch.device) -> int:
+    """The number of the current stream, without an object for it."""
+    return _raw_stream(device.index)
+
+
+class Launch:
+    """A kernel with its constants on a device, for many launches.
+
+    A kernel's arguments are tensors, each of which may be None, then numbers, then constants. What is compiled depends on which
+    tensors there are, on their dtypes and alignment, and on the numbers that Triton specializes on or has no type for. The
+    first launch of a kind goes through `kernel[grid]`, which compiles; so does each with tensors that are not aligned, with
+    hooks on launches, or on a device that is not the current one.
+    """
+
+    __slots__ = "constants", "device", "handles", "kernel", "options", "special", "tensors"
+
+    def __init__(self, kernel, device: torch.device, constants: dict, options: dict) -> None:
+        self.kernel, self.device, self.constants, self.options = kernel, device, constants, options
+        self.handles: dict[tuple, Callable] | None = None  # by kind; None where nothing is launched directly
+        self.tensors, self.special = 0, ()  # how many of the arguments are tensors; places of numbers that are part of a kind
+        if device.type == "cuda" and not INTERPRETED:
+            self.handles, self.tensors, self.special = {}, *_arguments(kernel)
+
+    def __call__(self, programs: int, tensors: Sequence[torch.Tensor | None], numbers: Sequence[float]) -> None:
+        """Launch so many programs; no programs, no launch."""
+        if programs == 0:
+            return
+        if self.handles is None:
+            self.by_triton(programs, tensors, numbers)
+            return
+        kind = tuple([None if t is None else t.dtype for t in tensors])
+        if self.special:
+            kind = *kind, *[numbers[i] for i in self.special]
+        pointers = [0 if t is None else t.data_ptr() for t in tensors]
+        usual = not functools.reduce(operator.or_, pointers) & 15 and self.device.index == _current_device()
+        if not usual or _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls or self.kernel.pre_run_hooks:
+            self.by_triton(programs, tensors, numbers)
+            return
+        handle = self.handles.get(kind)
+        if handle is not None:
+            handle(programs, _raw_stream(self.device.index), pointers, numbers)
+            return
+        compiled = self.by_triton(programs, tensors, numbers)
+        handle = handle_of(compiled, len(self.constants))
+        if handle is not None:
+            if len(self.handles) >= LIMIT:
+                self.handles.clear()
+            self.handles[kind] = handle
+
+    def by_triton(self, programs: int, tensors, numbers):
+        """On its device, whichever is current."""
+        tensors = [t.view(torch.uint8) if t is not None and t.dtype == torch.bool else t for t in tensors]
+        if self.device.type != "cuda" or self.device.index == torch.cuda.current_device():
+            return self.kernel[(programs,)](*tensors, *numbers, **self.constants, **self.options)
+        with torch.cuda.device(self.device):
+            return self.kernel[(programs,)](*tensors, *numbers, **self.constants, **self.options)
+
+
+LIMIT = 1024  # kinds of a launch: numbers that are specialized on may be many
+
+
+def _arguments(kernel) -> tuple[int, tuple[int, ...]]:
+    """How many arguments are tensors; the places, among the numbers behind them, of those that are part of what is compiled."""
+    given = [p for p in kernel.params if not p.is_constexpr]
+    tensors = next((i for i, p in enumerate(given) if p.annotation_type or p.do_not_specialize), len(given))
+    fixed = [p.annotation_type == "fp64" or (p.annotation_type and p.do_not_specialize) for p in given[tensors:]]
+    return tensors, tuple(i for i, is_fixed in enumerate(fixed) if not is_fixed)
+
+
+def handle_of(compiled, constants: int) -> Callable | None:
+    """`launch(programs, stream, pointers, numbers)` of what Triton has compiled; None where it is not known how to."""
+    if torch.version.hip or not (3, 6) <= VERSION <= (3, 9):
+        return None
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
+        return None
+    launch, cooperative, pdl, rest = run.launch, run.launch_cooperative_grid, run.launch_pdl, (None,) * constants
+    if VERSION == (3, 6):
+
+        def handle(programs, stream, pointers, numbers):
+            launch(
+                programs, 1, 1, stream, function, cooperative, pdl, None, None, metadata, None, None, None,
+                *pointers, *numbers, *rest,
+            )  # fmt: skip
+
+        return handle
+    annotations, signature = run.arg_annotations, run.kernel_signature
+
+    def handle(programs, stream, pointers, numbers):
+        launch(
+            programs, 1, 1, stream, function, cooperative, pdl, metadata, None, None, None, None, None, annotations, signature,
+            (*pointers, *numbers, *rest),
+        )  # fmt: skip
+
+    return handle
