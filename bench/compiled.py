@@ -99,9 +99,9 @@ def loss_backward(
     dtype = torch.float64 if prediction == torch.float64 else torch.float32
     upstream = torch.ones((len(recon_x),) if per_sample else (), dtype=dtype)
     stored = (None, None) if retained or not recon else (torch.empty_like(recon_x), upstream.reshape(-1))
-    wants = {"wants_recon": recon, "wants_latents": latents, "wants_kl": kl}
+    wants = recon, latents, kl
     launches = kernels.Loss(recon_x, x, mu if latents else None, **_settings(likelihood, per_sample, dtype))
-    return record(lambda: launches.backward(recon_x, x, mu, logvar, 1.0, (upstream, None, None), *stored, **wants))
+    return record(lambda: launches.backward(recon_x, x, mu, logvar, 1.0, (upstream, None, None), *stored, *wants))
 
 
 def reconstruction(
@@ -180,7 +180,7 @@ def divergence_backward(latent, *, posterior="logvar", prior=None):
 def sample_forward(latent, *, seeded=True, per_sample=False, features=20, wants_kl=True):
     mu, noise, dtype = _latents(latent, seeded, features)
     launches = kernels.Sample(mu, mu, kl_weight=1.0, per_sample=per_sample, dtype=dtype)
-    return record(lambda: launches.forward(mu, mu.clone(), noise, wants_kl=wants_kl))
+    return record(lambda: launches.forward(mu, mu.clone(), noise, wants_kl))
 
 
 def sample_backward(latent, *, seeded=True):

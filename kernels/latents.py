@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .direct import Launch
+from .direct import Launch, allocator, on_its_device
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
 from .noise import normals
 from .operands import kl_factor, row_bounds, scalar, upstream_of
@@ -315,14 +315,18 @@ class Sample:
     `mu` and `logvar` are of one shape `[B, ...]` and dense layout. The KL is times `kl_weight`, `[]` or `[B]`.
     """
 
-    __slots__ = "_backward", "_forward", "device", "dtype", "numbers", "rows", "segment", "shape", "z_dtype"
+    __slots__ = (
+        "_backward", "_empty", "_forward", "device", "dtype", "numbers", "programs", "rows", "shape", "strides", "z_dtype",
+    )  # fmt: skip
 
     def __init__(self, mu, logvar, *, kl_weight, per_sample, dtype) -> None:
         self.rows = mu.shape[0] if per_sample else 1
-        self.shape = (self.rows,) if per_sample else ()
-        self.device, self.dtype, self.z_dtype = mu.device, dtype, torch.promote_types(mu.dtype, logvar.dtype)
+        self.shape, self.strides = ((self.rows,), (1,)) if per_sample else ((), ())
+        self.device, self.dtype, self._empty = mu.device, dtype, allocator(mu.device)
+        self.z_dtype = torch.promote_types(mu.dtype, logvar.dtype)
         tile, options = tile_size(mu, logvar), options_of(mu.device)
-        self.segment = segment = Segment.of(mu, self.rows, tile)
+        segment = Segment.of(mu, self.rows, tile)
+        self.programs = self.rows * segment.programs
         self.numbers = kl_weight, segment.columns, segment.programs
         constants = {"DTYPE": TRITON_DTYPE[dtype], "ALIGNED": segment.aligned, "WIDE": segment.wide, "BLOCK": tile}
         self._forward = Launch(sample_fwd_kernel, self.device, constants | {"THREADS": THREADS, "FINISH": FINISH}, options)
@@ -330,19 +334,21 @@ class Sample:
             Launch(sample_bwd_kernel, self.device, {"HAS_KL": has_kl} | constants, options) for has_kl in (False, True)
         ]
 
-    def forward(self, mu, logvar, noise, *, wants_kl, stateless=False):
+    @on_its_device
+    def forward(self, mu, logvar, noise, wants_kl, stateless=False):
         """z = mu + exp(logvar / 2) * noise, unless `noise` is None, and the KL if it is wanted: `(z, kl)`.
 
         `noise`: of the shape and layout of `mu`, or a seed from `draw_noise`. `stateless`: keep nothing for later calls.
         """
-        programs, kl, partials, arrived = self.rows * self.segment.programs, None, None, None
+        kl = partials = arrived = None
         z = None if noise is None else torch.empty_like(mu, dtype=self.z_dtype)
         if wants_kl:
-            kl = mu.new_empty(self.shape, dtype=self.dtype)
-            partials, arrived = scratch(self.device, self.rows, programs, stateless)
-        self._forward(programs, (mu, logvar, noise, z, kl, partials, arrived), self.numbers)
+            kl = self._empty(self.shape, self.strides, self.dtype)
+            partials, arrived = scratch(self.device, self.rows, self.programs, stateless)
+        self._forward(self.programs, (mu, logvar, noise, z, kl, partials, arrived), self.numbers)
         return z, kl
 
+    @on_its_device
     def backward(self, grad_z, mu, logvar, noise, beta, upstreams):
         """Gradients by `mu` and `logvar`: `grad_z` arrived at z, `upstreams` at a loss, in which the KL is times `beta`, and at
         the KL, each `[]`, `[B]` or None; at least one of the three is there."""
@@ -351,7 +357,7 @@ class Sample:
         grad_mu, grad_logvar = torch.empty_like(mu) if has_kl else grad_z, torch.empty_like(logvar)
         pointer, value = pointer_and_value(beta)
         self._backward[has_kl](
-            self.rows * self.segment.programs,
+            self.programs,
             (grad_z, mu, logvar, noise, grad_mu, grad_logvar, grad_loss, grad_kl, pointer),
             (value, *self.numbers),
         )

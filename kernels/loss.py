@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import likelihoods
-from .direct import Launch
+from .direct import Launch, allocator, on_its_device
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
 from .numerics import exp_and_expm1
 from .operands import kl_factor, row_bounds, scalar, upstream_of
@@ -168,12 +168,15 @@ class Loss:
         dtype: that of results and arithmetic.
     """
 
-    __slots__ = "_backward", "_forward", "batch", "device", "dtype", "latents", "numbers", "recon", "rows", "shape"
+    __slots__ = (
+        "_backward", "_empty", "_forward", "batch", "device", "dtype", "latents", "numbers", "recon", "rows", "shape",
+        "strides",
+    )  # fmt: skip
 
     def __init__(self, recon_x, x, mu, *, likelihood, scale, target_scale, weights, per_sample, dtype) -> None:
         self.rows = recon_x.shape[0] if per_sample else 1
-        self.shape = (self.rows,) if per_sample else ()
-        self.device, self.dtype = recon_x.device, dtype
+        self.shape, self.strides = ((self.rows,), (1,)) if per_sample else ((), ())
+        self.device, self.dtype, self._empty = recon_x.device, dtype, allocator(recon_x.device)
         tile, options = tile_size(recon_x, x), options_of(recon_x.device)
         recon, latents = Segment.of(recon_x, self.rows, tile), Segment.of(mu, self.rows, tile)
         self.recon, self.latents = recon.programs, latents.programs
@@ -187,6 +190,7 @@ class Loss:
         self._backward = Launch(loss_bwd_kernel, self.device, constants, options)
         self._forward = Launch(loss_fwd_kernel, self.device, constants | {"THREADS": THREADS, "FINISH": FINISH}, options)
 
+    @on_its_device
     def forward(self, recon_x, x, mu, logvar, kl, beta, guess, stateless=False):
         """Loss, reconstruction and KL, and the gradient of the reconstruction.
 
@@ -199,8 +203,8 @@ class Loss:
         """
         rows, programs, dtype = self.rows, self.recon + self.latents, self.dtype
         partials, arrived = scratch(self.device, rows, rows * programs, stateless)
-        loss, recon = recon_x.new_empty(self.shape, dtype=dtype), recon_x.new_empty(self.shape, dtype=dtype)
-        kl_out = recon_x.new_empty(self.shape, dtype=dtype)
+        result, empty = (self.shape, self.strides, dtype), self._empty
+        loss, recon, kl_out = empty(*result), empty(*result), empty(*result)
         gradient = None if guess is None else torch.empty_like(recon_x)
         if kl is not None:
             kl = kl.contiguous()
@@ -212,8 +216,9 @@ class Loss:
         )
         return loss, recon, kl_out, gradient
 
+    @on_its_device
     def backward(
-        self, recon_x, x, mu, logvar, beta, upstreams, gradient, used, *, wants_recon, wants_latents, wants_kl
+        self, recon_x, x, mu, logvar, beta, upstreams, gradient, used, wants_recon, wants_latents, wants_kl
     ):  # fmt: skip
         """Gradients by `recon_x`, `mu`, `logvar` and `kl`, each of which may be unwanted; the arguments are those of `forward`.
 
@@ -228,7 +233,7 @@ class Loss:
         upstreams = [g if g is None else g.contiguous() for g in upstreams]
         seen = grad_mu = grad_logvar = grad_kl = None
         if wants_recon:
-            recon, seen = self.recon, recon_x.new_empty(rows, dtype=self.dtype)
+            recon, seen = self.recon, self._empty((rows,), (1,), self.dtype)
             if gradient is None:
                 gradient = torch.empty_like(recon_x)
         else:
@@ -238,7 +243,7 @@ class Loss:
         else:
             mu = logvar = None
         if wants_kl:
-            latents, grad_kl = 1, recon_x.new_empty(self.shape, dtype=self.dtype)
+            latents, grad_kl = 1, self._empty(self.shape, self.strides, self.dtype)
         pointer, value = pointer_and_value(beta)
         self._backward(
             rows * (recon + latents),

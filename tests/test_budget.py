@@ -246,14 +246,14 @@ def test_batch_sizes_do_not_compile_anew():
             "likelihood": "bernoulli_logits", "scale": 1.0, "target_scale": 1 / 255, "weights": (1.0, 1.0 / batch),
             "per_sample": False, "dtype": F32,
         }  # fmt: skip
-        wants = {"wants_recon": True, "wants_latents": True, "wants_kl": False}
+        wants = True, True, False
         upstreams = torch.ones(()), None, None
         options = {"kl_weight": 1.0 / batch, "per_sample": False, "dtype": F32}
         gradient = tensor(batch, features, dtype=BF16)
         loss, sample = kernels.Loss(recon_x, x, mu, **settings), kernels.Sample(mu, logvar, **options)
         yield lambda: loss.forward(recon_x, x, mu, logvar, None, 0.1 * batch, one)
-        yield lambda: loss.backward(recon_x, x, mu, logvar, 0.1 * batch, upstreams, gradient, one, **wants)
-        yield lambda: sample.forward(mu, logvar, seed, wants_kl=True)
+        yield lambda: loss.backward(recon_x, x, mu, logvar, 0.1 * batch, upstreams, gradient, one, *wants)
+        yield lambda: sample.forward(mu, logvar, seed, True)
         yield lambda: sample.backward(tensor(batch, latents), mu, logvar, seed, 1.0, upstreams[:2])
         samples = 2 + batch % 3
         z, each = tensor(samples * batch, latents), torch.ones(samples * batch)

@@ -347,7 +347,7 @@ def check_loss(likelihood, features, target, device, samples=3, guessed=True):
         "likelihood": likelihood, "scale": 0.3 if likelihood == "gaussian" else 1.0, "weights": (0.5, 1.0),
         "target_scale": 1.0 if target.is_floating_point else 1 / 255, "per_sample": True, "dtype": F32,
     }  # fmt: skip
-    wants = {"wants_recon": True, "wants_latents": False, "wants_kl": True}
+    wants = True, False, True
     kl, guess, upstream = torch.randn(3, rows, device=device)
     upstream[: rows // 2] = guess[: rows // 2]  # right for some
     found = []
@@ -355,7 +355,7 @@ def check_loss(likelihood, features, target, device, samples=3, guessed=True):
         launches = Loss(recon_x, shared, None, **settings)
         *terms, gradient = launches.forward(recon_x, shared, None, None, kl, 0.7, guess if guessed else None)
         stored = (None, None) if gradient is None else (gradient.clone(), guess)
-        backward = launches.backward(recon_x, shared, None, None, 0.7, (upstream, None, None), *stored, **wants)
+        backward = launches.backward(recon_x, shared, None, None, 0.7, (upstream, None, None), *stored, *wants)
         found.append([t for t in (*terms, gradient, *backward) if t is not None])
     assert len(found[0]) == (7 if guessed else 6)
     for got, expected in zip(*found, strict=True):

@@ -153,7 +153,7 @@ def loss_backward(ctx, plan: LossPlan, beta, divisor, tensors, sums, upstreams, 
         # Handed out once, and without keeping a reference: it becomes `.grad` without a copy, and a second backward through a
         # retained graph, which finds None, leaves it alone.
         stored, ctx.stored = ctx.stored, None
-    tensors = plan.dense(tensors)  # a hook on saved tensors, such as `save_on_cpu`, may bring them back with other strides
+    tensors = plan.again(tensors)
     used = None if stored is None else ctx.used
     grads, seen = plan.backend.loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, needs)
     if seen is not None and ctx.guesses:

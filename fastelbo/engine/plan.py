@@ -66,7 +66,7 @@ class LossPlan:
     __slots__ = (
         "backend", "call", "count", "divisor", "dtype", "guess", "is_dense", "is_elementwise", "is_whole", "kl_weight",
         "latents", "latents_layout", "launches", "layout", "likelihood", "looks", "options", "path", "per_sample", "rows",
-        "scaling", "support", "weight_shape",
+        "scaling", "strides", "support", "weight_shape",
     )  # fmt: skip
 
     path: LossPath
@@ -83,6 +83,7 @@ class LossPlan:
     layout: torch.memory_format  # of what is as large as the first parameter
     latents_layout: torch.memory_format
     is_dense: bool  # all tensors lie as the backends take them
+    strides: tuple  # of those that do
     is_elementwise: bool  # to the Torch backend: no weights, and parameters as large as the target
     is_whole: bool  # and one block, in the dtype of the arithmetic
     scaling: tuple[float, float]  # of the target
@@ -111,7 +112,9 @@ class LossPlan:
         self.options, self.scaling = likelihood.constants(parameters, x), likelihood.scaling(x)
         self.layout = torch.contiguous_format if likelihood.dim is not None else layout_of(first)
         self.latents_layout = layout_of(latents[0]) if call.latents == 2 else torch.contiguous_format
-        self.is_dense = all(a is b for a, b in zip(self.dense(tensors), tensors, strict=True))
+        dense = self.dense(tensors)
+        self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))
+        self.strides = tuple(map(_stride, dense))
         dtype = call.dtype
         self.is_elementwise = likelihood.dim is None and weight is None and all(t.shape == first.shape for t in parameters)
         same = self.scaling == (1.0, 0.0) and all(t.dtype == dtype for t in (*parameters, x))
@@ -138,6 +141,10 @@ class LossPlan:
             found[-2] = found[-2].contiguous(memory_format=self.latents_layout)
             found[-1] = found[-1].contiguous(memory_format=self.latents_layout)
         return found
+
+    def again(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Likewise, of what was saved: a hook, such as `save_on_cpu`, may bring it back with other strides."""
+        return tensors if tuple(map(_stride, tensors)) == self.strides else self.dense(tensors)
 
     def divisor_of(self, tensors: Sequence[Tensor]) -> float | Tensor:
         """What the sum is divided by, where it depends on values."""
@@ -188,7 +195,7 @@ class LatentsPlan:
 
     __slots__ = (
         "backend", "call", "dtype", "is_dense", "is_whole", "kl_weight", "launches", "layout", "noise_layout", "per_sample",
-        "wants",
+        "strides", "wants",
     )  # fmt: skip
 
     def __init__(self, call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None, grad_mode: bool) -> None:
@@ -205,7 +212,9 @@ class LatentsPlan:
         self.layout, self.noise_layout = layout_of(mu), layout_of(tensors[1])
         # To the Torch backend: one small block, in the dtype of the arithmetic.
         self.is_whole = mu.numel() <= torch_backend.SMALL and mu.dtype == tensors[1].dtype == call.dtype
-        self.is_dense = all(a is b for a, b in zip(self.dense(tensors), tensors, strict=True))
+        dense = self.dense(tensors)
+        self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))
+        self.strides = tuple(map(_stride, dense))
 
     def dense(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors as the backends take them; copied only where they are not so yet."""
@@ -216,7 +225,7 @@ class LatentsPlan:
         """Likewise, with the noise, or the seed of it, of what was saved: hooks may bring it back with other strides."""
         if noise is not None and noise.is_floating_point():
             noise = noise.contiguous(memory_format=self.layout)
-        return self.dense(tensors), noise
+        return tensors if tuple(map(_stride, tensors)) == self.strides else self.dense(tensors), noise
 
 
 def latents_plan(call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None) -> LatentsPlan:

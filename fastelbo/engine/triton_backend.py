@@ -40,7 +40,7 @@ def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
         kl = latents[0].to(call.dtype, copy=True)
     else:
         launches = plan.launches or _sample(plan, *latents)
-        _, kl = launches.forward(*latents, None, wants_kl=True, stateless=stateless)
+        _, kl = launches.forward(*latents, None, True, stateless)
     loss = recon + beta.to(call.dtype) * kl if isinstance(beta, Tensor) else torch.add(recon, kl, alpha=beta)
     return loss, recon, kl, stored, sums, used
 
@@ -58,7 +58,7 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
         launches = plan.launches or _loss(plan, recon_x, x, mu)
         grads[0], grad_mu, grad_logvar, own, seen = launches.backward(
             recon_x, x, mu, logvar, beta, upstreams, None if stored is None else stored[0], used,
-            wants_recon=wants_recon, wants_latents=wants_kl and plan.latents == 2, wants_kl=wants_kl and plan.latents == 1,
+            wants_recon, wants_kl and plan.latents == 2, wants_kl and plan.latents == 1,
         )  # fmt: skip
         if wants_kl:
             grads[2:] = (grad_mu, grad_logvar) if plan.latents == 2 else (own,)
@@ -90,7 +90,7 @@ def latents_forward(plan, tensors, noise, stateless=False):
     call, (mu, second, *priors) = plan.call, tensors
     if call.is_plain:
         launches = plan.launches or _sample(plan, mu, second)
-        z, kl = launches.forward(mu, second, noise, wants_kl=call.kind is not None, stateless=stateless)
+        z, kl = launches.forward(mu, second, noise, call.kind is not None, stateless)
         return z, kl, None, None
     priors, options = _priors(plan, priors), _divergence(plan)
     if call.kind == "column":
