@@ -73,8 +73,8 @@ class Launch:
         kind = tuple([None if t is None else t.dtype for t in tensors])
         if self.special:
             kind = *kind, *[numbers[i] for i in self.special]
-        pointers = [0 if t is None else t.data_ptr() for t in tensors]
-        usual = not functools.reduce(operator.or_, pointers) & 15 and self.device.index == _current_device()
+        pointers = [t if t is None else t.data_ptr() for t in tensors]
+        usual = not functools.reduce(operator.or_, filter(None, pointers), 0) & 15 and self.device.index == _current_device()
         if not usual or _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls or self.kernel.pre_run_hooks:
             self.by_triton(programs, tensors, numbers)
             return
@@ -83,7 +83,7 @@ class Launch:
             handle(programs, _raw_stream(self.device.index), pointers, numbers)
             return
         compiled = self.by_triton(programs, tensors, numbers)
-        handle = handle_of(compiled, len(self.constants))
+        handle = handle_of(compiled, len(self.kernel.params) - len(tensors) - len(numbers))
         if handle is not None:
             if len(self.handles) >= LIMIT:
                 self.handles.clear()

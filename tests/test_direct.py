@@ -1,0 +1,207 @@
+"""Launches that go past `kernel[grid]`: they pass what it would pass, and everything unusual goes through it."""
+
+import inspect
+import os
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels have no launcher", allow_module_level=True)
+pytest.importorskip("triton", reason="triton is installed on Linux only")
+
+import triton
+from triton.backends.nvidia.driver import CudaLauncher
+from triton.runtime.jit import JITFunction
+
+from fastelbo import kernels
+from fastelbo.kernels import direct, launch
+
+CUDA = torch.device("cuda", 0)
+MODULES = ("categorical", "divergence", "latents", "log_ratio", "loss", "mixture", "reconstruction")
+KERNELS = {
+    f"{module}.{name}": value
+    for module in MODULES
+    for name, value in vars(getattr(kernels, module)).items()
+    if isinstance(value, JITFunction) and name.endswith("_kernel")
+}
+
+
+class Compiled:
+    """What Triton returns of a kernel: its own `CudaLauncher`, whose launcher in C is a list."""
+
+    def __init__(self, **attributes):
+        self.calls, self.run = [], CudaLauncher.__new__(CudaLauncher)
+        self.function, self.packed_metadata = 17, ("packed",)
+        known = {
+            "launch": lambda *args: self.calls.append(args), "num_ctas": 1, "global_scratch_size": 0, "global_scratch_align": 1,
+            "profile_scratch_size": 0, "profile_scratch_align": 1, "launch_cooperative_grid": False, "launch_pdl": False,
+            "gsan_enabled": False, "arg_annotations": ["annotations"], "kernel_signature": b"signature",
+        }  # fmt: skip
+        vars(self.run).update(known | attributes)
+
+
+class Kernel:
+    """Stands for a JITFunction: of tensors a and b, of numbers n and m, of which m is specialized on, and of constants."""
+
+    def __init__(self, **attributes):
+        self.params = [
+            SimpleNamespace(name=name, annotation_type=kind, do_not_specialize=fixed, is_constexpr=name.isupper())
+            for name, kind, fixed in (
+                ("a", "", False), ("b", "", False), ("n", "i64", True), ("m", "", False),
+                ("SIZE", "", False), ("DTYPE", "", False),
+            )
+        ]  # fmt: skip
+        self.pre_run_hooks, self.compiled, self.calls = [], Compiled(**attributes), []
+
+    def __getitem__(self, grid):
+        def run(*args, **options):
+            self.calls.append((grid, args, options))
+            return self.compiled
+
+        return run
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Tensors on the CPU pass for such on the current GPU, whose current stream is number 7."""
+    monkeypatch.setattr(direct, "INTERPRETED", False)
+    monkeypatch.setattr(direct, "_current_device", lambda: 0)
+    monkeypatch.setattr(direct, "_raw_stream", lambda index: 7)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+
+def made(**attributes):
+    kernel = Kernel(**attributes)
+    return kernel, direct.Launch(kernel, CUDA, {"SIZE": 4, "DTYPE": "f32"}, {"num_warps": 4, "maxnreg": 255})
+
+
+A, B = torch.zeros(8), torch.zeros(4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tensors", ((A, B), (A, None), (None, None)), ids=("both", "one", "none"))
+def test_a_direct_launch_passes_what_triton_passes(tensors, cuda, monkeypatch):
+    """By Triton's own `CudaLauncher`, with the arguments that a JITFunction binds: constants too, options not."""
+    kernel, launches = made()
+    for _ in range(2):
+        launches(5, tensors, (3, 1))
+    assert kernel.calls == [((5,), (*tensors, 3, 1), {"SIZE": 4, "DTYPE": "f32", "num_warps": 4, "maxnreg": 255})]
+    by_triton = Compiled()
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=None))  # which no machine needs here
+    pointers = [t if t is None else t.data_ptr() for t in tensors]
+    by_triton.run(5, 1, 1, 7, 17, ("packed",), None, None, None, *pointers, 3, 1, None, None)
+    assert kernel.compiled.calls == by_triton.calls
+
+
+def test_another_kind_is_compiled(cuda):
+    """Another dtype, another absent tensor, another value of a number that Triton specializes on; not of one with a type."""
+    kernel, launches = made()
+    kinds = [((A, B), (3, 1)), ((B, B), (3, 1)), ((A, None), (3, 1)), ((None, A), (3, 1)), ((A, B), (3, 16))]
+    for tensors, numbers in kinds * 2:
+        launches(5, tensors, numbers)
+    assert [call[1] for call in kernel.calls] == [(*tensors, *numbers) for tensors, numbers in kinds]
+    launches(5, (A, B), (4, 1))
+    assert len(kernel.calls) == len(kinds) and len(kernel.compiled.calls) == len(kinds) + 1
+
+
+def hooked(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+
+
+def ended(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime.launch_exit_hook, "calls", [print])
+
+
+def elsewhere(monkeypatch):
+    monkeypatch.setattr(direct, "_current_device", lambda: 1)
+
+
+@pytest.mark.parametrize("unusual", (hooked, ended, elsewhere, "unaligned", "pre-run hook"))
+def test_what_is_unusual_goes_through_triton(unusual, cuda, monkeypatch):
+    kernel, launches = made()
+    for _ in range(2):
+        launches(5, (A, B), (3, 1))
+    tensors = A, B
+    if unusual == "unaligned":
+        tensors = A[1:], B
+    elif unusual == "pre-run hook":
+        kernel.pre_run_hooks.append(print)
+    else:
+        unusual(monkeypatch)
+    for _ in range(2):
+        launches(5, tensors, (3, 1))
+    assert (len(kernel.calls), len(kernel.compiled.calls)) == (3, 1)
+
+
+@pytest.mark.parametrize("attributes", ({"global_scratch_size": 8}, {"profile_scratch_size": 8}, {"gsan_enabled": True}))
+def test_a_kernel_with_more_to_it_is_never_launched_directly(attributes, cuda):
+    kernel, launches = made(**attributes)
+    for _ in range(3):
+        launches(5, (A, B), (3, 1))
+    assert (len(kernel.calls), len(kernel.compiled.calls)) == (3, 0)
+
+
+@pytest.mark.parametrize("version", ((3, 5), (3, 10), (4, 0)))
+def test_an_unknown_triton_launches_by_itself(version, cuda, monkeypatch):
+    monkeypatch.setattr(direct, "VERSION", version)
+    kernel, launches = made()
+    for _ in range(3):
+        launches(5, (A, B), (3, 1))
+    assert (len(kernel.calls), len(kernel.compiled.calls)) == (3, 0)
+
+
+def test_no_programs_no_launch(cuda):
+    kernel, launches = made()
+    launches(0, (A, B), (3, 1))
+    assert not kernel.calls
+
+
+def test_booleans_are_compiled_as_bytes(cuda):
+    kernel, launches = made()
+    mask = torch.zeros(16, dtype=torch.bool)
+    for _ in range(2):
+        launches(5, (mask, B), (3, 1))
+    assert kernel.calls[0][1][0].dtype == torch.uint8
+    (call,) = kernel.compiled.calls
+    assert mask.data_ptr() in (*call, *(call[-1] if isinstance(call[-1], tuple) else ()))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_tensors_come_first_then_numbers_then_constants(name):
+    """And numbers have a type, so that none makes a kind of its own; but for the columns of the one kernel."""
+    kernel = KERNELS[name]
+    constant = [p.is_constexpr for p in kernel.params]
+    assert constant == sorted(constant)
+    tensors, special = direct._arguments(kernel)
+    numbers = [p for p in kernel.params[tensors:] if not p.is_constexpr]
+    assert all(p.annotation_type or name == "divergence.columns_kernel" for p in numbers)
+    assert len(special) == (name == "divergence.columns_kernel")
+    assert not any(p.annotation_type for p in kernel.params[:tensors])
+
+
+def test_the_launcher_of_this_triton_is_a_known_one():
+    """The two forms that `handle_of` knows: with the signature passed along, and without."""
+    source = inspect.getsource(CudaLauncher.__call__)
+    assert ("self.kernel_signature" in source) == (direct.VERSION >= (3, 7))
+
+
+def test_each_thread_has_memory_for_partial_sums_of_its_own():
+    """Each stream, on a GPU."""
+    device, found = torch.device("cpu"), []
+
+    def work():
+        found.append(launch.scratch(device, 4, 100, False))
+
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        work()
+        thread.join()
+    mine = launch.scratch(device, 4, 100, False)
+    same = [partials is mine[0] and counters is mine[1] for partials, counters in found]
+    assert same.count(True) == 2
+    partials, counters = launch.scratch(device, 5000, 100_000, False)
+    assert partials.numel() >= 100_000 and counters.numel() >= 5000 and not counters.any()
+    assert launch.scratch(device, 4, 100, True)[0] is not launch.scratch(device, 4, 100, True)[0]
