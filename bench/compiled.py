@@ -127,12 +127,12 @@ def reconstruction(
     dtype = torch.float64 if torch.float64 in parameters else torch.float32
     rows, wants = 128 if per_sample else 1, [True] * len(tensors)
     family = kernels.reconstruction.Family(likelihood, scale)
-    options = {"family": family, "per_sample": per_sample, "dtype": dtype}
+    launches = kernels.Reconstruction(family=family, per_sample=per_sample, dtype=dtype, device=x.device)
     factor = torch.ones(rows, dtype=dtype)
     if guess is None:
-        return record(lambda: kernels.reconstruction.forward(tensors, x, weight, 1.0, factor, wants, **options))
+        return record(lambda: launches.forward(tensors, x, weight, 1.0, factor, wants))
     gradients = [torch.empty_like(t) if t.shape == x.shape else None for t in tensors]
-    return record(lambda: kernels.reconstruction.backward(tensors, x, weight, 1.0, factor, gradients, guess, wants, **options))
+    return record(lambda: launches.backward(tensors, x, weight, 1.0, factor, gradients, guess, wants))
 
 
 def categorical(*shape, dense=False, dtype=torch.float32, per_sample=False):

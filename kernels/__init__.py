@@ -9,10 +9,12 @@ from .direct import INTERPRETED, stream_of
 from .latents import Sample, draw_noise
 from .log_ratio import log_ratio_backward, log_ratio_forward
 from .loss import Loss
+from .reconstruction import Reconstruction
 
 __all__ = [
     "INTERPRETED",
     "Loss",
+    "Reconstruction",
     "Sample",
     "categorical",
     "divergence",

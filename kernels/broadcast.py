@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import as_bytes
-
 # How an operand is indexed: there is none, with an element, one number for a whole row, or by the index of a broadcast.
 ABSENT, ELEMENT, ROW, BROADCAST = (tl.constexpr(i) for i in range(4))
 
@@ -43,27 +41,27 @@ def load_operand(
 
 
 class Operand(NamedTuple):
-    """A tensor that broadcasts to a large one, and how the kernel reads it."""
+    """How the kernel reads a tensor that broadcasts to a large one."""
 
-    tensor: torch.Tensor | None
-    mode: tl.constexpr
-    whole: bool = False  # the tensor given was as large
+    mode: tl.constexpr = ABSENT
+    whole: bool = False  # it is as large
     apart: int = 0
     inner: int = 1
     groups: int = 1
+    order: tuple[int, ...] = ()  # the dimensions of the large one as they lie in memory, outermost first
 
     @classmethod
-    def of(cls, small: torch.Tensor | None, large: torch.Tensor, order: list[int], most: int) -> "Operand":
-        """`order`: the dimensions of `large` as they lie in memory, outermost first. A tensor with more than `most` runs of
-        them in common with it is expanded, and one with two behind a dimension that it has not; both are seldom."""
+    def of(cls, small: torch.Tensor | None, large: torch.Tensor, order: tuple[int, ...], most: int) -> "Operand":
+        """A tensor with more than `most` runs of dimensions in common with the large one is expanded, and one with two behind a
+        dimension that it has not; both are seldom."""
         if small is None:
-            return cls(None, ABSENT)
+            return cls()
         if small.shape == large.shape:
-            return cls(as_bytes(small), ELEMENT, True)
-        small = small.reshape((1,) * (large.dim() - small.dim()) + small.shape)
+            return cls(ELEMENT, True)
+        shape = (1,) * (large.dim() - small.dim()) + small.shape
         blocks = []  # [elements, whether the small tensor has them], with neighbours of one kind joined
         for d in order:
-            kept = small.shape[d] != 1
+            kept = shape[d] != 1
             if large.shape[d] == 1:
                 continue
             if blocks and blocks[-1][1] == kept:
@@ -72,13 +70,20 @@ class Operand(NamedTuple):
                 blocks.append([large.shape[d], kept])
         runs = sum(kept for _, kept in blocks)
         if runs > most or (runs == 2 and not blocks[0][1]):
-            return cls(as_bytes(torch.empty_like(large, dtype=small.dtype).copy_(small)), ELEMENT)
+            return cls(ELEMENT)
         inner = blocks.pop()[0] if blocks and not blocks[-1][1] else 1
         groups = blocks.pop()[0] if blocks else 1
         between = blocks.pop()[0] if blocks else 1
-        small = as_bytes(small.permute(order).contiguous())
-        return cls(small, BROADCAST, False, between * groups * inner if blocks else 0, inner, groups)
+        return cls(BROADCAST, False, between * groups * inner if blocks else 0, inner, groups, order)
 
     def read_by(self, columns: int) -> "Operand":
         """As a scalar, where rows of so many elements have one number each."""
         return self._replace(mode=ROW) if self.mode == BROADCAST and self.inner % max(columns, 1) == 0 else self
+
+    def laid(self, small: torch.Tensor | None, large: torch.Tensor) -> torch.Tensor | None:
+        """The tensor as the kernel reads it."""
+        if small is None or self.whole or (small.numel() == 1 and self.mode != ELEMENT):
+            return small
+        if self.mode == ELEMENT:
+            return torch.empty_like(large, dtype=small.dtype).copy_(small)
+        return small.reshape((1,) * (large.dim() - small.dim()) + small.shape).permute(self.order).contiguous()

@@ -13,7 +13,8 @@ import triton.language as tl
 
 from . import likelihoods
 from .broadcast import ABSENT, BROADCAST, ELEMENT, ROW, Operand, load_operand
-from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, as_bytes, launch, pointer_and_value, scratch, tile_size
+from .direct import Launch, on_its_device
+from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
 from .numerics import exp_and_expm1, log_of_positive
 from .operands import is_wrong, row_bounds, scalar
 from .reduction import arrive_last, fold, ordered_sum
@@ -199,32 +200,65 @@ class Family(NamedTuple):
     centered: bool = False  # and has 1 taken away then
 
 
+_SCALES = {None: None, "scale": from_scale, "log_scale": from_log_scale, "logvar": from_logvar}
+
 # A row of fewer elements is not worth programs of its own.
 LEAST_COLUMNS = 512
 
 
-class Plan(NamedTuple):
-    """The operands of a call, and the rows that its kernel sees."""
+class Pass:
+    """A launch of the kernel for tensors of one kind: how it reads its operands, the rows that it sees, and its constants."""
 
-    rows: int
-    second: Operand
-    third: Operand
-    weight: Operand
-    order: list[int]
+    __slots__ = "columns", "launch", "numbers", "operands", "options", "order", "programs", "rows"
 
-    @classmethod
-    def of(cls, parameters, weight, wants, per_sample: bool) -> "Plan":
+    def __init__(self, parameters, x, weight, wants, family: Family, per_sample, dtype) -> None:
         first = parameters[0]
-        order = sorted(range(first.dim()), key=lambda d: (-first.stride(d), d))
-        second, third = (Operand.of(parameters[i] if i < len(parameters) else None, first, order, 1) for i in (1, 2))
-        weight = Operand.of(weight, first, order, 2)
+        self.order = order = tuple(sorted(range(first.dim()), key=lambda d: (-first.stride(d), d)))
+        given = *parameters[1:], *[None] * (3 - len(parameters)), weight
+        second, third, weight = (Operand.of(t, first, order, most) for t, most in zip(given, (1, 1, 2), strict=True))
         rows = first.shape[0] if per_sample else 1
         # Where a parameter to differentiate by has long stretches in common, these are rows, and the kernel adds them up.
         for wanted, operand in zip(wants[1:], (second, third), strict=False):
             if wanted and operand.mode == BROADCAST and LEAST_COLUMNS <= operand.inner < first.numel() // max(rows, 1):
                 rows = first.numel() // operand.inner
         columns = first.numel() // max(rows, 1)
-        return cls(rows, second.read_by(columns), third.read_by(columns), weight.read_by(columns), order)
+        self.rows, self.operands = rows, tuple(operand.read_by(columns) for operand in (second, third, weight))
+        second, third, weight = self.operands
+        streamed = [t for t, operand in zip(given, self.operands, strict=True) if operand.mode == ELEMENT]
+        tile = min(tile_size(first, t) for t in (x, *streamed))
+        if third.mode != ABSENT:
+            tile //= 2  # registers would be spilled otherwise
+        segment = Segment.of(first, rows, tile)
+        self.programs = rows * segment.programs
+        self.numbers = (
+            second.inner, second.groups, third.inner, third.groups, weight.apart, weight.inner, weight.groups,
+        )  # fmt: skip
+        self.columns = segment.columns, segment.programs
+        constants = {
+            "LIKELIHOOD": getattr(likelihoods, family.likelihood), "SCALE": _SCALES[family.scale],
+            "SOFT": family.soft_min is not None, "SECOND": second.mode, "THIRD": third.mode, "WEIGHT": weight.mode,
+            "SECOND_WHOLE": second.whole, "THIRD_WHOLE": third.whole, "CENTERED": family.centered, "APART": weight.apart != 0,
+            "DTYPE": TRITON_DTYPE[dtype], "ALIGNED": segment.aligned, "WIDE": segment.wide, "BLOCK": tile,
+            "THREADS": THREADS, "FINISH": FINISH,
+        }  # fmt: skip
+        self.options = family.soft_min or 0.0, family.target_scale, family.constant
+        self.launch = Launch(reconstruction_kernel, first.device, constants, options_of(first.device))
+
+    def run(self, parameters, x, weight, divisor, factor, used, seen, gradients, sums, stateless=False) -> None:
+        """`gradients` and `sums`, three each: where results go, or None."""
+        first = parameters[0]
+        given = *parameters[1:], *[None] * (3 - len(parameters)), weight
+        second, third, weight = [operand.laid(t, first) for operand, t in zip(self.operands, given, strict=True)]
+        partials = arrived = None
+        if sums[0] is not None:
+            partials, arrived = scratch(first.device, self.rows, 3 * self.programs, stateless)
+        pointer, value = pointer_and_value(divisor)
+        share = 1 if factor is None else self.rows // max(factor.numel(), 1)
+        self.launch(
+            self.programs,
+            (first, second, third, x, weight, *gradients, factor, used, seen, partials, arrived, *sums, pointer),
+            (value, *self.options, *self.columns, share, *self.numbers),
+        )
 
     def spread(self, sums: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """`[rows]` as a tensor of the dimensions of `like`, which broadcasts to it."""
@@ -238,93 +272,73 @@ class Plan(NamedTuple):
         return sums.view(shape).permute(inverse)
 
 
-def forward(
-    parameters, x, weight, divisor, guess, wants, *, family: Family, per_sample, dtype, stateless=False
-):  # fmt: skip
-    """The weighted negative log-likelihood, added up and over `divisor`, and its derivatives by the `parameters` in `wants`.
+class Reconstruction:
+    """The launches of the reconstruction for tensors of one kind, with all that follows from shapes and options.
 
-    `parameters[0]` and `x` have one shape and dense layout; the others and `weight` broadcast to it. `guess`, `[B]` or `[1]`,
-    is the upstream factor to store gradients with, None where no gradient of a large parameter is wanted.
-
-    Returns `(recon, gradients)`: `[]` or `[B]`; for each parameter None, or its gradient times `guess` if it is as large as
-    `x`; of smaller ones the derivative of the sum, neither times a factor nor over the divisor, each sample's own if
-    `per_sample`.
+    `parameters[0]` and `x` have one shape and dense layout; the others and `weight` broadcast to it.
     """
-    first = parameters[0]
-    plan = Plan.of(parameters, weight, wants, per_sample)
-    gradients, sums = [], []
-    for parameter, wanted, operand in zip(parameters, wants, (None, plan.second, plan.third), strict=False):
-        large = operand is None or parameter.shape == first.shape
-        by_row = not large and operand.mode == ROW
-        temporary = dtype if not large else parameter.dtype
-        gradients.append(torch.empty_like(first, dtype=temporary) if wanted and not by_row else None)
-        sums.append(first.new_empty(plan.rows, dtype=dtype) if wanted and by_row else None)
-    recon = first.new_empty(plan.rows if per_sample or plan.rows > 1 else (), dtype=dtype)  # no view is handed out
-    _run(
-        plan, parameters, x, divisor, guess, None, None, gradients, (recon, *_padded(sums)[1:]),
-        family, dtype, stateless,
-    )  # fmt: skip
-    for i, parameter in enumerate(parameters[1:], 1):
-        if wants[i] and parameter.shape != first.shape:
-            found = gradients[i] if sums[i] is None else plan.spread(sums[i], first)
-            gradients[i] = _summed(found, parameter, first, per_sample)
-    batch = first.shape[0] if per_sample else 1
-    if plan.rows != batch:
-        recon = recon.view(batch, -1).sum(1 if per_sample else None, dtype=torch.float64).to(dtype)
-    return recon, gradients
 
+    __slots__ = "_kind", "_passes", "device"
 
-def backward(
-    parameters, x, weight, divisor, upstream, gradients, used, wants, *, family: Family, per_sample, dtype
-):  # fmt: skip
-    """Gradients by the large parameters that are wanted: `gradients` as forward stored them with the factor `used`, corrected
-    where they lie if `upstream` is another; new ones if there is none that was `used`.
+    def __init__(self, *, family: Family, per_sample, dtype, device) -> None:
+        self._kind, self.device = (family, per_sample, dtype), device
+        self._passes: dict[tuple, Pass] = {}  # by which gradients are wanted
 
-    Returns `(gradients, seen)`, `seen` a copy of the factor, `[B]` or `[1]`.
-    """
-    first = parameters[0]
-    wants = [wanted and parameter.shape == first.shape for parameter, wanted in zip(parameters, wants, strict=True)]
-    plan = Plan.of(parameters, weight, [False] * len(wants), per_sample)
-    if used is None:
-        gradients = [torch.empty_like(p) if wanted else None for p, wanted in zip(parameters, wants, strict=True)]
-    seen = first.new_empty(first.shape[0] if per_sample else 1, dtype=dtype)
-    _run(
-        plan, parameters, x, divisor, upstream.contiguous(), used, seen, gradients, (None, None, None),
-        family, dtype,
-    )  # fmt: skip
-    return gradients, seen
+    def _pass(self, parameters, x, weight, wants) -> Pass:
+        wants = tuple(wants)
+        found = self._passes.get(wants)
+        if found is None:
+            found = self._passes[wants] = Pass(parameters, x, weight, wants, *self._kind)
+        return found
 
+    @on_its_device
+    def forward(self, parameters, x, weight, divisor, guess, wants, stateless=False):
+        """The weighted negative log-likelihood, added up and over `divisor`; its derivatives by the `parameters` in `wants`.
 
-def _run(
-    plan, parameters, x, divisor, factor, used, seen, gradients, sums,
-    family: Family, dtype, stateless=False,
-):  # fmt: skip
-    first, (second, third, weight) = parameters[0], (plan.second, plan.third, plan.weight)
-    streamed = [t.tensor for t in (second, third, weight) if t.mode == ELEMENT]
-    tile = min(tile_size(first, t) for t in (x, *streamed))
-    if third.tensor is not None:
-        tile //= 2  # registers would be spilled otherwise
-    segment = Segment.of(first, plan.rows, tile)
-    programs = plan.rows * segment.programs
-    partials, arrived = (None, None) if sums[0] is None else scratch(first.device, plan.rows, 3 * programs, stateless)
-    launch(
-        reconstruction_kernel, programs, first.device,
-        first, second.tensor, third.tensor, as_bytes(x), weight.tensor, *_padded(gradients), factor, used, seen,
-        partials, arrived, *sums, *pointer_and_value(divisor), family.soft_min or 0.0, family.target_scale, family.constant,
-        segment.columns, segment.programs, plan.rows // max(factor.numel(), 1) if factor is not None else 1,
-        second.inner, second.groups, third.inner, third.groups, weight.apart, weight.inner, weight.groups,
-        LIKELIHOOD=getattr(likelihoods, family.likelihood), SCALE=_SCALES[family.scale], SOFT=family.soft_min is not None,
-        SECOND=second.mode, THIRD=third.mode, SECOND_WHOLE=second.whole, THIRD_WHOLE=third.whole, WEIGHT=weight.mode,
-        CENTERED=family.centered, APART=weight.apart != 0,
-        DTYPE=TRITON_DTYPE[dtype], ALIGNED=segment.aligned, WIDE=segment.wide, BLOCK=tile, THREADS=THREADS, FINISH=FINISH,
-    )  # fmt: skip
+        `guess`, `[B]` or `[1]`, is the upstream factor to store gradients with, None where no gradient of a large parameter is
+        wanted.
 
+        Returns `(recon, gradients)`: `[]` or `[B]`; for each parameter None, or its gradient times `guess` if it is as large as
+        `x`; of smaller ones the derivative of the sum, neither times a factor nor over the divisor, each sample's own if
+        `per_sample`.
+        """
+        first, (_, per_sample, dtype) = parameters[0], self._kind
+        launch = self._pass(parameters, x, weight, wants)
+        gradients, sums = [None] * 3, [None] * 3
+        for i, (parameter, wanted) in enumerate(zip(parameters, wants, strict=False)):
+            if wanted and (i == 0 or parameter.shape == first.shape):
+                gradients[i] = torch.empty_like(first, dtype=parameter.dtype)
+            elif wanted and launch.operands[i - 1].mode == ROW:
+                sums[i] = first.new_empty(launch.rows, dtype=dtype)
+            elif wanted:
+                gradients[i] = torch.empty_like(first, dtype=dtype)
+        recon = sums[0] = first.new_empty(launch.rows if per_sample or launch.rows > 1 else (), dtype=dtype)
+        launch.run(parameters, x, weight, divisor, guess, None, None, gradients, sums, stateless)
+        for i, parameter in enumerate(parameters[1:], 1):
+            if wants[i] and parameter.shape != first.shape:
+                found = gradients[i] if sums[i] is None else launch.spread(sums[i], first)
+                gradients[i] = _summed(found, parameter, first, per_sample)
+        batch = first.shape[0] if per_sample else 1
+        if launch.rows != batch:  # no view is handed out
+            recon = recon.view(batch, -1).sum(1 if per_sample else None, dtype=torch.float64).to(dtype)
+        return recon, gradients[: len(parameters)]
 
-_SCALES = {None: None, "scale": from_scale, "log_scale": from_log_scale, "logvar": from_logvar}
+    @on_its_device
+    def backward(self, parameters, x, weight, divisor, upstream, gradients, used, wants):
+        """Gradients by the large parameters that are wanted: `gradients` as forward stored them with the factor `used`,
+        corrected where they lie if `upstream` is another; new ones if there is none that was `used`.
 
-
-def _padded(values: list) -> list:
-    return [*values, *[None] * (3 - len(values))]
+        Returns `(gradients, seen)`, `seen` a copy of the factor, `[B]` or `[1]`.
+        """
+        first, (_, per_sample, dtype) = parameters[0], self._kind
+        launch = self._pass(parameters, x, weight, (False,) * len(parameters))
+        if used is None:
+            large = [wanted and p.shape == first.shape for p, wanted in zip(parameters, wants, strict=True)]
+            gradients = [torch.empty_like(p) if wanted else None for p, wanted in zip(parameters, large, strict=True)]
+        seen = first.new_empty(first.shape[0] if per_sample else 1, dtype=dtype)
+        padded = (*gradients, None, None)[:3]
+        launch.run(parameters, x, weight, divisor, upstream.contiguous(), used, seen, padded, (None, None, None))
+        return gradients, seen
 
 
 def _summed(full: torch.Tensor, parameter: torch.Tensor, first: torch.Tensor, per_sample: bool) -> torch.Tensor:

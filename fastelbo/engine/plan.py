@@ -65,8 +65,8 @@ class LossPlan:
 
     __slots__ = (
         "backend", "call", "count", "divisor", "dtype", "guess", "is_dense", "is_elementwise", "is_whole", "kl_weight",
-        "latents", "latents_layout", "launches", "layout", "likelihood", "looks", "options", "path", "per_sample", "rows",
-        "scaling", "strides", "support", "weight_shape",
+        "latents", "latents_launches", "latents_layout", "layout", "likelihood", "looks", "loss_launches", "options", "path",
+        "per_sample", "rows", "scaling", "strides", "support", "weight_shape",
     )  # fmt: skip
 
     path: LossPath
@@ -92,12 +92,13 @@ class LossPlan:
     options: dict  # of the likelihood's kernel
     weight_shape: torch.Size | None
     guess: Guess
-    launches: Any  # of the Triton backend, which makes them when they are first needed
+    loss_launches: Any  # of the Triton backend, which makes them when they are first needed
+    latents_launches: Any
 
     def __init__(self, path: LossPath, call: LossCall, tensors: Sequence[Tensor]) -> None:
         parameters, x, weight, latents = call.split(tensors)
         likelihood, first = call.likelihood, parameters[0]
-        self.path, self.call, self.launches = path, call, None
+        self.path, self.call, self.loss_launches, self.latents_launches = path, call, None, None
         self.likelihood, self.dtype, self.per_sample = likelihood, call.dtype, call.per_sample
         self.count, self.latents = call.parameters, call.latents
         self.rows = first.shape[0] if call.per_sample else 1
@@ -194,12 +195,12 @@ class LatentsPlan:
     """What is known of a sample or a KL before its values are."""
 
     __slots__ = (
-        "backend", "call", "dtype", "is_dense", "is_whole", "kl_weight", "launches", "layout", "noise_layout", "per_sample",
-        "strides", "wants",
+        "backend", "call", "dtype", "is_dense", "is_whole", "kl_weight", "latents_launches", "layout", "noise_layout",
+        "per_sample", "strides", "wants",
     )  # fmt: skip
 
     def __init__(self, call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None, grad_mode: bool) -> None:
-        mu, self.call, self.launches = tensors[0], call, None
+        mu, self.call, self.latents_launches = tensors[0], call, None
         self.dtype, self.per_sample, self.kl_weight = call.dtype, call.kind == "row", call.scale(mu)
         self.wants = grad_mode and any(t.requires_grad for t in tensors)
         strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or (

@@ -23,7 +23,7 @@ def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
         recon_x, x, mu, logvar, kl = _plain_tensors(plan, tensors)
         if wants[0]:
             used = plan.guess.factor(plan.rows, plan.dtype, x.device) if known is None else known
-        launches = plan.launches or _loss(plan, recon_x, x, mu)
+        launches = plan.loss_launches or _loss(plan, recon_x, x, mu)
         loss, recon, kl, gradient = launches.forward(recon_x, x, mu, logvar, kl, beta, used, stateless)
         return (loss, recon, kl, [gradient], None, used) if plan.latents else (None, recon, None, [gradient], None, used)
     call = plan.call
@@ -39,7 +39,7 @@ def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
     if call.latents == 1:
         kl = latents[0].to(call.dtype, copy=True)
     else:
-        launches = plan.launches or _sample(plan, *latents)
+        launches = plan.latents_launches or _sample(plan, *latents)
         _, kl = launches.forward(*latents, None, True, stateless)
     loss = recon + beta.to(call.dtype) * kl if isinstance(beta, Tensor) else torch.add(recon, kl, alpha=beta)
     return loss, recon, kl, stored, sums, used
@@ -55,7 +55,7 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
         if not (wants_recon or wants_kl):
             return grads, None
         recon_x, x, mu, logvar, _ = _plain_tensors(plan, tensors)
-        launches = plan.launches or _loss(plan, recon_x, x, mu)
+        launches = plan.loss_launches or _loss(plan, recon_x, x, mu)
         grads[0], grad_mu, grad_logvar, own, seen = launches.backward(
             recon_x, x, mu, logvar, beta, upstreams, None if stored is None else stored[0], used,
             wants_recon, wants_kl and plan.latents == 2, wants_kl and plan.latents == 1,
@@ -79,7 +79,7 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
     if wants_kl and call.latents == 1:
         grads[-1] = added(grad_loss, grad_kl, beta).to(latents[0].dtype, copy=True)
     elif wants_kl:
-        launches = plan.launches or _sample(plan, *latents)
+        launches = plan.latents_launches or _sample(plan, *latents)
         grads[-2:] = launches.backward(None, *latents, None, beta, (grad_loss, grad_kl))
     return grads, seen
 
@@ -89,7 +89,7 @@ def latents_forward(plan, tensors, noise, stateless=False):
     `sums` are those over the batch of mu and mu^2."""
     call, (mu, second, *priors) = plan.call, tensors
     if call.is_plain:
-        launches = plan.launches or _sample(plan, mu, second)
+        launches = plan.latents_launches or _sample(plan, mu, second)
         z, kl = launches.forward(mu, second, noise, call.kind is not None, stateless)
         return z, kl, None, None
     priors, options = _priors(plan, priors), _divergence(plan)
@@ -111,7 +111,7 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
     if grad_z is not None:
         grad_z = grad_z.contiguous(memory_format=plan.layout)
     if call.is_plain:
-        launches = plan.launches or _sample(plan, mu, second)
+        launches = plan.latents_launches or _sample(plan, mu, second)
         return launches.backward(grad_z, mu, second, noise, beta, (grad_loss, grad_kl))
     factor = None if grad_loss is None and grad_kl is None else added(grad_loss, grad_kl, beta)
     grads = kernels.divergence.divergence_backward(
@@ -163,17 +163,26 @@ def _plain_tensors(plan, tensors):
 def _loss(plan, recon_x, x, mu):
     """The launches of the kernel that does it all, which the plan keeps."""
     likelihood = plan.likelihood
-    plan.launches = kernels.Loss(
+    plan.loss_launches = kernels.Loss(
         recon_x, x, mu, likelihood=likelihood.function(1), scale=likelihood.fixed or 1.0, target_scale=plan.scaling[0],
         weights=(1 / plan.divisor, plan.kl_weight), per_sample=plan.per_sample, dtype=plan.dtype,
     )  # fmt: skip
-    return plan.launches
+    return plan.loss_launches
+
+
+def _reconstruction(plan, operands, x):
+    """Those of the kernel for several parameters and weights, likewise."""
+    family = kernels.reconstruction.Family(plan.likelihood.function(len(operands)), **plan.options)
+    plan.loss_launches = kernels.Reconstruction(family=family, per_sample=plan.per_sample, dtype=plan.dtype, device=x.device)
+    return plan.loss_launches
 
 
 def _sample(plan, mu, logvar):
-    """The launches of the kernels for plain latents, which the plan keeps."""
-    plan.launches = kernels.Sample(mu, logvar, kl_weight=plan.kl_weight, per_sample=plan.per_sample, dtype=plan.dtype)
-    return plan.launches
+    """Those of the kernels for plain latents, likewise."""
+    plan.latents_launches = kernels.Sample(
+        mu, logvar, kl_weight=plan.kl_weight, per_sample=plan.per_sample, dtype=plan.dtype
+    )  # fmt: skip
+    return plan.latents_launches
 
 
 def _divergence(plan) -> dict:
@@ -206,11 +215,10 @@ def _reconstruct(plan, parameters, x, weight, divisor, factor, wants, stateless)
         module, tensors, options = _over_classes(plan, parameters, x, weight)
         recon, gradient = module.forward(*tensors, divisor, factor, **options, stateless=stateless)
         return recon, [gradient]
-    operands, family = _operands(plan, parameters)
-    wants = [*wants, *[False] * (len(operands) - len(wants))]
-    recon, gradients = kernels.reconstruction.forward(
-        operands, x, weight, divisor, factor, wants, family=family, **_common(plan), stateless=stateless
-    )
+    operands, missing = _operands(plan, parameters)
+    launches = plan.loss_launches or _reconstruction(plan, operands, x)
+    wants = *wants, *[False] * len(missing)
+    recon, gradients = launches.forward(operands, x, weight, divisor, factor, wants, stateless)
     return recon, gradients[: len(parameters)]
 
 
@@ -220,12 +228,11 @@ def _correct(plan, parameters, x, weight, divisor, upstream, stored, used, large
         module, tensors, options = _over_classes(plan, parameters, x, weight)
         gradient, seen = module.backward(*tensors, divisor, upstream, stored and stored[0], used, **options)
         return [gradient], seen
-    operands, family = _operands(plan, parameters)
-    missing = [None] * (len(operands) - len(parameters))
-    gradients, seen = kernels.reconstruction.backward(
-        operands, x, weight, divisor, upstream, stored and [*stored, *missing], used, [*large, *map(bool, missing)],
-        family=family, **_common(plan),
-    )  # fmt: skip
+    operands, missing = _operands(plan, parameters)
+    wants = *large, *[False] * len(missing)
+    launches = plan.loss_launches or _reconstruction(plan, operands, x)
+    stored = stored and [*stored, *missing]
+    gradients, seen = launches.backward(operands, x, weight, divisor, upstream, stored, used, wants)
     return gradients[: len(parameters)], seen
 
 
@@ -244,13 +251,13 @@ def _common(plan) -> dict:
 
 
 def _operands(plan, parameters):
-    """The parameters with the number that stands for a second one, and what the likelihood is to the kernel."""
-    call, operands = plan.call, list(parameters)
-    if len(operands) < call.operands:
-        first = parameters[0]
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        operands.append(torch.full((), call.likelihood.fixed, dtype=dtype, device=first.device))
-    return operands, kernels.reconstruction.Family(call.likelihood.function(len(operands)), **plan.options)
+    """The parameters with the number that stands for a second one; and a None for that."""
+    call = plan.call
+    if len(parameters) == call.operands:
+        return parameters, ()
+    first = parameters[0]
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    return (*parameters, torch.full((), call.likelihood.fixed, dtype=dtype, device=first.device)), (None,)
 
 
 def _times_upstream(total: Tensor, upstream: Tensor, divisor: float | Tensor, parameter: Tensor) -> Tensor:
