@@ -158,23 +158,24 @@ def _positions(module, prediction, x, per_sample, options):
 
 
 def divergence_forward(latent, *, posterior="logvar", prior=None, kind="sum"):
-    mu, noise, dtype = _latents(latent, True, 64)
-    priors = (None, None) if prior is None else (mu.clone(), mu.clone())
-    options = {
-        "posterior": posterior, "clamp": None, "prior": prior, "kind": kind, "kl_weight": 1.0, "floor": None, "dtype": dtype,
-    }  # fmt: skip
-    return record(lambda: kernels.divergence.divergence_forward(mu, mu.clone(), noise, *priors, **options))
+    launches, mu, noise, priors = _divergence(latent, posterior, prior, kind)
+    return record(lambda: launches.forward(mu, mu.clone(), noise, *priors))
 
 
 def divergence_backward(latent, *, posterior="logvar", prior=None):
+    launches, mu, noise, priors = _divergence(latent, posterior, prior, "sum")
+    upstreams, wants = (mu.clone(), torch.ones((), dtype=launches.dtype), None), [prior is not None] * 2
+    return record(lambda: launches.backward(*upstreams, mu, mu.clone(), noise, *priors, wants))
+
+
+def _divergence(latent, posterior, prior, kind):
     mu, noise, dtype = _latents(latent, True, 64)
     priors = (None, None) if prior is None else (mu.clone(), mu.clone())
-    options = {
-        "posterior": posterior, "clamp": None, "prior": prior, "kind": "sum", "kl_weight": 1.0, "floor": None,
-        "shares": (1.0, 1.0), "dtype": dtype,
-    }  # fmt: skip
-    upstreams, wants = (mu.clone(), torch.ones((), dtype=dtype), None), [prior is not None] * 2
-    return record(lambda: kernels.divergence.divergence_backward(*upstreams, mu, mu.clone(), noise, *priors, wants, **options))
+    launches = kernels.Divergence(
+        mu, mu, *priors, posterior=posterior, clamp=None, prior=prior, kind=kind, floor=None, shares=(1.0, 1.0), kl_weight=1.0,
+        dtype=dtype,
+    )  # fmt: skip
+    return launches, mu, noise, priors
 
 
 def sample_forward(latent, *, seeded=True, per_sample=False, features=20, wants_kl=True):

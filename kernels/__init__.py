@@ -6,6 +6,7 @@ it, with a docstring that says what it takes.
 
 from . import categorical, divergence, mixture, reconstruction
 from .direct import INTERPRETED, stream_of
+from .divergence import Divergence
 from .latents import Sample, draw_noise
 from .log_ratio import log_ratio_backward, log_ratio_forward
 from .loss import Loss
@@ -13,6 +14,7 @@ from .reconstruction import Reconstruction
 
 __all__ = [
     "INTERPRETED",
+    "Divergence",
     "Loss",
     "Reconstruction",
     "Sample",

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from . import posteriors
+from .direct import Launch, on_its_device
 from .latents import clamped, divergence, divergence_bwd_kernel, divergence_fwd_kernel
-from .launch import FINISH, MANY_REGISTERS, THREADS, TRITON_DTYPE, Segment, launch, resident_programs, scratch, tile_size
+from .launch import FINISH, MANY_REGISTERS, THREADS, TRITON_DTYPE, Segment, options_of, resident_programs, scratch, tile_size
 
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
@@ -51,8 +52,8 @@ def columns_kernel(
         tl.store(square_sums + out, tl.sum(square_tile.to(tl.float64), axis=0), mask=column < columns)
 
 
-def _constants(mu, prior_mu, prior_second, posterior, clamp, prior) -> dict:
-    """What the kernels have as constants of the arguments that the launchers share."""
+def constants_of(mu, prior_mu, prior_second, posterior, clamp, prior) -> dict:
+    """What kernels of any posterior and prior have as constants."""
     low, high = clamp or (None, None)
     function = None if prior is None else f"{prior}_prior"
     if prior in ("std", "var") and posterior in (prior, "var"):
@@ -65,101 +66,105 @@ def _constants(mu, prior_mu, prior_second, posterior, clamp, prior) -> dict:
     }  # fmt: skip
 
 
-def divergence_forward(
-    mu, second, noise, prior_mu, prior_second, *, posterior, clamp, prior, kind, kl_weight, floor, dtype, stateless=False
-):  # fmt: skip
-    """A sample if there is `noise`, and KLs unless `kind` is None.
+class Divergence:
+    """The launches of a sample and its KL for latents of one kind, with all that follows from shapes and options.
 
-    - `mu`, `second`: of one shape `[B, ...]` and dense layout. `prior_mu`, `prior_second`: likewise, or one row of it for
-      all, or None. `noise`: likewise, a seed from `draw_noise`, or None.
-    - `posterior`, `prior`: what `second` and `prior_second` are, by name. `clamp`: None, or bounds of `second`.
-    - `kind`: of the KL: "sum" over everything, of each "row" or "element". `floor`: None, or a least KL of an element.
-    - `kl_weight`: what the sums are times; 1 for elements.
-
-    Returns `(z, kl, the KL with the floor)`: what was not asked for is None.
+    Args:
+        mu, second: of one shape `[B, ...]` and dense layout.
+        prior_mu, prior_second: likewise, or one row of it for all, or None.
+        posterior, prior: what `second` and `prior_second` are, by name. `clamp`: None, or bounds of `second`.
+        kind: of the KL: "sum" over everything, of each "row", "column" or "element"; None: there is none.
+        floor: None, or a least KL of an element.
+        shares: what of the gradient of the KL with the floor goes to the posterior, and what to the prior.
+        kl_weight: what the sums are times; 1 for elements.
+        dtype: that of KLs and arithmetic. `layout`: the memory format of `mu`.
     """
-    rows = mu.shape[0] if kind == "row" else 1
-    shape = mu.shape[:1] if kind == "row" else ()
-    z = weighted = partials = arrived = None
-    if noise is not None:
-        z = torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, second.dtype))
-    tile = tile_size(mu, second)
-    latents = Segment.of(mu, rows, tile)
-    programs = rows * latents.programs
-    if kind in (None, "element"):
-        kl = None if kind is None else torch.empty_like(mu, dtype=dtype)
-    else:
-        kl = mu.new_empty(shape, dtype=dtype)
-        weighted = None if floor is None else mu.new_empty(shape, dtype=dtype)
-        partials, arrived = scratch(mu.device, rows, programs if floor is None else 2 * programs, stateless)
-    launch(
-        divergence_fwd_kernel, programs, mu.device,
-        mu, second, prior_mu, prior_second, noise, z, kl, weighted, partials, arrived,
-        kl_weight, floor or 0.0, latents.columns, _columns(mu), latents.programs,
-        **_constants(mu, prior_mu, prior_second, posterior, clamp, prior), ELEMENTS=kind == "element",
-        DTYPE=TRITON_DTYPE[dtype], ALIGNED=latents.aligned, WIDE=latents.wide, BLOCK=tile, THREADS=THREADS, FINISH=FINISH,
+
+    __slots__ = (
+        "_backward", "_columns", "_forward", "_numbers", "device", "dtype", "floor", "kind", "kl_weight", "layout", "programs",
+        "rows", "shape", "z_dtype",
     )  # fmt: skip
-    return z, kl, weighted
 
+    def __init__(
+        self, mu, second, prior_mu, prior_second, *,
+        posterior, clamp, prior, kind, floor, shares, kl_weight, dtype, layout=torch.contiguous_format,
+    ) -> None:  # fmt: skip
+        self.rows = mu.shape[0] if kind == "row" else 1
+        self.shape = mu.shape[:1] if kind == "row" else ()
+        self.device, self.dtype, self.layout = mu.device, dtype, layout
+        self.kind, self.floor, self.kl_weight = kind, floor, kl_weight
+        self.z_dtype = torch.promote_types(mu.dtype, second.dtype)
+        tile, options = tile_size(mu, second), options_of(mu.device)
+        latents = Segment.of(mu, self.rows, tile)
+        self.programs, columns = self.rows * latents.programs, prod(mu.shape[1:])
+        self._numbers = (kl_weight, floor or 0.0), shares, (latents.columns, columns, latents.programs)
+        constants = constants_of(mu, prior_mu, prior_second, posterior, clamp, prior) | {"DTYPE": TRITON_DTYPE[dtype]}
+        streamed = constants | {"ALIGNED": latents.aligned, "WIDE": latents.wide, "BLOCK": tile}
+        forward = {"ELEMENTS": kind == "element", "THREADS": THREADS, "FINISH": FINISH}
+        self._forward = Launch(divergence_fwd_kernel, self.device, streamed | forward, options)
+        per = {"FLOORED": floor is not None, "PER": kind if kind in ("column", "element") else "row"}
+        self._backward = [
+            Launch(divergence_bwd_kernel, self.device, {"HAS_KL": has_kl} | streamed | per, options) for has_kl in (False, True)
+        ]
+        if kind == "column":
+            batch, block = mu.shape[0], min(max(16, triton.next_power_of_2(columns)), THREADS)
+            rows, blocks = tile // block, triton.cdiv(columns, block)
+            chunks = max(1, min(triton.cdiv(batch, rows), resident_programs(self.device) // max(blocks, 1)))
+            wide = mu.numel() + chunks * rows * columns >= 2**31
+            options = options | (MANY_REGISTERS if mu.element_size() == 2 else {})
+            launch = Launch(columns_kernel, self.device, constants | {"WIDE": wide, "ROWS": rows, "BLOCK": block}, options)
+            self._columns = launch, blocks * chunks, (batch, columns, chunks)
 
-def divergence_backward(
-    grad_z, grad_kl, grad_weighted, mu, second, noise, prior_mu, prior_second, wants_prior, *,
-    posterior, clamp, prior, kind, kl_weight, floor, shares, dtype,
-):  # fmt: skip
-    """Gradients by `mu`, `second`, `prior_mu` and `prior_second`, the latter of the shape of `mu` and None where unwanted.
+    @on_its_device
+    def forward(self, mu, second, noise, prior_mu, prior_second, stateless=False):
+        """A sample if there is `noise`, like `mu` or a seed from `draw_noise`, and KLs unless their kind is None.
 
-    `grad_z`, `grad_kl` and `grad_weighted`, the gradients that arrived at what `divergence_forward` returns, or at sums over
-    the batch if `kind` is "column", are dense and lie as `mu` does; not all are None. `shares`: what of `grad_weighted` goes to
-    the posterior, and what to the prior.
-    """
-    rows = mu.shape[0] if kind == "row" else 1
-    has_kl = grad_kl is not None or grad_weighted is not None
-    grad_mu, grad_second = torch.empty_like(mu) if has_kl else grad_z, torch.empty_like(second)
-    grad_priors = [
-        torch.empty_like(mu, dtype=value.dtype) if wanted and has_kl else None
-        for value, wanted in zip((prior_mu, prior_second), wants_prior, strict=True)
-    ]
-    tile = tile_size(mu, second)
-    latents = Segment.of(mu, rows, tile)
-    launch(
-        divergence_bwd_kernel, rows * latents.programs, mu.device,
-        grad_z, mu, second, prior_mu, prior_second, noise, grad_mu, grad_second, *grad_priors,
-        grad_kl, grad_weighted, kl_weight, floor or 0.0, *shares, latents.columns, _columns(mu), latents.programs,
-        HAS_KL=has_kl, **_constants(mu, prior_mu, prior_second, posterior, clamp, prior), FLOORED=floor is not None,
-        PER=kind if kind in ("column", "element") else "row", DTYPE=TRITON_DTYPE[dtype],
-        ALIGNED=latents.aligned, WIDE=latents.wide, BLOCK=tile,
-    )  # fmt: skip
-    return grad_mu, grad_second, *grad_priors
+        Returns `(z, kl, the KL with the floor)`: what was not asked for is None.
+        """
+        kind, dtype = self.kind, self.dtype
+        weighted = partials = arrived = None
+        z = None if noise is None else torch.empty_like(mu, dtype=self.z_dtype)
+        if kind in (None, "element"):
+            kl = None if kind is None else torch.empty_like(mu, dtype=dtype)
+        else:
+            kl = mu.new_empty(self.shape, dtype=dtype)
+            weighted = None if self.floor is None else mu.new_empty(self.shape, dtype=dtype)
+            sums = self.programs if self.floor is None else 2 * self.programs
+            partials, arrived = scratch(self.device, self.rows, sums, stateless)
+        weights, _, sizes = self._numbers
+        self._forward(
+            self.programs, (mu, second, prior_mu, prior_second, noise, z, kl, weighted, partials, arrived), (*weights, *sizes)
+        )
+        return z, kl, weighted
 
+    @on_its_device
+    def backward(self, grad_z, grad_kl, grad_weighted, mu, second, noise, prior_mu, prior_second, wants_prior):
+        """Gradients by `mu`, `second`, `prior_mu` and `prior_second`, the latter of the shape of `mu` and None where unwanted.
 
-def divergence_columns(
-    mu, second, prior_mu, prior_second, *, layout, posterior, clamp, prior, kl_weight, dtype, statistics
-):  # fmt: skip
-    """The KL summed over the batch, times `kl_weight`, and the sums of mu and mu^2 if `statistics`: `mu.shape[1:]`.
+        `grad_z`, `grad_kl` and `grad_weighted`, the gradients that arrived at what `forward` returns, or at sums over the batch
+        if the kind is "column", are dense and lie as `mu` does; not all are None.
+        """
+        has_kl = grad_kl is not None or grad_weighted is not None
+        grad_mu, grad_second = torch.empty_like(mu) if has_kl else grad_z, torch.empty_like(second)
+        grad_priors = [
+            torch.empty_like(mu, dtype=value.dtype) if wanted and has_kl else None
+            for value, wanted in zip((prior_mu, prior_second), wants_prior, strict=True)
+        ]
+        weights, shares, sizes = self._numbers
+        tensors = grad_z, mu, second, prior_mu, prior_second, noise, grad_mu, grad_second, *grad_priors, grad_kl, grad_weighted
+        self._backward[has_kl](self.programs, tensors, (*weights, *shares, *sizes))
+        return grad_mu, grad_second, *grad_priors
 
-    The other arguments are those of `divergence_forward`; `layout` is the memory format of `mu`.
-    """
-    batch, columns = mu.shape[0], _columns(mu)
-    block = min(max(16, triton.next_power_of_2(columns)), THREADS)
-    rows = tile_size(mu, second) // block
-    blocks = triton.cdiv(columns, block)
-    chunks = max(1, min(triton.cdiv(batch, rows), resident_programs(mu.device) // max(blocks, 1)))
-    # In the memory format of a batch of that many samples.
-    partials = [
-        torch.empty((chunks, *mu.shape[1:]), dtype=torch.float64, device=mu.device, memory_format=layout)
-        for _ in range(3 if statistics else 1)
-    ]
-    launch(
-        columns_kernel, blocks * chunks, mu.device,
-        mu, second, prior_mu, prior_second, *(partials if statistics else (*partials, None, None)), batch, columns, chunks,
-        **_constants(mu, prior_mu, prior_second, posterior, clamp, prior), DTYPE=TRITON_DTYPE[dtype],
-        WIDE=mu.numel() + chunks * rows * columns >= 2**31, ROWS=rows, BLOCK=block,
-        **(MANY_REGISTERS if mu.element_size() == 2 else {}),
-    )  # fmt: skip
-    kl, *sums = (partial.sum(0) for partial in partials)
-    return (kl * kl_weight).to(dtype), tuple(s.to(dtype) for s in sums) or None
-
-
-def _columns(mu) -> int:
-    """Elements of a sample."""
-    return prod(mu.shape[1:])
+    @on_its_device
+    def columns(self, mu, second, prior_mu, prior_second, statistics):
+        """The KL summed over the batch and weighted; if `statistics`, the sums of mu and mu^2: `mu.shape[1:]` each."""
+        launch, programs, (batch, columns, chunks) = self._columns
+        # In the memory format of a batch of that many samples.
+        partials = [
+            torch.empty((chunks, *mu.shape[1:]), dtype=torch.float64, device=self.device, memory_format=self.layout)
+            for _ in range(3 if statistics else 1)
+        ]
+        sums = (*partials, None, None)[:3]
+        launch(programs, (mu, second, prior_mu, prior_second, *sums), (batch, columns, chunks))
+        kl, *sums = (partial.sum(0) for partial in partials)
+        return (kl * self.kl_weight).to(self.dtype), tuple(s.to(self.dtype) for s in sums) or None

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import posteriors
-from .divergence import _constants
+from .divergence import constants_of
 from .latents import clamped, noise_tile, seed_or_noise
 from .launch import FINISH, MANY_REGISTERS, THREADS, TRITON_DTYPE, Segment, launch, scratch, tile_size
 from .operands import row_bounds, upstream_of
@@ -242,5 +242,5 @@ def log_ratio_backward(
 
 def _densities(mu, prior_mu, prior_second, posterior, clamp, prior) -> dict:
     """The constants of the divergence, but that the prior's density is on its own, not in a ratio to the posterior's."""
-    constants = _constants(mu, prior_mu, prior_second, posterior, clamp, prior)
+    constants = constants_of(mu, prior_mu, prior_second, posterior, clamp, prior)
     return constants | {"PRIOR": prior and getattr(posteriors, f"{prior}_prior")}

@@ -393,11 +393,10 @@ def test_statistics_are_of_the_pass_that_computes_the_kl(monkeypatch, device):
     if BACKEND != "triton":
         pytest.skip("about the kernels")
     from fastelbo.kernels import divergence
+    from fastelbo.kernels.direct import Launch
 
-    launches, launch = [], divergence.launch
-    monkeypatch.setattr(
-        divergence, "launch", lambda kernel, *args, **kw: (launches.append(kernel), launch(kernel, *args, **kw))
-    )
+    launches, call = [], Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, *args: (launches.append(self.kernel), call(self, *args)))
     latents = make_latents("logvar", (B, D), device=device)
     for name in ("plain", "dimension", "capacity"):
         launches.clear()
@@ -415,18 +414,18 @@ def test_kernels_compile_without_spills(target):
     pytest.importorskip("triton", reason="triton is installed on Linux only")
     from bench.assembly import spilled_bytes
     from bench.compiled import compile_for, record
-    from fastelbo.kernels import divergence
+    from fastelbo.kernels import Divergence
 
     def calls(dtype, posterior, clamp, prior, rows):
         result = torch.float64 if dtype == torch.float64 else torch.float32
         mu, seed, one = torch.zeros(128, 20, dtype=dtype), torch.zeros((), dtype=torch.int64), torch.ones((), dtype=result)
         values = (None, None) if prior is None else (torch.zeros(rows, 20, dtype=dtype),) * 2
-        form = {"posterior": posterior, "clamp": clamp, "prior": prior, "kl_weight": 1.0, "dtype": result}
-        summed = {"kind": "sum", "floor": 0.5, **form}
-        wants = (prior is not None,) * 2
-        yield lambda: divergence.divergence_forward(mu, mu, seed, *values, **summed)
-        yield lambda: divergence.divergence_backward(mu, one, one, mu, mu, seed, *values, wants, shares=(1.0, 2.0), **summed)
-        yield lambda: divergence.divergence_columns(mu, mu, *values, layout=torch.contiguous_format, statistics=True, **form)
+        form = {"posterior": posterior, "clamp": clamp, "prior": prior, "kl_weight": 1.0, "dtype": result, "shares": (1.0, 2.0)}
+        summed = Divergence(mu, mu, *values, kind="sum", floor=0.5, **form)
+        yield lambda: summed.forward(mu, mu, seed, *values)
+        yield lambda: summed.backward(mu, one, one, mu, mu, seed, *values, (prior is not None,) * 2)
+        columns = Divergence(mu, mu, *values, kind="column", floor=None, **form)
+        yield lambda: columns.columns(mu, mu, *values, True)
 
     forms = (
         (torch.float32, "var", (1e-3, 10.0), "var", 128),

@@ -498,11 +498,10 @@ def test_memory_layouts(device):
 @triton_only
 def test_one_launch_forward_and_one_backward(monkeypatch, device):
     from fastelbo.kernels import divergence
+    from fastelbo.kernels.direct import Launch
 
-    launches, launch = [], divergence.launch
-    monkeypatch.setattr(
-        divergence, "launch", lambda kernel, *args, **kw: (launches.append(kernel), launch(kernel, *args, **kw))
-    )
+    launches, call = [], Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, *args: (launches.append(self.kernel), call(self, *args)))
     for posterior, kind in itertools.product(FROM_STD, PRIORS):
         latents = make_latents(posterior, (5, 37), device=device)
         prior = prior_for(kind, posterior, *latents[2:])

@@ -92,16 +92,12 @@ def latents_forward(plan, tensors, noise, stateless=False):
         launches = plan.latents_launches or _sample(plan, mu, second)
         z, kl = launches.forward(mu, second, noise, call.kind is not None, stateless)
         return z, kl, None, None
-    priors, options = _priors(plan, priors), _divergence(plan)
+    priors = _priors(plan, priors)
+    launches = plan.latents_launches or _divergence(plan, mu, second, priors)
     if call.kind == "column":
-        kl, sums = kernels.divergence.divergence_columns(
-            mu, second, *priors, layout=plan.layout, statistics=call.statistics, **options
-        )
+        kl, sums = launches.columns(mu, second, *priors, call.statistics)
         return None, kl, None, sums
-    z, kl, weighted = kernels.divergence.divergence_forward(
-        mu, second, noise, *priors, kind=call.kind, floor=call.floor, stateless=stateless, **options
-    )
-    return z, kl, weighted, None
+    return *launches.forward(mu, second, noise, *priors, stateless), None
 
 
 def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted=None, grad_loss=None, beta=1.0):
@@ -114,9 +110,11 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
         launches = plan.latents_launches or _sample(plan, mu, second)
         return launches.backward(grad_z, mu, second, noise, beta, (grad_loss, grad_kl))
     factor = None if grad_loss is None and grad_kl is None else added(grad_loss, grad_kl, beta)
-    grads = kernels.divergence.divergence_backward(
-        grad_z, _as_latents(plan, factor), _as_latents(plan, grad_weighted), mu, second, noise, *_priors(plan, priors),
-        needs[2:] or (False, False), kind=call.kind, floor=call.floor, shares=call.shares or (1.0, 1.0), **_divergence(plan),
+    priors = _priors(plan, priors)
+    launches = plan.latents_launches or _divergence(plan, mu, second, priors)
+    grads = launches.backward(
+        grad_z, _as_latents(plan, factor), _as_latents(plan, grad_weighted), mu, second, noise, *priors,
+        needs[2:] or (False, False),
     )  # fmt: skip
     return grads[: len(tensors)]
 
@@ -185,9 +183,14 @@ def _sample(plan, mu, logvar):
     return plan.latents_launches
 
 
-def _divergence(plan) -> dict:
-    """The options of the kernels for any posterior and prior."""
-    return _gaussian(plan.call.latents) | {"kl_weight": plan.kl_weight, "dtype": plan.dtype}
+def _divergence(plan, mu, second, priors):
+    """Those of the kernels for any posterior and prior, likewise."""
+    call = plan.call
+    plan.latents_launches = kernels.Divergence(
+        mu, second, *priors, kind=call.kind, floor=call.floor, shares=call.shares or (1.0, 1.0), kl_weight=plan.kl_weight,
+        dtype=plan.dtype, layout=plan.layout, **_gaussian(call.latents),
+    )  # fmt: skip
+    return plan.latents_launches
 
 
 def _gaussian(latents) -> dict:
