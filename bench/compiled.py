@@ -126,7 +126,7 @@ def reconstruction(
         weight = torch.zeros_like(x, dtype=weight)
     dtype = torch.float64 if torch.float64 in parameters else torch.float32
     rows, wants = 128 if per_sample else 1, [True] * len(tensors)
-    family = kernels.reconstruction.Family(likelihood, scale)
+    family = kernels.Family(likelihood, scale)
     launches = kernels.Reconstruction(family=family, per_sample=per_sample, dtype=dtype, device=x.device)
     factor = torch.ones(rows, dtype=dtype)
     if guess is None:
@@ -140,7 +140,7 @@ def categorical(*shape, dense=False, dtype=torch.float32, per_sample=False):
     logits, inner = torch.zeros(shape, dtype=dtype), torch.Size(shape[2:]).numel()
     x = torch.zeros(shape) if dense else torch.zeros(shape[0], *shape[2:], dtype=torch.int64)
     options = {"classes": shape[1], "inner": inner, "ignore_index": -100, "target_scale": 1.0}
-    return _positions(kernels.categorical, logits, x, per_sample, options)
+    return _positions(kernels.Categorical, logits, x, per_sample, options)
 
 
 def mixture(channels, components, *place, dtype=torch.float32, per_sample=False):
@@ -148,13 +148,14 @@ def mixture(channels, components, *place, dtype=torch.float32, per_sample=False)
     count = 10 * components if channels == 3 else components * (1 + 2 * channels)
     parameters, x = torch.zeros(8, count, *place, dtype=dtype), torch.zeros(8, channels, *place)
     options = {"levels": 256, "inner": torch.Size(place).numel(), "channels": channels}
-    return _positions(kernels.mixture, parameters, x, per_sample, options)
+    return _positions(kernels.Mixture, parameters, x, per_sample, options)
 
 
-def _positions(module, prediction, x, per_sample, options):
+def _positions(launches, prediction, x, per_sample, options):
     dtype = torch.float64 if prediction.dtype == torch.float64 else torch.float32
     guess = torch.ones(len(prediction) if per_sample else 1, dtype=dtype)
-    return record(lambda: module.forward(prediction, x, None, 1.0, guess, per_sample=per_sample, dtype=dtype, **options))
+    launches = launches(per_sample=per_sample, dtype=dtype, device=x.device, **options)
+    return record(lambda: launches.forward(prediction, x, None, 1.0, guess))
 
 
 def divergence_forward(latent, *, posterior="logvar", prior=None, kind="sum"):

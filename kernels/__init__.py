@@ -1,29 +1,28 @@
-"""Triton kernels of fastelbo, and the functions that launch them.
+"""Triton kernels of fastelbo, and what launches them.
 
-This package knows tensors and constants: no options, no autograd, no users. Below each kernel stands the function that launches
-it, with a docstring that says what it takes.
+This package knows tensors and constants: no options, no autograd, no users. Below each kernel stands what launches it: a class
+for tensors of one kind, which finds once what follows from their shapes, and whose methods take the tensors.
 """
 
-from . import categorical, divergence, mixture, reconstruction
-from .direct import INTERPRETED, stream_of
+from .categorical import Categorical
+from .direct import INTERPRETED
 from .divergence import Divergence
 from .latents import Sample, draw_noise
 from .log_ratio import log_ratio_backward, log_ratio_forward
 from .loss import Loss
-from .reconstruction import Reconstruction
+from .mixture import Mixture
+from .reconstruction import Family, Reconstruction
 
 __all__ = [
     "INTERPRETED",
+    "Categorical",
     "Divergence",
+    "Family",
     "Loss",
+    "Mixture",
     "Reconstruction",
     "Sample",
-    "categorical",
-    "divergence",
     "draw_noise",
     "log_ratio_backward",
     "log_ratio_forward",
-    "mixture",
-    "reconstruction",
-    "stream_of",
 ]

@@ -19,11 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import positions
-from .launch import FINISH, INTERPRETED, MANY_REGISTERS, TRITON_DTYPE, as_bytes, launch, scratch
+from .launch import FINISH, INTERPRETED, MANY_REGISTERS, TRITON_DTYPE
 from .numerics import exp_below, log_of_positive
 from .operands import is_wrong, reciprocal, scalar
-from .positions import blocks_of, divisor_arguments, place, programs_of
+from .positions import Positions, blocks_of, place, programs_of
 from .reduction import arrive_last, ordered_sum
 
 
@@ -237,55 +236,36 @@ def tile_shape(classes: int, inner: int, most: int | None, dense: bool, dtype: t
     return height, width
 
 
-def _launch(
-    prediction, x, weight, gradient, factor, used, seen, recon, divisor, *,
-    per_sample, dtype, classes, inner, ignore_index, target_scale, stateless=False,
-):  # fmt: skip
-    """One launch of the kernel: of forward where `recon` is to be written, else of backward."""
-    device, numel = prediction.device, prediction.numel()
-    rows = prediction.shape[0] if per_sample else 1
-    outer = numel // (classes * inner * rows)
-    dense = x.dim() == prediction.dim()
-    height, width = tile_shape(classes, inner, outer if per_sample or INTERPRETED else None, dense, dtype)
-    blocks = triton.cdiv(outer, height) if inner == 1 else outer * triton.cdiv(inner, height)
-    single = classes <= width
-    read_again = 0
-    if not single and gradient is not None:
-        read_again = height * classes * (prediction.element_size() + (x.element_size() if dense else 0))
-    programs = programs_of(blocks, rows, device, read_again)
-    partials = arrived = None
-    if recon is not None:
-        partials, arrived = scratch(device, rows, rows * programs, stateless)
-    launch(
-        categorical_kernel, rows * programs, device,
-        prediction, as_bytes(x), weight if weight is None else as_bytes(weight), gradient, factor, used, seen,
-        partials, arrived, recon, *divisor_arguments(divisor), target_scale, ignore_index,
-        outer, classes, inner, programs,
-        DENSE=dense, PER_SAMPLE=per_sample, DTYPE=TRITON_DTYPE[dtype], LOWEST=torch.finfo(dtype).min, LAST=inner == 1,
-        ALIGN=math.gcd(classes if inner == 1 else inner, 16),
-        # The last tiles reach beyond the end, and so do the blocks.
-        WIDE=numel + (width + height) * max(classes, inner) + programs * height >= 2**31,
-        SINGLE=single, POSITIONS=height, CLASSES=width, FINISH=FINISH, **MANY_REGISTERS,
-    )  # fmt: skip
+class Categorical(Positions):
+    """Of categorical distributions.
 
-
-def forward(prediction, x, weight, divisor, guess, **options):
-    """Negative log-likelihood of categorical distributions, its sum over positions divided by `divisor`, and the gradient.
-
-    - `prediction`: logits, contiguous, seen as `[outer, classes, inner]`; with `per_sample` its first dimension is the batch.
-    - `x`: of one dimension less, labels `[outer, inner]` of an integer dtype; of as many, targets of the shape of `prediction`
-      and of any real dtype, which are multiplied by `target_scale`. A label equal to `ignore_index` counts nothing; one that is
-      no class makes NaN.
-    - `weight`: None, or a number for each position, `[outer, inner]`; where it is 0 nothing counts, not even NaN.
-    - `divisor`: a float, or a 0-d tensor on the device.
-    - `guess`: None, or `[B]` or `[1]` of `dtype`: the upstream factor to store the gradient with.
-    - Options: `per_sample`, `dtype`, `classes`, `inner`, `ignore_index`, `target_scale`; `stateless` as in `loss_forward`.
-
-    Returns `(recon, gradient)`: `[]`, or `[B]` with `per_sample`, of `dtype`; and the gradient like `prediction`, or None.
+    - The prediction: logits, seen as `[outer, classes, inner]`.
+    - The target: of one dimension less, labels `[outer, inner]` of an integer dtype; of as many, targets of the shape of the
+      logits and of any real dtype, which are multiplied by `target_scale`. A label equal to `ignore_index` counts nothing; one
+      that is no class makes NaN.
     """
-    return positions.forward(_launch, prediction, x, weight, divisor, guess, **options)
 
+    def __init__(self, *, per_sample, dtype, device, classes, inner, ignore_index, target_scale) -> None:
+        super().__init__(per_sample, dtype, device)
+        self.classes, self.inner, self.ignore_index, self.target_scale = classes, inner, ignore_index, target_scale
 
-def backward(prediction, x, weight, divisor, upstream, gradient, used, **options):
-    """See `positions.backward`."""
-    return positions.backward(_launch, prediction, x, weight, divisor, upstream, gradient, used, **options)
+    def layout(self, prediction, x, with_gradient):
+        classes, inner, dtype, numel = self.classes, self.inner, self.dtype, prediction.numel()
+        rows = prediction.shape[0] if self.per_sample else 1
+        outer = numel // (classes * inner * rows)
+        dense = x.dim() == prediction.dim()
+        height, width = tile_shape(classes, inner, outer if self.per_sample or INTERPRETED else None, dense, dtype)
+        blocks = triton.cdiv(outer, height) if inner == 1 else outer * triton.cdiv(inner, height)
+        single = classes <= width
+        read_again = 0
+        if not single and with_gradient:
+            read_again = height * classes * (prediction.element_size() + (x.element_size() if dense else 0))
+        programs = programs_of(blocks, rows, self.device, read_again)
+        constants = {
+            "DENSE": dense, "PER_SAMPLE": self.per_sample, "DTYPE": TRITON_DTYPE[dtype], "LOWEST": torch.finfo(dtype).min,
+            "LAST": inner == 1, "ALIGN": math.gcd(classes if inner == 1 else inner, 16),
+            # The last tiles reach beyond the end, and so do the blocks.
+            "WIDE": numel + (width + height) * max(classes, inner) + programs * height >= 2**31,
+            "SINGLE": single, "POSITIONS": height, "CLASSES": width, "FINISH": FINISH, **MANY_REGISTERS,
+        }  # fmt: skip
+        return categorical_kernel, constants, programs, (self.target_scale, self.ignore_index, outer, classes, inner, programs)

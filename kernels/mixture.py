@@ -12,12 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import positions
-from .launch import FINISH, INTERPRETED, TRITON_DTYPE, as_bytes, launch, scratch
+from .launch import FINISH, INTERPRETED, TRITON_DTYPE
 from .likelihoods import log_bin
 from .numerics import exp_and_expm1, exp_below, log_of_positive
 from .operands import is_wrong, reciprocal, scalar
-from .positions import blocks_of, divisor_arguments, place, programs_of
+from .positions import Positions, blocks_of, place, programs_of
 from .reduction import arrive_last, ordered_sum
 
 
@@ -217,49 +216,32 @@ def tile_shape(components: int, inner: int, most: int | None, channels: int, dty
     return height, width
 
 
-def _launch(
-    prediction, x, weight, gradient, factor, used, seen, recon, divisor, *,
-    per_sample, dtype, levels, inner, channels, stateless=False,
-):  # fmt: skip
-    """One launch of the kernel: of forward where `recon` is to be written, else of backward."""
-    device, numel = prediction.device, prediction.numel()
-    rows = prediction.shape[0] if per_sample else 1
-    outer = x.numel() // (channels * inner * rows)
-    components = numel // (outer * rows * inner) // (10 if channels == 3 else 1 + 2 * channels)
-    height, width = tile_shape(components, inner, outer if per_sample or INTERPRETED else None, channels, dtype)
-    blocks = triton.cdiv(outer, height) if inner == 1 else outer * triton.cdiv(inner, height)
-    programs = programs_of(blocks, rows, device, 0)
-    partials = arrived = None
-    if recon is not None:
-        partials, arrived = scratch(device, rows, rows * programs, stateless)
-    launch(
-        mixture_kernel, rows * programs, device,
-        prediction, as_bytes(x), weight if weight is None else as_bytes(weight), gradient, factor, used, seen,
-        partials, arrived, recon, *divisor_arguments(divisor), 1 / (levels - 1), levels,
-        outer, components, inner, channels, programs,
-        CHANNELS=channels if channels in (1, 3) else 0, INTEGER=not x.is_floating_point(), PER_SAMPLE=per_sample,
-        DTYPE=TRITON_DTYPE[dtype], LAST=inner == 1, ALIGN=math.gcd(components if inner == 1 else inner, 16),
-        # The last tiles reach beyond the end, and so do the blocks.
-        WIDE=numel + (width + height) * max(numel // (outer * rows * inner), inner) + programs * height >= 2**31,
-        POSITIONS=height, COMPONENTS=width, FINISH=FINISH,
-    )  # fmt: skip
+class Mixture(Positions):
+    """Of pixels: `likelihoods.mixture.nll`.
 
-
-def forward(prediction, x, weight, divisor, guess, **options):
-    """Negative log-likelihood of pixels, its sum over `divisor`, and the gradient: that of `likelihoods.mixture.nll`.
-
-    - `prediction`: parameters, contiguous, seen as `[outer, P, inner]`; with `per_sample` its first dimension is the batch.
-    - `x`: `[outer, channels, inner]`, in [-1, 1], or levels of an integer dtype.
-    - `weight`: None, or a number for each pixel, `[outer, inner]`; where it is 0 nothing counts, not even NaN.
-    - `divisor`: a float, or a 0-d tensor on the device.
-    - `guess`: None, or `[B]` or `[1]` of `dtype`: the upstream factor to store the gradient with.
-    - Options: `per_sample`, `dtype`, `levels`, `inner`, `channels`; `stateless` as in `loss_forward`.
-
-    Returns `(recon, gradient)`: `[]`, or `[B]` with `per_sample`, of `dtype`; and the gradient like `prediction`, or None.
+    - The prediction: parameters, seen as `[outer, P, inner]`.
+    - The target: `[outer, channels, inner]`, in [-1, 1], or levels of an integer dtype.
     """
-    return positions.forward(_launch, prediction, x, weight, divisor, guess, **options)
 
+    def __init__(self, *, per_sample, dtype, device, levels, inner, channels) -> None:
+        super().__init__(per_sample, dtype, device)
+        self.levels, self.inner, self.channels = levels, inner, channels
 
-def backward(prediction, x, weight, divisor, upstream, gradient, used, **options):
-    """See `positions.backward`."""
-    return positions.backward(_launch, prediction, x, weight, divisor, upstream, gradient, used, **options)
+    def layout(self, prediction, x, with_gradient):
+        channels, inner, dtype, numel = self.channels, self.inner, self.dtype, prediction.numel()
+        rows = prediction.shape[0] if self.per_sample else 1
+        outer = x.numel() // (channels * inner * rows)
+        components = numel // (outer * rows * inner) // (10 if channels == 3 else 1 + 2 * channels)
+        height, width = tile_shape(components, inner, outer if self.per_sample or INTERPRETED else None, channels, dtype)
+        blocks = triton.cdiv(outer, height) if inner == 1 else outer * triton.cdiv(inner, height)
+        programs = programs_of(blocks, rows, self.device, 0)
+        constants = {
+            "CHANNELS": channels if channels in (1, 3) else 0, "INTEGER": not x.is_floating_point(),
+            "PER_SAMPLE": self.per_sample, "DTYPE": TRITON_DTYPE[dtype], "LAST": inner == 1,
+            "ALIGN": math.gcd(components if inner == 1 else inner, 16),
+            # The last tiles reach beyond the end, and so do the blocks.
+            "WIDE": numel + (width + height) * max(numel // (outer * rows * inner), inner) + programs * height >= 2**31,
+            "POSITIONS": height, "COMPONENTS": width, "FINISH": FINISH,
+        }  # fmt: skip
+        numbers = 1 / (self.levels - 1), self.levels, outer, components, inner, channels, programs
+        return mixture_kernel, constants, programs, numbers

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import PROGRAMS
+from .direct import Launch, on_its_device
+from .launch import MANY_REGISTERS, PROGRAMS, options_of, scratch
 
 
 @triton.jit
@@ -59,28 +60,63 @@ def divisor_arguments(divisor: torch.Tensor | float) -> tuple[torch.Tensor | Non
     return None, 1 / divisor if divisor else math.copysign(math.inf, divisor)
 
 
-def forward(launch, prediction, x, weight, divisor, guess, *, per_sample, dtype, **options):
-    """The sum and the gradient by `launch`, which has a likelihood's kernel: see its own `forward`."""
-    gradient = None if guess is None else torch.empty_like(prediction)
-    shape = prediction.shape[:1] if per_sample else ()
-    if prediction.numel() == 0:
-        return prediction.new_zeros(shape, dtype=dtype), gradient
-    recon = prediction.new_empty(shape, dtype=dtype)
-    launch(prediction, x, weight, gradient, guess, None, None, recon, divisor, per_sample=per_sample, dtype=dtype, **options)
-    return recon, gradient
+class Positions:
+    """The launches of a likelihood over what lies along one dimension, for tensors of one kind.
 
-
-def backward(launch, prediction, x, weight, divisor, upstream, gradient, used, *, per_sample, dtype, **options):
-    """The gradient with the factor `upstream`, `[]` or `[B]`; a stored one is corrected where it lies.
-
-    `gradient` is what forward stored with the factor `used`, or both are None. The rest is as in `forward`.
-
-    Returns `(gradient, seen)`: `seen`, `[B]` or `[1]`, is a copy of `upstream` for the next forward to guess.
+    A subclass has the kernel: `layout(prediction, x, with_gradient)` gives it, its constants, the programs of a row, and its
+    numbers but for the first, `recon_weight`.
     """
-    gradient = torch.empty_like(prediction) if gradient is None else gradient
-    if prediction.numel() == 0:
-        return gradient, upstream.reshape(-1).to(dtype, copy=True)
-    seen = prediction.new_empty(prediction.shape[0] if per_sample else 1, dtype=dtype)
-    upstream = upstream.contiguous()
-    launch(prediction, x, weight, gradient, upstream, used, seen, None, divisor, per_sample=per_sample, dtype=dtype, **options)
-    return gradient, seen
+
+    def __init__(self, per_sample: bool, dtype: torch.dtype, device: torch.device) -> None:
+        self.per_sample, self.dtype, self.device = per_sample, dtype, device
+        self._found: dict[bool, tuple] = {}
+
+    @on_its_device
+    def forward(self, prediction, x, weight, divisor, guess, stateless=False):
+        """The negative log-likelihood, its sum over positions divided by `divisor`, and the gradient.
+
+        - `prediction`: contiguous; with `per_sample` its first dimension is the batch. `x`: as the subclass has it.
+        - `weight`: None, or a number for each position; where it is 0 nothing counts, not even NaN.
+        - `divisor`: a float, or a 0-d tensor on the device.
+        - `guess`: None, or `[B]` or `[1]` of `dtype`: the upstream factor to store the gradient with.
+        - `stateless`: keep nothing for later calls.
+
+        Returns `(recon, gradient)`: `[]`, or `[B]` with `per_sample`, of `dtype`; and the gradient like `prediction`, or None.
+        """
+        gradient = None if guess is None else torch.empty_like(prediction)
+        shape = prediction.shape[:1] if self.per_sample else ()
+        if prediction.numel() == 0:
+            return prediction.new_zeros(shape, dtype=self.dtype), gradient
+        recon = prediction.new_empty(shape, dtype=self.dtype)
+        self._run(prediction, x, weight, gradient, guess, None, None, recon, divisor, stateless)
+        return recon, gradient
+
+    @on_its_device
+    def backward(self, prediction, x, weight, divisor, upstream, gradient, used):
+        """The gradient with the factor `upstream`, `[]` or `[B]`; a stored one is corrected where it lies.
+
+        `gradient` is what forward stored with the factor `used`, or both are None. The rest is as in `forward`.
+
+        Returns `(gradient, seen)`: `seen`, `[B]` or `[1]`, is a copy of `upstream` for the next forward to guess.
+        """
+        gradient = torch.empty_like(prediction) if gradient is None else gradient
+        if prediction.numel() == 0:
+            return gradient, upstream.reshape(-1).to(self.dtype, copy=True)
+        seen = prediction.new_empty(prediction.shape[0] if self.per_sample else 1, dtype=self.dtype)
+        self._run(prediction, x, weight, gradient, upstream.contiguous(), used, seen, None, divisor)
+        return gradient, seen
+
+    def _run(self, prediction, x, weight, gradient, factor, used, seen, recon, divisor, stateless=False) -> None:
+        """One launch: of forward where `recon` is to be written, else of backward."""
+        found = self._found.get(gradient is not None)
+        if found is None:
+            kernel, constants, programs, numbers = self.layout(prediction, x, gradient is not None)
+            options = {name: constants.pop(name) for name in MANY_REGISTERS if name in constants} | options_of(self.device)
+            found = self._found[gradient is not None] = Launch(kernel, self.device, constants, options), programs, numbers
+        launch, programs, numbers = found
+        rows, partials, arrived = prediction.shape[0] if self.per_sample else 1, None, None
+        if recon is not None:
+            partials, arrived = scratch(self.device, rows, rows * programs, stateless)
+        pointer, reciprocal = divisor_arguments(divisor)
+        tensors = prediction, x, weight, gradient, factor, used, seen, partials, arrived, recon, pointer
+        launch(rows * programs, tensors, (reciprocal, *numbers))

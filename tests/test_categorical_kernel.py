@@ -12,7 +12,7 @@ from support import assert_no_worse, relative
 if BACKEND != "triton":
     pytest.skip("the Torch backend has a formula instead", allow_module_level=True)
 
-from fastelbo.kernels import categorical, positions
+from fastelbo.kernels import Categorical, categorical, positions
 
 IGNORED = -100
 # Shape and dimension of the classes: both layouts; fewer and more classes than a tile has; one; next to a power of 2; so few
@@ -34,7 +34,7 @@ def options(logits, dim=1, per_sample=False, ignore_index=IGNORED, target_scale=
     dim %= logits.dim()
     return {
         "per_sample": per_sample, "dtype": torch.float64 if logits.dtype == torch.float64 else torch.float32,
-        "classes": logits.shape[dim], "inner": math.prod(logits.shape[dim + 1 :]),
+        "device": logits.device, "classes": logits.shape[dim], "inner": math.prod(logits.shape[dim + 1 :]),
         "ignore_index": ignore_index, "target_scale": target_scale,
     }  # fmt: skip
 
@@ -44,7 +44,7 @@ def forward(logits, x, weight=None, divisor=1.0, guess=1.0, **kwargs):
     opts = options(logits, **kwargs)
     rows = len(logits) if opts["per_sample"] else 1
     guess = torch.as_tensor(guess, dtype=opts["dtype"], device=logits.device).expand(rows).contiguous()
-    return categorical.forward(logits, x, weight, divisor, guess, **opts)
+    return Categorical(**opts).forward(logits, x, weight, divisor, guess)
 
 
 def by_torch(logits, x, dim=1, per_sample=False):
@@ -274,7 +274,7 @@ def test_divisor_and_samples(shape, dim, per_sample, tiles, device):
 
 def test_no_gradient_without_a_guess(tiles, device):
     logits, x = make((3, 20), 1, False, device)
-    value, gradient = categorical.forward(logits, x, None, 1.0, None, **options(logits))
+    value, gradient = Categorical(**options(logits)).forward(logits, x, None, 1.0, None)
     assert gradient is None
     assert relative(value, by_torch(logits.double(), x)[0]) < 1e-6
 
@@ -289,7 +289,8 @@ def test_a_wrong_guess_is_corrected(per_sample, dense, tiles, device):
     _, stored = forward(logits, x, divisor=5.0, guess=used, per_sample=per_sample)
     upstream = torch.tensor([1.0, 7.0, 3.0, math.nan], device=device) if per_sample else torch.tensor(7.0, device=device)
     other = torch.zeros_like(logits)  # in place of the logits, where they should not be looked at
-    gradient, seen = categorical.backward(logits, x, None, 5.0, upstream, stored, used, **opts)
+    launches = Categorical(**opts)
+    gradient, seen = launches.backward(logits, x, None, 5.0, upstream, stored, used)
     assert gradient is stored
     expected = slope * upstream.view(-1, 1, 1) / 5
     assert relative(gradient[:3], expected[:3]) < 1e-6
@@ -298,9 +299,9 @@ def test_a_wrong_guess_is_corrected(per_sample, dense, tiles, device):
     assert torch.equal(seen.nan_to_num(9.0), upstream.reshape(-1).nan_to_num(9.0))
     assert seen.data_ptr() != upstream.data_ptr()
     # Where the factor is right, nothing is computed; by a zero in place of the logits it would be something else.
-    again, _ = categorical.backward(other, x, None, 5.0, upstream, gradient.clone(), seen, **opts)
+    again, _ = launches.backward(other, x, None, 5.0, upstream, gradient.clone(), seen)
     assert torch.equal(again[:3], gradient[:3])
-    anew, _ = categorical.backward(logits, x, None, 5.0, upstream, None, None, **opts)
+    anew, _ = launches.backward(logits, x, None, 5.0, upstream, None, None)
     assert relative(anew[:3], expected[:3]) < 1e-6
 
 
@@ -320,7 +321,8 @@ def test_empty(shape, per_sample, device):
     assert value.tolist() == ([0.0] * shape[0] if per_sample else 0.0)
     assert gradient.shape == shape
     upstream = torch.full(value.shape, 3.0, device=device)
-    _, seen = categorical.backward(logits, x, None, 1.0, upstream, gradient, None, **options(logits, per_sample=per_sample))
+    launches = Categorical(**options(logits, per_sample=per_sample))
+    _, seen = launches.backward(logits, x, None, 1.0, upstream, gradient, None)
     assert seen.tolist() == [3.0] * (shape[0] if per_sample else 1)
 
 
@@ -328,8 +330,8 @@ def test_empty(shape, per_sample, device):
 @pytest.mark.parametrize("shape, dim", SHAPES[4:7], ids=str)
 def test_wide_offsets(shape, dim, dense, tiles, device, monkeypatch):
     """As tensors of more than 2^31 elements need them."""
-    launch = categorical.launch
-    monkeypatch.setattr(categorical, "launch", lambda *args, **constants: launch(*args, **constants | {"WIDE": True}))
+    launch = positions.Launch
+    monkeypatch.setattr(positions, "Launch", lambda k, device, constants, o: launch(k, device, constants | {"WIDE": True}, o))
     logits, x = make(shape, dim, dense, device)
     for got, expected in zip(forward(logits, x, dim=dim), by_torch(logits.double(), x, dim), strict=True):
         assert relative(got, expected) < 1e-6

@@ -16,15 +16,14 @@ import triton
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime.jit import JITFunction
 
-from fastelbo import kernels
-from fastelbo.kernels import direct, launch
+from fastelbo.kernels import categorical, direct, divergence, latents, launch, log_ratio, loss, mixture, reconstruction
 
 CUDA = torch.device("cuda", 0)
-MODULES = ("categorical", "divergence", "latents", "log_ratio", "loss", "mixture", "reconstruction")
+MODULES = categorical, divergence, latents, log_ratio, loss, mixture, reconstruction
 KERNELS = {
-    f"{module}.{name}": value
+    name: value
     for module in MODULES
-    for name, value in vars(getattr(kernels, module)).items()
+    for name, value in vars(module).items()
     if isinstance(value, JITFunction) and name.endswith("_kernel")
 }
 
@@ -176,8 +175,8 @@ def test_tensors_come_first_then_numbers_then_constants(name):
     assert constant == sorted(constant)
     tensors, special = direct._arguments(kernel)
     numbers = [p for p in kernel.params[tensors:] if not p.is_constexpr]
-    assert all(p.annotation_type or name == "divergence.columns_kernel" for p in numbers)
-    assert len(special) == (name == "divergence.columns_kernel")
+    assert all(p.annotation_type or name == "columns_kernel" for p in numbers)
+    assert len(special) == (name == "columns_kernel")
     assert not any(p.annotation_type for p in kernel.params[:tensors])
 
 

@@ -147,7 +147,7 @@ def test_formula_far_out(log_scale, mean, level, expected, dtype):
 # The kernel.
 
 if BACKEND == "triton":
-    from fastelbo.kernels import mixture
+    from fastelbo.kernels import Mixture, mixture, positions
 
 kernel = pytest.mark.skipif(BACKEND != "triton", reason="the Torch backend has the formula")
 
@@ -162,6 +162,7 @@ def blocks(request, monkeypatch):
 def options(parameters, x, dim=1, per_sample=False, levels=LEVELS):
     return {
         "per_sample": per_sample, "dtype": torch.float64 if parameters.dtype == torch.float64 else torch.float32,
+        "device": parameters.device,
         "levels": levels, "inner": math.prod(x.shape[2:]) if dim == 1 else 1, "channels": x.shape[dim],
     }  # fmt: skip
 
@@ -171,7 +172,7 @@ def forward(parameters, x, weight=None, divisor=1.0, guess=1.0, **kwargs):
     opts = options(parameters, x, **kwargs)
     guess = torch.as_tensor(guess, dtype=opts["dtype"], device=x.device)
     guess = guess.expand(len(x) if opts["per_sample"] else 1).contiguous()
-    return mixture.forward(parameters, x, weight, divisor, guess, **opts)
+    return Mixture(**opts).forward(parameters, x, weight, divisor, guess)
 
 
 @kernel
@@ -338,7 +339,7 @@ def test_divisor_and_samples(dim, per_sample, blocks, device):
         assert value.shape == truth.shape
         assert relative(value, truth / 45) < 1e-6
         assert relative(gradient, slope * guess.view(-1, 1, 1, 1) / 45) < 1e-5
-    value, gradient = mixture.forward(parameters, x, None, 1.0, None, **options(parameters, x, dim, per_sample))
+    value, gradient = Mixture(**options(parameters, x, dim, per_sample)).forward(parameters, x, None, 1.0, None)
     assert gradient is None
     assert relative(value, truth) < 1e-6
 
@@ -353,7 +354,8 @@ def test_a_wrong_guess_is_corrected(per_sample, channels, blocks, device):
     used = torch.tensor([1.0, 2.0, 3.0, math.nan] if per_sample else [2.0], device=device)
     _, stored = forward(parameters, x, divisor=5.0, guess=used, per_sample=per_sample)
     upstream = torch.tensor([1.0, 7.0, 3.0, math.nan], device=device) if per_sample else torch.tensor(7.0, device=device)
-    gradient, seen = mixture.backward(parameters, x, None, 5.0, upstream, stored, used, **opts)
+    launches = Mixture(**opts)
+    gradient, seen = launches.backward(parameters, x, None, 5.0, upstream, stored, used)
     assert gradient is stored
     expected = slope * upstream.view(-1, 1, 1, 1) / 5
     assert relative(gradient[:3], expected[:3]) < 1e-5
@@ -362,9 +364,9 @@ def test_a_wrong_guess_is_corrected(per_sample, channels, blocks, device):
     assert seen.data_ptr() != upstream.data_ptr()
     # Where the factor is right, nothing is computed; by zeros in place of the parameters it would be something else.
     other = torch.zeros_like(parameters)
-    again, _ = mixture.backward(other, x, None, 5.0, upstream, gradient.clone(), seen, **opts)
+    again, _ = launches.backward(other, x, None, 5.0, upstream, gradient.clone(), seen)
     assert torch.equal(again[:3], gradient[:3])
-    anew, _ = mixture.backward(parameters, x, None, 5.0, upstream, None, None, **opts)
+    anew, _ = launches.backward(parameters, x, None, 5.0, upstream, None, None)
     assert relative(anew[:3], expected[:3]) < 1e-5
 
 
@@ -378,7 +380,8 @@ def test_empty(shape, per_sample, device):
     assert value.tolist() == ([0.0] * batch if per_sample else 0.0)
     assert gradient.shape == parameters.shape
     upstream = torch.full(value.shape, 3.0, device=device)
-    _, seen = mixture.backward(parameters, x, None, 1.0, upstream, gradient, None, **options(parameters, x, 1, per_sample))
+    launches = Mixture(**options(parameters, x, 1, per_sample))
+    _, seen = launches.backward(parameters, x, None, 1.0, upstream, gradient, None)
     assert seen.tolist() == [3.0] * (batch if per_sample else 1)
 
 
@@ -386,8 +389,8 @@ def test_empty(shape, per_sample, device):
 @pytest.mark.parametrize("channels, dim", ((3, 1), (3, -1), (2, 1)))
 def test_wide_offsets(channels, dim, blocks, device, monkeypatch):
     """As tensors of more than 2^31 elements need them."""
-    launch = mixture.launch
-    monkeypatch.setattr(mixture, "launch", lambda *args, **constants: launch(*args, **constants | {"WIDE": True}))
+    launch = positions.Launch
+    monkeypatch.setattr(positions, "Launch", lambda k, device, constants, o: launch(k, device, constants | {"WIDE": True}, o))
     parameters, x = make(channels, 3, dim, device=device)
     for got, expected in zip(
         forward(parameters, x, dim=dim), by_formula(parameters.double(), as_numbers(x), dim=dim), strict=True

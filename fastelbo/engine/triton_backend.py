@@ -170,7 +170,7 @@ def _loss(plan, recon_x, x, mu):
 
 def _reconstruction(plan, operands, x):
     """Those of the kernel for several parameters and weights, likewise."""
-    family = kernels.reconstruction.Family(plan.likelihood.function(len(operands)), **plan.options)
+    family = kernels.Family(plan.likelihood.function(len(operands)), **plan.options)
     plan.loss_launches = kernels.Reconstruction(family=family, per_sample=plan.per_sample, dtype=plan.dtype, device=x.device)
     return plan.loss_launches
 
@@ -213,10 +213,10 @@ def _as_latents(plan, upstream):
 
 
 def _reconstruct(plan, parameters, x, weight, divisor, factor, wants, stateless):
-    """The reconstruction, and the gradients that are wanted: see `kernels.reconstruction.forward`."""
+    """The reconstruction, and the gradients that are wanted: see `kernels.Reconstruction.forward`."""
     if plan.call.likelihood.dim is not None:
-        module, tensors, options = _over_classes(plan, parameters, x, weight)
-        recon, gradient = module.forward(*tensors, divisor, factor, **options, stateless=stateless)
+        launches, tensors = _over_classes(plan, parameters, x, weight)
+        recon, gradient = launches.forward(*tensors, divisor, factor, stateless)
         return recon, [gradient]
     operands, missing = _operands(plan, parameters)
     launches = plan.loss_launches or _reconstruction(plan, operands, x)
@@ -226,10 +226,10 @@ def _reconstruct(plan, parameters, x, weight, divisor, factor, wants, stateless)
 
 
 def _correct(plan, parameters, x, weight, divisor, upstream, stored, used, large):
-    """The gradients of large parameters with the factor `upstream`, and that factor: see `kernels.reconstruction.backward`."""
+    """The gradients of large parameters with the factor `upstream`, and that factor: see `kernels.Reconstruction.backward`."""
     if plan.call.likelihood.dim is not None:
-        module, tensors, options = _over_classes(plan, parameters, x, weight)
-        gradient, seen = module.backward(*tensors, divisor, upstream, stored and stored[0], used, **options)
+        launches, tensors = _over_classes(plan, parameters, x, weight)
+        gradient, seen = launches.backward(*tensors, divisor, upstream, stored and stored[0], used)
         return [gradient], seen
     operands, missing = _operands(plan, parameters)
     wants = *large, *[False] * len(missing)
@@ -240,17 +240,16 @@ def _correct(plan, parameters, x, weight, divisor, upstream, stored, used, large
 
 
 def _over_classes(plan, parameters, x, weight):
-    """What computes a likelihood over classes or channels; its prediction, target and weight of positions; its options."""
+    """The launches of a likelihood over classes or channels, which the plan keeps; prediction, target, weight of positions."""
     likelihood, (prediction,) = plan.likelihood, parameters
     if weight is not None:
         weight = weight.expand(likelihood.terms(prediction, x)).contiguous()
     if likelihood.target_scale != 1 and "target_scale" not in plan.options and x.is_floating_point():
         x = x.to(plan.dtype) * likelihood.target_scale  # its kernel does not
-    return getattr(kernels, likelihood.kernel), (prediction, x, weight), _common(plan) | plan.options
-
-
-def _common(plan) -> dict:
-    return {"per_sample": plan.per_sample, "dtype": plan.dtype}
+    if plan.loss_launches is None:
+        of_positions = {"categorical": kernels.Categorical, "mixture": kernels.Mixture}[likelihood.kernel]
+        plan.loss_launches = of_positions(per_sample=plan.per_sample, dtype=plan.dtype, device=x.device, **plan.options)
+    return plan.loss_launches, (prediction, x, weight)
 
 
 def _operands(plan, parameters):
