@@ -51,7 +51,7 @@ test-integrations: .venv-integrations/.ready
 
 # In turns with the naive code, on a CUDA GPU if there is one: `python -m bench --help` has the options, and
 # `python -m bench.report --write bench/results/*.json` brings tables, plots and the README's section up to date. What many samples
-# cost is measured by `python -m bench.samples --write`.
+# cost is measured by `python -m bench.samples --write`; what calls cost on the host is counted by `python -m bench.host`.
 bench: $(READY)
 	$(RUN) -m bench
 
