@@ -24,27 +24,6 @@ def stream_of(device: torch.device) -> int:
     return _raw_stream(device.index)
 
 
-def allocator(device: torch.device) -> Callable[[tuple, tuple, torch.dtype], torch.Tensor]:
-    """A function of shape, strides and dtype that allocates on `device`, which must be the current one, the cheapest way."""
-    cheapest = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # as in the code that Inductor writes
-    if device.type == "cuda" and cheapest is not None:
-        return cheapest
-    return lambda shape, strides, dtype: torch.empty(shape, dtype=dtype, device=device)
-
-
-def on_its_device(method: Callable) -> Callable:
-    """The method of an object with a `device`, whichever is current."""
-
-    @functools.wraps(method)
-    def call(self, *args):
-        if self.device.type != "cuda" or self.device.index == _current_device():
-            return method(self, *args)
-        with torch.cuda.device(self.device):
-            return method(self, *args)
-
-    return call
-
-
 class Launch:
     """A kernel with its constants on a device, for many launches.
 

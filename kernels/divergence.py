@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import posteriors
-from .direct import Launch, on_its_device
+from .direct import Launch
 from .latents import clamped, divergence, divergence_bwd_kernel, divergence_fwd_kernel
 from .launch import FINISH, MANY_REGISTERS, THREADS, TRITON_DTYPE, Segment, options_of, resident_programs, scratch, tile_size
 
@@ -115,7 +115,6 @@ class Divergence:
             launch = Launch(columns_kernel, self.device, constants | {"WIDE": wide, "ROWS": rows, "BLOCK": block}, options)
             self._columns = launch, blocks * chunks, (batch, columns, chunks)
 
-    @on_its_device
     def forward(self, mu, second, noise, prior_mu, prior_second, stateless=False):
         """A sample if there is `noise`, like `mu` or a seed from `draw_noise`, and KLs unless their kind is None.
 
@@ -137,7 +136,6 @@ class Divergence:
         )
         return z, kl, weighted
 
-    @on_its_device
     def backward(self, grad_z, grad_kl, grad_weighted, mu, second, noise, prior_mu, prior_second, wants_prior):
         """Gradients by `mu`, `second`, `prior_mu` and `prior_second`, the latter of the shape of `mu` and None where unwanted.
 
@@ -155,7 +153,6 @@ class Divergence:
         self._backward[has_kl](self.programs, tensors, (*weights, *shares, *sizes))
         return grad_mu, grad_second, *grad_priors
 
-    @on_its_device
     def columns(self, mu, second, prior_mu, prior_second, statistics):
         """The KL summed over the batch and weighted; if `statistics`, the sums of mu and mu^2: `mu.shape[1:]` each."""
         launch, programs, (batch, columns, chunks) = self._columns

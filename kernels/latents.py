@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .direct import Launch, allocator, on_its_device
+from .direct import Launch
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
 from .noise import normals
 from .operands import kl_factor, row_bounds, scalar, upstream_of
@@ -316,14 +316,13 @@ class Sample:
     """
 
     __slots__ = (
-        "_backward", "_empty", "_forward", "device", "dtype", "numbers", "programs", "rows", "shape", "strides", "z_dtype",
+        "_backward", "_forward", "device", "numbers", "programs", "result", "rows", "z_dtype",
     )  # fmt: skip
 
     def __init__(self, mu, logvar, *, kl_weight, per_sample, dtype) -> None:
         self.rows = mu.shape[0] if per_sample else 1
-        self.shape, self.strides = ((self.rows,), (1,)) if per_sample else ((), ())
-        self.device, self.dtype, self._empty = mu.device, dtype, allocator(mu.device)
-        self.z_dtype = torch.promote_types(mu.dtype, logvar.dtype)
+        self.device, self.z_dtype = mu.device, torch.promote_types(mu.dtype, logvar.dtype)
+        self.result = mu.new_empty((self.rows,) if per_sample else (), dtype=dtype)  # like which the KL is allocated
         tile, options = tile_size(mu, logvar), options_of(mu.device)
         segment = Segment.of(mu, self.rows, tile)
         self.programs = self.rows * segment.programs
@@ -334,7 +333,6 @@ class Sample:
             Launch(sample_bwd_kernel, self.device, {"HAS_KL": has_kl} | constants, options) for has_kl in (False, True)
         ]
 
-    @on_its_device
     def forward(self, mu, logvar, noise, wants_kl, stateless=False):
         """z = mu + exp(logvar / 2) * noise, unless `noise` is None, and the KL if it is wanted: `(z, kl)`.
 
@@ -343,12 +341,11 @@ class Sample:
         kl = partials = arrived = None
         z = None if noise is None else torch.empty_like(mu, dtype=self.z_dtype)
         if wants_kl:
-            kl = self._empty(self.shape, self.strides, self.dtype)
+            kl = torch.empty_like(self.result)
             partials, arrived = scratch(self.device, self.rows, self.programs, stateless)
         self._forward(self.programs, (mu, logvar, noise, z, kl, partials, arrived), self.numbers)
         return z, kl
 
-    @on_its_device
     def backward(self, grad_z, mu, logvar, noise, beta, upstreams):
         """Gradients by `mu` and `logvar`: `grad_z` arrived at z, `upstreams` at a loss, in which the KL is times `beta`, and at
         the KL, each `[]`, `[B]` or None; at least one of the three is there."""

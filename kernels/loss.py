@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import likelihoods
-from .direct import Launch, allocator, on_its_device
+from .direct import Launch
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
 from .numerics import exp_and_expm1
 from .operands import kl_factor, row_bounds, scalar, upstream_of
@@ -169,14 +169,15 @@ class Loss:
     """
 
     __slots__ = (
-        "_backward", "_empty", "_forward", "batch", "device", "dtype", "latents", "numbers", "recon", "rows", "shape",
-        "strides",
+        "_backward", "_forward", "batch", "device", "factor", "latents", "numbers", "recon", "result", "rows",
     )  # fmt: skip
 
     def __init__(self, recon_x, x, mu, *, likelihood, scale, target_scale, weights, per_sample, dtype) -> None:
         self.rows = recon_x.shape[0] if per_sample else 1
-        self.shape, self.strides = ((self.rows,), (1,)) if per_sample else ((), ())
-        self.device, self.dtype, self._empty = recon_x.device, dtype, allocator(recon_x.device)
+        self.device = recon_x.device
+        # Like which results and the upstream factor are allocated, which takes less than to say what they are.
+        self.result = recon_x.new_empty((self.rows,) if per_sample else (), dtype=dtype)
+        self.factor = recon_x.new_empty(self.rows, dtype=dtype)
         tile, options = tile_size(recon_x, x), options_of(recon_x.device)
         recon, latents = Segment.of(recon_x, self.rows, tile), Segment.of(mu, self.rows, tile)
         self.recon, self.latents = recon.programs, latents.programs
@@ -190,7 +191,6 @@ class Loss:
         self._backward = Launch(loss_bwd_kernel, self.device, constants, options)
         self._forward = Launch(loss_fwd_kernel, self.device, constants | {"THREADS": THREADS, "FINISH": FINISH}, options)
 
-    @on_its_device
     def forward(self, recon_x, x, mu, logvar, kl, beta, guess, stateless=False):
         """Loss, reconstruction and KL, and the gradient of the reconstruction.
 
@@ -201,10 +201,9 @@ class Loss:
 
         Returns `(loss, recon, kl, gradient)`: three tensors `[]` or `[B]`, and `guess * d recon / d recon_x` or None.
         """
-        rows, programs, dtype = self.rows, self.recon + self.latents, self.dtype
+        rows, programs, result = self.rows, self.recon + self.latents, self.result
         partials, arrived = scratch(self.device, rows, rows * programs, stateless)
-        result, empty = (self.shape, self.strides, dtype), self._empty
-        loss, recon, kl_out = empty(*result), empty(*result), empty(*result)
+        loss, recon, kl_out = torch.empty_like(result), torch.empty_like(result), torch.empty_like(result)
         gradient = None if guess is None else torch.empty_like(recon_x)
         if kl is not None:
             kl = kl.contiguous()
@@ -216,7 +215,6 @@ class Loss:
         )
         return loss, recon, kl_out, gradient
 
-    @on_its_device
     def backward(
         self, recon_x, x, mu, logvar, beta, upstreams, gradient, used, wants_recon, wants_latents, wants_kl
     ):  # fmt: skip
@@ -233,7 +231,7 @@ class Loss:
         upstreams = [g if g is None else g.contiguous() for g in upstreams]
         seen = grad_mu = grad_logvar = grad_kl = None
         if wants_recon:
-            recon, seen = self.recon, self._empty((rows,), (1,), self.dtype)
+            recon, seen = self.recon, torch.empty_like(self.factor)
             if gradient is None:
                 gradient = torch.empty_like(recon_x)
         else:
@@ -243,7 +241,7 @@ class Loss:
         else:
             mu = logvar = None
         if wants_kl:
-            latents, grad_kl = 1, self._empty(self.shape, self.strides, self.dtype)
+            latents, grad_kl = 1, torch.empty_like(self.result)
         pointer, value = pointer_and_value(beta)
         self._backward(
             rows * (recon + latents),

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .direct import Launch, on_its_device
+from .direct import Launch
 from .launch import MANY_REGISTERS, PROGRAMS, options_of, scratch
 
 
@@ -71,7 +71,6 @@ class Positions:
         self.per_sample, self.dtype, self.device = per_sample, dtype, device
         self._found: dict[bool, tuple] = {}
 
-    @on_its_device
     def forward(self, prediction, x, weight, divisor, guess, stateless=False):
         """The negative log-likelihood, its sum over positions divided by `divisor`, and the gradient.
 
@@ -91,7 +90,6 @@ class Positions:
         self._run(prediction, x, weight, gradient, guess, None, None, recon, divisor, stateless)
         return recon, gradient
 
-    @on_its_device
     def backward(self, prediction, x, weight, divisor, upstream, gradient, used):
         """The gradient with the factor `upstream`, `[]` or `[B]`; a stored one is corrected where it lies.
 

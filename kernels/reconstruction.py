@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import likelihoods
 from .broadcast import ABSENT, BROADCAST, ELEMENT, ROW, Operand, load_operand
-from .direct import Launch, on_its_device
+from .direct import Launch
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
 from .numerics import exp_and_expm1, log_of_positive
 from .operands import is_wrong, row_bounds, scalar
@@ -291,7 +291,6 @@ class Reconstruction:
             found = self._passes[wants] = Pass(parameters, x, weight, wants, *self._kind)
         return found
 
-    @on_its_device
     def forward(self, parameters, x, weight, divisor, guess, wants, stateless=False):
         """The weighted negative log-likelihood, added up and over `divisor`; its derivatives by the `parameters` in `wants`.
 
@@ -323,7 +322,6 @@ class Reconstruction:
             recon = recon.view(batch, -1).sum(1 if per_sample else None, dtype=torch.float64).to(dtype)
         return recon, gradients[: len(parameters)]
 
-    @on_its_device
     def backward(self, parameters, x, weight, divisor, upstream, gradients, used, wants):
         """Gradients by the large parameters that are wanted: `gradients` as forward stored them with the factor `used`,
         corrected where they lie if `upstream` is another; new ones if there is none that was `used`.
