@@ -1,4 +1,4 @@
-"""How a launch is laid out: tiles, programs, integer width, and the counters by which programs find out who is last."""
+"""How a launch is laid out: tiles, programs, integer width; the memory in which programs add up; launches that nobody keeps."""
 
 import functools
 import threading
@@ -25,11 +25,6 @@ MANY_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 
 # The dtype that a kernel computes and accumulates in, by the dtype of its results.
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-def as_bytes(target: torch.Tensor) -> torch.Tensor:
-    """Booleans as the bytes 0 and 1 that they are."""
-    return target.view(torch.uint8) if target.dtype == torch.bool else target
 
 
 def pointer_and_value(number: torch.Tensor | float) -> tuple[torch.Tensor | None, float]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from . import formula
 from .torch_backend import added
 
 INTERPRETED = kernels.INTERPRETED
@@ -264,7 +265,7 @@ def _operands(plan, parameters):
 
 def _times_upstream(total: Tensor, upstream: Tensor, divisor: float | Tensor, parameter: Tensor) -> Tensor:
     """The gradient by a smaller parameter, from the sum's derivative by it: each sample's where each has an upstream."""
-    factor = upstream / divisor
+    factor = formula.divided(upstream, divisor)
     if factor.dim():
         factor = factor.view(-1, *[1] * (total.dim() - 1))
     summed = (total * factor).sum_to_size([1] * (total.dim() - parameter.dim()) + list(parameter.shape))
