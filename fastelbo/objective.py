@@ -15,9 +15,9 @@ from .diagnostics import Monitor
 from .engine.call import Objective
 from .engine.divergence import Statistics, divergence_terms, kl_of
 from .engine.elbo import decoded_terms, edge_of
-from .engine.latents import sample
+from .engine.latents import run, sample
 from .engine.loss import ELBOTerms, composed_terms, planned_terms, record_reconstruction, traced_terms
-from .engine.plan import find_objective
+from .engine.plan import find_objective, latents_plan_of
 from .latents.posterior import LOGVAR, Latents, Posterior, check_latents
 from .latents.weighting import ALL, Weighting, check_beta, check_weighting
 from .likelihoods import Likelihood
@@ -105,8 +105,13 @@ def loss(
     _check_sources(mu, logvar, kl, objective, prior, weighting, reduction, monitor)
     if kl is not None:
         return _with_kl("recon_x", objective, given, x, weight, kl, check_number("beta", beta, x), None, monitor)
-    kind, tensors = check_latents(mu, logvar, posterior, prior)
-    kl, beta, weighted, statistics = _divergence(kind, tensors, objective, beta, weighting, monitor)
+    weighted = statistics = None
+    if (weighting is None or weighting is ALL) and monitor is None and not each and not surrounded:
+        plan, tensors = latents_plan_of(mu, logvar, posterior, prior, objective.kl_reduction, None, False)
+        kl = run(plan, tensors, None)[1]
+    else:
+        kind, tensors = check_latents(mu, logvar, posterior, prior)
+        kl, beta, weighted, statistics = _divergence(kind, tensors, objective, beta, weighting, monitor)
     check_reals("x", x)
     check_device("mu", tensors[0], "recon_x", x)
     check_batch("mu", tensors[0], "x", x)

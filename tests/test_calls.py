@@ -45,7 +45,7 @@ MOST = {
     "loss, mse": (17, 34, 49, 12),
     "loss, learned scale": (60, 34, 111, 38),
     "loss, mask": (55, 34, 99, 30),
-    "loss, prior": (122, 31, 97, 35),
+    "loss, prior": (82, 31, 93, 35),
     "loss, free bits": (111, 31, 110, 36),
     "kl_divergence": (11, 29, 21, 6),
     "kl_divergence, log_std": (57, 16, 54, 23),

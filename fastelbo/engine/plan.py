@@ -244,8 +244,8 @@ def latents_plan_of(
 ) -> tuple[LatentsPlan, Sequence[Tensor]]:
     """The plan and the tensors of a call from what users pass; of a sample, its KL (unless `reduction` is None), or both."""
     key = None
-    if prior is None and eps is None and isinstance(mu, Tensor):
-        tensors = mu, logvar
+    if eps is None and isinstance(mu, Tensor) and (prior is None or type(prior) is tuple):
+        tensors = (mu, logvar) if prior is None else (mu, logvar, *prior)
         try:
             key = (
                 posterior, reduction, samples, torch.is_grad_enabled(),
@@ -258,6 +258,6 @@ def latents_plan_of(
             return found, tensors
     call, tensors = check_kl(mu, logvar, posterior, prior, reduction, samples)
     plan = latents_plan(call, tensors, eps)
-    if key is not None:
+    if key is not None and all(p.shape == mu.shape for p in prior or ()):  # which need not be expanded
         keep(_plans, key, plan)
     return plan, tensors
