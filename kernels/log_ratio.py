@@ -180,7 +180,7 @@ def log_ratio_forward(
     - `mu`, `second`: of one shape `[B, ...]`, contiguous. `prior_mu`, `prior_second`: likewise, or `[1, ...]`, one row for all,
       or None for N(0, I).
     - `noise`: of the shape of z, contiguous, or a seed from `draw_noise`, whose stream z takes in the order of its elements.
-    - `posterior`, `clamp`, `prior`: as in `divergence_forward`.
+    - `posterior`, `clamp`, `prior`: as in `Divergence`.
     """
     batch = mu.shape[0]
     z = mu.new_empty((samples * batch, *mu.shape[1:]), dtype=torch.promote_types(mu.dtype, second.dtype))

@@ -1,5 +1,5 @@
-"""Positions that have a distribution of their own over what lies along one dimension: where a block of them is in memory, and
-how many programs share the blocks."""
+"""Positions that have a distribution of their own over what lies along one dimension: where a block of them is in memory, how
+many programs share the blocks, and what launches the kernels of such likelihoods."""
 
 import functools
 import math
