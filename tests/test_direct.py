@@ -74,7 +74,7 @@ def cuda(monkeypatch):
 
 def made(**attributes):
     kernel = Kernel(**attributes)
-    return kernel, direct.Launch(kernel, CUDA, {"SIZE": 4, "DTYPE": "f32"}, {"num_warps": 4, "maxnreg": 255})
+    return kernel, direct.Launch(kernel, CUDA, {"SIZE": 4, "DTYPE": "f32", "maxnreg": 255}, {"num_warps": 4})
 
 
 A, B = torch.zeros(8), torch.zeros(4, dtype=torch.float64)
