@@ -105,16 +105,17 @@ def loss(
     _check_sources(mu, logvar, kl, objective, prior, weighting, reduction, monitor)
     if kl is not None:
         return _with_kl("recon_x", objective, given, x, weight, kl, check_number("beta", beta, x), None, monitor)
+    of_latents: Sequence[Tensor]
     weighted = statistics = None
     if (weighting is None or weighting is ALL) and monitor is None and not each and not surrounded:
-        plan, tensors = latents_plan_of(mu, logvar, posterior, prior, objective.kl_reduction, None, False)
-        kl = run(plan, tensors, None)[1]
+        plan, of_latents = latents_plan_of(mu, logvar, posterior, prior, objective.kl_reduction, None, False)
+        kl = run(plan, of_latents, None)[1]
     else:
-        kind, tensors = check_latents(mu, logvar, posterior, prior)
-        kl, beta, weighted, statistics = _divergence(kind, tensors, objective, beta, weighting, monitor)
+        kind, of_latents = check_latents(mu, logvar, posterior, prior)
+        kl, beta, weighted, statistics = _divergence(kind, of_latents, objective, beta, weighting, monitor)
     check_reals("x", x)
-    check_device("mu", tensors[0], "recon_x", x)
-    check_batch("mu", tensors[0], "x", x)
+    check_device("mu", of_latents[0], "recon_x", x)
+    check_batch("mu", of_latents[0], "x", x)
     return _with_kl("recon_x", objective, given, x, weight, kl, beta, weighted, monitor, statistics)
 
 
