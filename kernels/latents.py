@@ -315,14 +315,12 @@ class Sample:
     `mu` and `logvar` are of one shape `[B, ...]` and dense layout. The KL is times `kl_weight`, `[]` or `[B]`.
     """
 
-    __slots__ = (
-        "_backward", "_forward", "device", "numbers", "programs", "result", "rows", "z_dtype",
-    )  # fmt: skip
+    __slots__ = "_backward", "_forward", "device", "dtype", "numbers", "programs", "rows", "shape", "z_dtype"
 
     def __init__(self, mu, logvar, *, kl_weight, per_sample, dtype) -> None:
         self.rows = mu.shape[0] if per_sample else 1
-        self.device, self.z_dtype = mu.device, torch.promote_types(mu.dtype, logvar.dtype)
-        self.result = mu.new_empty((self.rows,) if per_sample else (), dtype=dtype)  # like which the KL is allocated
+        self.device, self.dtype, self.shape = mu.device, dtype, (self.rows,) if per_sample else ()
+        self.z_dtype = torch.promote_types(mu.dtype, logvar.dtype)
         tile, options = tile_size(mu, logvar), options_of(mu.device)
         segment = Segment.of(mu, self.rows, tile)
         self.programs = self.rows * segment.programs
@@ -341,7 +339,7 @@ class Sample:
         kl = partials = arrived = None
         z = None if noise is None else torch.empty_like(mu, dtype=self.z_dtype)
         if wants_kl:
-            kl = torch.empty_like(self.result)
+            kl = mu.new_empty(self.shape, dtype=self.dtype)
             partials, arrived = scratch(self.device, self.rows, self.programs, stateless)
         self._forward(self.programs, (mu, logvar, noise, z, kl, partials, arrived), self.numbers)
         return z, kl

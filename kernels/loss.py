@@ -168,16 +168,11 @@ class Loss:
         dtype: that of results and arithmetic.
     """
 
-    __slots__ = (
-        "_backward", "_forward", "batch", "device", "factor", "latents", "numbers", "recon", "result", "rows",
-    )  # fmt: skip
+    __slots__ = "_backward", "_forward", "batch", "device", "dtype", "latents", "numbers", "recon", "rows", "shape"
 
     def __init__(self, recon_x, x, mu, *, likelihood, scale, target_scale, weights, per_sample, dtype) -> None:
         self.rows = recon_x.shape[0] if per_sample else 1
-        self.device = recon_x.device
-        # Like which results and the upstream factor are allocated, which takes less than to say what they are.
-        self.result = recon_x.new_empty((self.rows,) if per_sample else (), dtype=dtype)
-        self.factor = recon_x.new_empty(self.rows, dtype=dtype)
+        self.device, self.dtype, self.shape = recon_x.device, dtype, (self.rows,) if per_sample else ()
         tile, options = tile_size(recon_x, x), options_of(recon_x.device)
         recon, latents = Segment.of(recon_x, self.rows, tile), Segment.of(mu, self.rows, tile)
         self.recon, self.latents = recon.programs, latents.programs
@@ -201,9 +196,9 @@ class Loss:
 
         Returns `(loss, recon, kl, gradient)`: three tensors `[]` or `[B]`, and `guess * d recon / d recon_x` or None.
         """
-        rows, programs, result = self.rows, self.recon + self.latents, self.result
+        rows, programs = self.rows, self.recon + self.latents
         partials, arrived = scratch(self.device, rows, rows * programs, stateless)
-        loss, recon, kl_out = torch.empty_like(result), torch.empty_like(result), torch.empty_like(result)
+        loss, recon, kl_out = [recon_x.new_empty(self.shape, dtype=self.dtype) for _ in range(3)]
         gradient = None if guess is None else torch.empty_like(recon_x)
         if kl is not None:
             kl = kl.contiguous()
@@ -231,7 +226,7 @@ class Loss:
         upstreams = [g if g is None else g.contiguous() for g in upstreams]
         seen = grad_mu = grad_logvar = grad_kl = None
         if wants_recon:
-            recon, seen = self.recon, torch.empty_like(self.factor)
+            recon, seen = self.recon, recon_x.new_empty(rows, dtype=self.dtype)
             if gradient is None:
                 gradient = torch.empty_like(recon_x)
         else:
@@ -241,7 +236,7 @@ class Loss:
         else:
             mu = logvar = None
         if wants_kl:
-            latents, grad_kl = 1, torch.empty_like(self.result)
+            latents, grad_kl = 1, recon_x.new_empty(self.shape, dtype=self.dtype)
         pointer, value = pointer_and_value(beta)
         self._backward(
             rows * (recon + latents),

@@ -16,6 +16,7 @@ import triton
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime.jit import JITFunction
 
+from fastelbo import kernels
 from fastelbo.kernels import categorical, direct, divergence, latents, launch, log_ratio, loss, mixture, reconstruction
 
 CUDA = torch.device("cuda", 0)
@@ -204,3 +205,35 @@ def test_each_thread_has_memory_for_partial_sums_of_its_own():
     partials, counters = launch.scratch(device, 5000, 100_000, False)
     assert partials.numel() >= 100_000 and counters.numel() >= 5000 and not counters.any()
     assert launch.scratch(device, 4, 100, True)[0] is not launch.scratch(device, 4, 100, True)[0]
+
+
+def test_what_launches_keeps_no_tensor():
+    """A plan may be made while `torch.compile` warms a CUDA graph up, in whose pool of memory nothing may stay."""
+    x, mu, one = torch.zeros(3, 8), torch.zeros(3, 2), torch.ones(1)
+    options = {"per_sample": False, "dtype": torch.float32}
+    made = [
+        kernels.Loss(x, x, mu, likelihood="mse", scale=1.0, target_scale=1.0, weights=(1.0, 1.0), **options),
+        kernels.Sample(mu, mu, kl_weight=1.0, **options),
+        kernels.Divergence(
+            mu, mu, mu, mu, posterior="std", clamp=None, prior="std", kind="column", floor=None, shares=(1.0, 1.0),
+            kl_weight=1.0, dtype=torch.float32,
+        ),
+        kernels.Reconstruction(family=kernels.Family("laplace", "scale"), device=x.device, **options),
+        kernels.Categorical(classes=8, inner=1, ignore_index=-100, target_scale=1.0, device=x.device, **options),
+    ]  # fmt: skip
+    made.append(reconstruction.Pass([x, x[0]], x, one, (True, True), kernels.Family("laplace", "scale"), *options.values()))
+    found = [name for launches in made for name, value in attributes(launches) if holds_a_tensor(value)]
+    assert len(made) == 6 and not found
+
+
+def attributes(launches) -> list[tuple[str, object]]:
+    names = (*getattr(launches, "__slots__", ()), *getattr(launches, "__dict__", ()))
+    return [(f"{type(launches).__name__}.{name}", getattr(launches, name, None)) for name in names]
+
+
+def holds_a_tensor(value) -> bool:
+    if isinstance(value, direct.Launch):
+        return any(holds_a_tensor(kept) for _, kept in attributes(value))
+    if isinstance(value, dict):
+        value = list(value.values())
+    return any(map(holds_a_tensor, value)) if isinstance(value, tuple | list) else isinstance(value, torch.Tensor)
