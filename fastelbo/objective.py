@@ -14,9 +14,8 @@ from .bounds.samples import many_samples
 from .diagnostics import Monitor
 from .engine.call import Objective
 from .engine.divergence import Statistics, divergence_terms, kl_of
-from .engine.elbo import decoded_terms, edge_of
 from .engine.latents import run, sample
-from .engine.loss import ELBOTerms, composed_terms, planned_terms, record_reconstruction, traced_terms
+from .engine.loss import ELBOTerms, composed_terms, loss_terms, planned_terms, record_reconstruction, traced_terms
 from .engine.plan import find_objective, latents_plan_of
 from .latents.posterior import LOGVAR, Latents, Posterior, check_latents
 from .latents.weighting import ALL, Weighting, check_beta, check_weighting
@@ -139,27 +138,21 @@ def elbo(
 ) -> ELBOTerms:
     """Negative ELBO of a VAE around its decoder: sample z, decode it, and return `loss(decoder(z), x, mu, logvar, beta)`.
 
-    Sampling, KL, decoder and reconstruction are one autograd Function. Gradients reach `mu`, `logvar`, `x`, `beta`, and every
+    z and the KL come from one read of the latents, as from `sample_kl`. Gradients reach `mu`, `logvar`, `x`, `beta`, and every
     parameter and other tensor that the decoder uses.
 
     `bound=ELBO(n)` has the mean reconstruction of n samples of z. `bound=IWAE(n)` has the tighter, importance-weighted bound;
     its `recon` and `kl` are the ELBO's terms of the same samples, without gradient, which show how much tighter it is. Memory
-    does not grow with the number of samples. A chunk of samples at a time goes through the decoder: in forward without a
-    graph, and again in backward, with the same dropout masks, as under `torch.utils.checkpoint`. Torch's own generators and
-    `generator` give the same random numbers again; others do not. Running statistics of batch normalizations move in forward
-    alone. Where the decoder's call changes another buffer of a module that it refers to, an error says so. With a `chunk` of
-    all samples the decoder runs once, and its graph is kept.
-
-    The decoder's own graph is released by the backward pass. To use a tensor from inside the decoder in another loss, or to
-    differentiate twice, call `sample_kl`, the decoder and `loss(..., kl=kl)` one after the other. This function does the same,
-    with the same results, in these cases: under `torch.compile` and `torch.func`; with a weighting, a monitor or a beta for
-    each dimension; where `x`, `beta` or `weight` want gradients; on a CPU, with another posterior or prior; and where the
-    decoder returns a leaf, or uses a tensor that is neither a leaf nor computed in it, a leaf with hooks, a leaf that the
-    encoder uses too, or an autograd Function written in Python, as reentrant checkpoints and FSDP do.
+    does not grow with the number of samples: all of them are one autograd Function around the decoder. A chunk of samples at a
+    time goes through it: in forward without a graph, and again in backward, with the same dropout masks, as under
+    `torch.utils.checkpoint`. Torch's own generators and `generator` give the same random numbers again; others do not. Running
+    statistics of batch normalizations move in forward alone. Where the decoder's call changes another buffer of a module that
+    it refers to, an error says so. With a `chunk` of all samples the decoder runs once, and its graph is kept.
 
     The graphs of several samples are all kept where they cannot be built again: under `torch.compile` and `torch.func`; and,
-    with a warning, where `eps` requires grad or the decoder uses such tensors or Functions. Weights that it shares with the
-    encoder, and compiled modules, can be built again.
+    with a warning, where `eps` requires grad, or where the decoder uses a tensor that is neither a leaf nor computed in it, a
+    leaf with hooks, or an autograd Function written in Python, as reentrant checkpoints and FSDP do. Weights that it shares
+    with the encoder, and compiled modules, can be built again.
 
     Args:
         decoder: a module, bound method or function from z, of the shape of `mu`, to `recon_x`: a prediction of the shape of
@@ -176,8 +169,9 @@ def elbo(
     Raises:
         TypeError, ValueError: as `loss`; also if `bound` is no bound, or if the decoder returns anything but a tensor of the
             shape of `x`, or the parameters of the likelihood.
-        RuntimeError: in backward with `create_graph=True` or `is_grads_batched=True`; if a leaf that the decoder uses was given
-            a hook after this call, or was written to where the decoder runs again; or if the decoder changes its state.
+        RuntimeError: with several samples and fewer in a chunk: in backward with `create_graph=True` or
+            `is_grads_batched=True`; if a leaf that the decoder uses was given a hook, or was written to, after this call; or if
+            the decoder changes its state.
     """
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
@@ -193,17 +187,17 @@ def elbo(
     each = isinstance(beta, Tensor) and beta.dim() > 0
     # What can be checked before the decoder runs, which may draw noise and move statistics.
     if (weighting is None or weighting is ALL) and monitor is None and not each and objective.is_sum:
-        found = sample(mu, logvar, posterior, prior, objective.kl_reduction, eps, generator, surrounded)
-        _check_target(x, found.tensors[0])
-        edge = None if surrounded else edge_of(found)
-        given = decoder(found.z)
+        z, kl = sample(mu, logvar, posterior, prior, objective.kl_reduction, eps, generator, surrounded)
+        _check_target(x, z)
+        given = decoder(z)
         given = _parameters(given, objective.likelihood) if isinstance(given, tuple | list) else (given,)
-        return decoded_terms(objective, found, edge, given, x, weight, beta)
+        tensors = (*given, x, kl) if weight is None else (*given, x, weight, kl)
+        return loss_terms("decoder(z)", objective, tensors, len(given), weight is not None, 1, beta)
     _check_sources(mu, logvar, None, objective, prior, weighting, reduction, monitor)
     latents, tensors = check_latents(mu, logvar, posterior, prior)
     _check_target(x, tensors[0])
     kl, beta, weighted, statistics = _divergence(latents, tensors, objective, beta, weighting, monitor)
-    z = sample(tensors[0], tensors[1], latents.posterior, None, None, eps, generator).z
+    z, _ = sample(tensors[0], tensors[1], latents.posterior, None, None, eps, generator)
     given = _parameters(decoder(z), objective.likelihood)
     return _with_kl("decoder(z)", objective, given, x, weight, kl, beta, weighted, monitor, statistics)
 

@@ -88,7 +88,7 @@ def sample_kl(
     """
     if reduction is None:
         check_reduction(reduction)
-    return tuple.__new__(SampleKL, sample(mu, logvar, posterior, prior, reduction, eps, generator)[:2])
+    return tuple.__new__(SampleKL, sample(mu, logvar, posterior, prior, reduction, eps, generator))
 
 
 def kl_divergence(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from ..engine.graph import graph_nodes
+from .graph import graph_nodes
 
 
 @contextlib.contextmanager

@@ -27,11 +27,11 @@ from ..basics.tracing import is_differentiated, is_traced, never_compiled
 from ..basics.warnings import stacklevel_of_user
 from ..engine.call import LossCall, Objective
 from ..engine.divergence import divergence_terms
-from ..engine.graph import decoder_leaves
 from ..engine.log_ratio import Held, draw_rows, log_ratio
 from ..engine.loss import ELBOTerms, composed_terms
 from ..latents.posterior import Latents, check_latents
 from ..latents.weighting import ALL, check_beta, check_weighting
+from .graph import decoder_leaves
 from .records import ELBO, IWAE
 from .replay import CHANGED, Modules, Replay, autocast_without_cache
 
@@ -212,7 +212,7 @@ def _outputs(prediction, leaf: bool = False) -> list[Tensor]:
 
 def _leaves(prediction, edge) -> list[Tensor] | None:
     own = _outputs(prediction, leaf=True)
-    found = decoder_leaves(_outputs(prediction), edge, rebuilt=True)
+    found = decoder_leaves(_outputs(prediction), edge)
     if found is None or any(leaf._backward_hooks for leaf in own):
         return None
     return list({id(leaf): leaf for leaf in (*found, *own)}.values())

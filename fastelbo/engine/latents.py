@@ -1,7 +1,7 @@
 """Samples of the latents and their KL: one autograd Function for every posterior and prior."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,25 +84,13 @@ def differentiated(plan: LatentsPlan, noise: Tensor | None, tensors, needs, upst
     return formula.differentiate(lambda *t: formula.divergence(plan.call, noise, *t)[:3], tensors, needs, upstreams)
 
 
-class Sample(NamedTuple):
-    """A sample and its KL, and how they were made."""
-
-    z: Tensor
-    kl: Any  # a tensor, or None
-    plan: LatentsPlan | None  # None in a traced call
-    tensors: Sequence[Tensor]
-    noise: Tensor
-
-
 def sample(
     mu, logvar, posterior, prior, reduction: str | None, eps: Tensor | None, generator, surrounded: bool | None = None
-) -> Sample:
-    """A sample, and its KL unless `reduction` is None, from what users pass. `surrounded`: whether the call is, if known."""
+) -> tuple[Tensor, Any]:
+    """A sample, and its KL, None if `reduction` is None, from what users pass. `surrounded`: whether the call is, if known."""
     if is_surrounded() if surrounded is None else surrounded:
         call, tensors = check_kl(mu, logvar, posterior, prior, reduction, True)
-        noise = draw(tensors[0], tensors[1], eps, generator)
-        z, kl, _, _ = traced.latents(call, tensors, noise)
-        return Sample(z, kl, None, tensors, noise)
+        return traced.latents(call, tensors, draw(tensors[0], tensors[1], eps, generator))[:2]
     plan, tensors = latents_plan_of(mu, logvar, posterior, prior, reduction, eps, True)
     if eps is None and plan.backend is not None:
         if generator is not None:
@@ -110,8 +98,7 @@ def sample(
         noise = plan.backend.draw_noise(tensors[1], plan.noise_layout, generator)
     else:
         noise = draw(tensors[0], tensors[1], eps, generator)
-    z, kl, _, _ = run(plan, tensors, noise)
-    return tuple.__new__(Sample, (z, kl, plan, tensors, noise))
+    return run(plan, tensors, noise)[:2]
 
 
 def draw(mu: Tensor, second: Tensor, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:

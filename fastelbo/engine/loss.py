@@ -104,58 +104,40 @@ class Loss(Function):
     def forward(ctx, plan: LossPlan, beta, divisor, known, *tensors):
         ctx.set_materialize_grads(False)
         loss, recon, kl, *found = plan.backend.loss_forward(plan, beta, tensors, divisor, known, plan.path.stores)
-        save_loss(ctx, plan, beta, divisor, known, tensors, found)
+        ctx.stored, sums, ctx.used = found
+        ctx.plan, ctx.guesses = plan, known is None
+        ctx.beta, beta = (None, beta) if isinstance(beta, Tensor) else (beta, None)
+        ctx.divisor, divisor = (None, divisor) if isinstance(divisor, Tensor) else (divisor, None)
+        if beta is divisor is sums is None:
+            ctx.count = 0
+            ctx.save_for_backward(*tensors)
+        else:
+            ctx.count = 2 if sums is None else 2 + len(sums)
+            ctx.save_for_backward(beta, divisor, *(sums or ()), *tensors)
         return loss, recon, kl
 
     @staticmethod
     @never_compiled
     def backward(ctx, *upstreams):
-        plan, (tensors, beta, divisor, sums) = ctx.plan, saved_loss(ctx, ctx.saved_tensors)
+        plan, tensors, beta, divisor, sums = ctx.plan, ctx.saved_tensors, ctx.beta, ctx.divisor, None
+        if ctx.count:
+            (saved_beta, saved_divisor, *sums), tensors = tensors[: ctx.count], tensors[ctx.count :]
+            beta, divisor = beta if saved_beta is None else saved_beta, divisor if saved_divisor is None else saved_divisor
         needs = ctx.needs_input_grad[4:]
         if needs_formula(upstreams):
             found = formula.differentiate(lambda *t: formula.terms(plan.call, beta, divisor, t), tensors, needs, upstreams)
-        else:
-            found = loss_backward(ctx, plan, beta, divisor, tensors, sums, upstreams, needs)
+            return None, None, None, None, *found
+        stored = used = None
+        if upstreams[0] is not None or upstreams[1] is not None:
+            # Handed out once, and without keeping a reference: it becomes `.grad` without a copy, and a second backward through
+            # a retained graph, which finds None, leaves it alone.
+            stored, ctx.stored = ctx.stored, None
+            used = None if stored is None else ctx.used
+        tensors = plan.again(tensors)
+        found, seen = plan.backend.loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums or None, used, needs)
+        if seen is not None and ctx.guesses:
+            plan.remember(seen)
         return None, None, None, None, *found
 
 
 _apply = super(Function, Loss).apply  # not the one in Python, which looks for transformations again
-
-
-def save_loss(ctx, plan: LossPlan, beta, divisor, known, tensors, found, *also) -> None:
-    """Keep on `ctx` what `loss_backward` needs: what forward has found are `stored`, `sums` and `used`."""
-    ctx.stored, sums, ctx.used = found
-    ctx.plan, ctx.guesses = plan, known is None
-    ctx.beta, beta = (None, beta) if isinstance(beta, Tensor) else (beta, None)
-    ctx.divisor, divisor = (None, divisor) if isinstance(divisor, Tensor) else (divisor, None)
-    if beta is divisor is sums is None:
-        ctx.count = 0
-        ctx.save_for_backward(*also, *tensors)
-    else:
-        ctx.count = 2 if sums is None else 2 + len(sums)
-        ctx.save_for_backward(*also, beta, divisor, *(sums or ()), *tensors)
-
-
-def saved_loss(ctx, saved: Sequence) -> tuple[Sequence, float | Tensor, float | Tensor, Sequence | None]:
-    """`(tensors, beta, divisor, sums)`, from what was saved, less `also`. It is unpacked once in a backward pass: checkpointing
-    allows no more."""
-    if ctx.count == 0:
-        return saved, ctx.beta, ctx.divisor, None
-    beta, divisor, *sums = saved[: ctx.count]
-    return saved[ctx.count :], ctx.beta if beta is None else beta, ctx.divisor if divisor is None else divisor, sums or None
-
-
-def loss_backward(ctx, plan: LossPlan, beta, divisor, tensors, sums, upstreams, needs) -> list[Tensor | None]:
-    """The gradients by the tensors in `needs`."""
-    if upstreams[0] is None and upstreams[1] is None:
-        stored = None
-    else:
-        # Handed out once, and without keeping a reference: it becomes `.grad` without a copy, and a second backward through a
-        # retained graph, which finds None, leaves it alone.
-        stored, ctx.stored = ctx.stored, None
-    tensors = plan.again(tensors)
-    used = None if stored is None else ctx.used
-    grads, seen = plan.backend.loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, needs)
-    if seen is not None and ctx.guesses:
-        plan.remember(seen)
-    return grads
