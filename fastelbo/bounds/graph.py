@@ -26,10 +26,11 @@ def decoder_leaves(outputs: Sequence[Tensor], z: GradientEdge) -> list[Tensor] |
             if leaf._backward_hooks or "_is_flat_param" in leaf.__dict__ or is_wrapper(leaf):  # FSDP1's and 2's
                 return None
             leaves.append(leaf)
-        elif not oldest <= node._sequence_nr() <= newest:
-            return None
-        elif isinstance(node, BackwardCFunction) and node.name() != "CompiledFunctionBackward":
-            return None
+        else:
+            is_older = not oldest <= node._sequence_nr() <= newest
+            is_python = isinstance(node, BackwardCFunction) and node.name() != "CompiledFunctionBackward"
+            if is_older or is_python:
+                return None
     return leaves
 
 
