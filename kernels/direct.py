@@ -5,7 +5,6 @@ private: of versions that it does not know, and wherever something is unusual, l
 """
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,13 +14,25 @@ INTERPRETED = triton.knobs.runtime.interpret
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # the number of the current stream, without an object for it
+_empty_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 _runtime = triton.knobs.runtime
 
 
-def stream_of(device: torch.device) -> int:
-    """The number of the current stream, without an object for it."""
-    return _raw_stream(device.index)
+def allocator(device: torch.device) -> Callable[..., torch.Tensor]:
+    """`empty(shape, strides, dtype)` for new tensors on a device: on the current GPU, what compiled code allocates with."""
+    if device.type == "cuda" and device.index == _current_device() and _empty_cuda is not None:
+        return _empty_cuda
+    return functools.partial(_empty, device)
+
+
+def lies(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides, to allocate others that lie as this one."""
+    return tuple(tensor.shape), tensor.stride()
+
+
+def _empty(device: torch.device, shape, strides, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 class Launch:
@@ -49,17 +60,25 @@ class Launch:
         if self.handles is None:
             self.by_triton(programs, tensors, numbers)
             return
-        kind = tuple([None if t is None else t.dtype for t in tensors])
+        kind, pointers, bits = [], [], 0
+        for t in tensors:
+            if t is None:
+                kind.append(None)
+                pointers.append(None)
+            else:
+                pointer = t.data_ptr()
+                bits |= pointer
+                kind.append(t.dtype)
+                pointers.append(pointer)
         if self.special:
-            kind = *kind, *[numbers[i] for i in self.special]
-        pointers = [t if t is None else t.data_ptr() for t in tensors]
-        usual = not functools.reduce(operator.or_, filter(None, pointers), 0) & 15 and self.device.index == _current_device()
-        if not usual or _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls or self.kernel.pre_run_hooks:
+            kind += [numbers[i] for i in self.special]
+        kind, is_usual = tuple(kind), not bits & 15 and self.device.index == _current_device()
+        if not is_usual or _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls or self.kernel.pre_run_hooks:
             self.by_triton(programs, tensors, numbers)
             return
         handle = self.handles.get(kind)
         if handle is not None:
-            handle(programs, _raw_stream(self.device.index), pointers, numbers)
+            handle(programs, raw_stream(self.device.index), pointers, numbers)
             return
         compiled = self.by_triton(programs, tensors, numbers)
         handle = handle_of(compiled, len(self.kernel.params) - len(tensors) - len(numbers))

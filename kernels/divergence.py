@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import posteriors
-from .direct import Launch
+from .direct import Launch, allocator, lies
 from .latents import clamped, divergence, divergence_bwd_kernel, divergence_fwd_kernel
 from .launch import FINISH, MANY_REGISTERS, THREADS, TRITON_DTYPE, Segment, options_of, resident_programs, scratch, tile_size
 
@@ -81,8 +81,8 @@ class Divergence:
     """
 
     __slots__ = (
-        "_backward", "_columns", "_forward", "_numbers", "device", "dtype", "floor", "kind", "kl_weight", "layout", "programs",
-        "rows", "shape", "z_dtype",
+        "_backward", "_columns", "_forward", "_like", "_numbers", "_result", "device", "floor", "kind", "kl_weight", "layout",
+        "programs", "rows", "z_dtype",
     )  # fmt: skip
 
     def __init__(
@@ -90,8 +90,10 @@ class Divergence:
         posterior, clamp, prior, kind, floor, shares, kl_weight, dtype, layout=torch.contiguous_format,
     ) -> None:  # fmt: skip
         self.rows = mu.shape[0] if kind == "row" else 1
-        self.shape = mu.shape[:1] if kind == "row" else ()
-        self.device, self.dtype, self.layout = mu.device, dtype, layout
+        # What tensors are allocated with: shapes, strides and, of KLs, their dtype.
+        self._like = lies(mu)
+        self._result = *{"element": self._like, "row": ((self.rows,), (1,))}.get(kind, ((), ())), dtype
+        self.device, self.layout = mu.device, layout
         self.kind, self.floor, self.kl_weight = kind, floor, kl_weight
         self.z_dtype = torch.promote_types(mu.dtype, second.dtype)
         tile, options = tile_size(mu, second), options_of(mu.device)
@@ -120,14 +122,12 @@ class Divergence:
 
         Returns `(z, kl, the KL with the floor)`: what was not asked for is None.
         """
-        kind, dtype = self.kind, self.dtype
+        kind, empty = self.kind, allocator(self.device)
         weighted = partials = arrived = None
-        z = None if noise is None else torch.empty_like(mu, dtype=self.z_dtype)
-        if kind in (None, "element"):
-            kl = None if kind is None else torch.empty_like(mu, dtype=dtype)
-        else:
-            kl = mu.new_empty(self.shape, dtype=dtype)
-            weighted = None if self.floor is None else mu.new_empty(self.shape, dtype=dtype)
+        z = None if noise is None else empty(*self._like, self.z_dtype)
+        kl = None if kind is None else empty(*self._result)
+        if kind not in (None, "element"):
+            weighted = None if self.floor is None else empty(*self._result)
             sums = self.programs if self.floor is None else 2 * self.programs
             partials, arrived = scratch(self.device, self.rows, sums, stateless)
         weights, _, sizes = self._numbers
@@ -143,9 +143,10 @@ class Divergence:
         if the kind is "column", are dense and lie as `mu` does; not all are None.
         """
         has_kl = grad_kl is not None or grad_weighted is not None
-        grad_mu, grad_second = torch.empty_like(mu) if has_kl else grad_z, torch.empty_like(second)
+        like, empty = self._like, allocator(self.device)
+        grad_mu, grad_second = empty(*like, mu.dtype) if has_kl else grad_z, empty(*like, second.dtype)
         grad_priors = [
-            torch.empty_like(mu, dtype=value.dtype) if wanted and has_kl else None
+            empty(*like, value.dtype) if wanted and has_kl else None
             for value, wanted in zip((prior_mu, prior_second), wants_prior, strict=True)
         ]
         weights, shares, sizes = self._numbers
@@ -164,4 +165,5 @@ class Divergence:
         sums = (*partials, None, None)[:3]
         launch(programs, (mu, second, prior_mu, prior_second, *sums), (batch, columns, chunks))
         kl, *sums = (partial.sum(0) for partial in partials)
-        return (kl * self.kl_weight).to(self.dtype), tuple(s.to(self.dtype) for s in sums) or None
+        dtype = self._result[2]
+        return (kl * self.kl_weight).to(dtype), tuple(s.to(dtype) for s in sums) or None

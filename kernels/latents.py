@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .direct import Launch
+from .direct import Launch, allocator, lies
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
 from .noise import normals
 from .operands import kl_factor, row_bounds, scalar, upstream_of
@@ -305,8 +305,8 @@ def divergence_bwd_kernel(
 
 
 def draw_noise(like: torch.Tensor, layout: torch.memory_format, generator: torch.Generator | None) -> torch.Tensor:
-    """The seed of a stream of normals: a 0-d int64 tensor on the device, drawn from Torch's generator without a sync."""
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=like.device, generator=generator)
+    """The seed of a stream of normals: a 0-d int64 tensor on the device, of 63 bits from Torch's generator, without a sync."""
+    return allocator(like.device)((), (), torch.int64).random_(generator=generator)
 
 
 class Sample:
@@ -315,11 +315,13 @@ class Sample:
     `mu` and `logvar` are of one shape `[B, ...]` and dense layout. The KL is times `kl_weight`, `[]` or `[B]`.
     """
 
-    __slots__ = "_backward", "_forward", "device", "dtype", "numbers", "programs", "rows", "shape", "z_dtype"
+    __slots__ = "_backward", "_forward", "_like", "_result", "device", "numbers", "programs", "rows", "z_dtype"
 
     def __init__(self, mu, logvar, *, kl_weight, per_sample, dtype) -> None:
         self.rows = mu.shape[0] if per_sample else 1
-        self.device, self.dtype, self.shape = mu.device, dtype, (self.rows,) if per_sample else ()
+        self.device, shape = mu.device, (self.rows,) if per_sample else ()
+        # What tensors are allocated with: shapes, strides and, of the KL, its dtype.
+        self._result, self._like = (shape, (1,) * len(shape), dtype), lies(mu)
         self.z_dtype = torch.promote_types(mu.dtype, logvar.dtype)
         tile, options = tile_size(mu, logvar), options_of(mu.device)
         segment = Segment.of(mu, self.rows, tile)
@@ -336,10 +338,10 @@ class Sample:
 
         `noise`: of the shape and layout of `mu`, or a seed from `draw_noise`. `stateless`: keep nothing for later calls.
         """
-        kl = partials = arrived = None
-        z = None if noise is None else torch.empty_like(mu, dtype=self.z_dtype)
+        kl, partials, arrived, empty = None, None, None, allocator(self.device)
+        z = None if noise is None else empty(*self._like, self.z_dtype)
         if wants_kl:
-            kl = mu.new_empty(self.shape, dtype=self.dtype)
+            kl = empty(*self._result)
             partials, arrived = scratch(self.device, self.rows, self.programs, stateless)
         self._forward(self.programs, (mu, logvar, noise, z, kl, partials, arrived), self.numbers)
         return z, kl
@@ -349,7 +351,8 @@ class Sample:
         the KL, each `[]`, `[B]` or None; at least one of the three is there."""
         grad_loss, grad_kl = (g if g is None else g.contiguous() for g in upstreams)
         has_kl = grad_loss is not None or grad_kl is not None
-        grad_mu, grad_logvar = torch.empty_like(mu) if has_kl else grad_z, torch.empty_like(logvar)
+        empty = allocator(self.device)
+        grad_mu, grad_logvar = empty(*self._like, mu.dtype) if has_kl else grad_z, empty(*self._like, logvar.dtype)
         pointer, value = pointer_and_value(beta)
         self._backward[has_kl](
             self.programs,

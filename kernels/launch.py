@@ -8,7 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .direct import INTERPRETED, Launch, stream_of
+from .direct import INTERPRETED, Launch, raw_stream
+
+_is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
 
 # Of a program, and so of the running sums: each thread keeps one.
 THREADS = 128
@@ -77,7 +79,7 @@ class Segment(NamedTuple):
         return cls(columns, max(1, programs), rows == 1 or columns % 16 == 0, wide)
 
 
-_scratch: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor]] = {}
+_scratch: dict[tuple[int | None, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
 
 def scratch(device: torch.device, rows: int, programs: int, stateless: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,10 +90,10 @@ def scratch(device: torch.device, rows: int, programs: int, stateless: bool) -> 
     launch takes its own, since its graph may be replayed on any stream; so does a stateless one, which may run while
     `torch.compile` warms a graph up, with memory from the graph's pool, in which nothing may stay.
     """
-    is_cuda = device.type == "cuda"
-    if stateless or (is_cuda and torch._C._cuda_isCurrentStreamCapturing()):
+    index = device.index  # of a GPU
+    if stateless or (index is not None and _is_capturing()):
         return _new_scratch(device, rows, programs)
-    key = device, stream_of(device) if is_cuda else threading.get_ident()
+    key = index, threading.get_ident() if index is None else raw_stream(index)
     found = _scratch.get(key)
     if found is None or found[0].numel() < programs or found[1].numel() < rows:
         with torch.inference_mode(False):  # what is made in inference mode cannot be written outside of it

@@ -5,12 +5,11 @@ programs. The first `recon_programs` of them stream the reconstruction, the othe
 to arrive adds their partial sums up.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from . import likelihoods
-from .direct import Launch
+from .direct import Launch, allocator, lies
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
 from .numerics import exp_and_expm1
 from .operands import kl_factor, row_bounds, scalar, upstream_of
@@ -168,11 +167,17 @@ class Loss:
         dtype: that of results and arithmetic.
     """
 
-    __slots__ = "_backward", "_forward", "batch", "device", "dtype", "latents", "numbers", "recon", "rows", "shape"
+    __slots__ = (
+        "_backward", "_forward", "_like_latents", "_like_recon", "_result", "batch", "device", "latents", "numbers", "recon",
+        "rows",
+    )  # fmt: skip
 
     def __init__(self, recon_x, x, mu, *, likelihood, scale, target_scale, weights, per_sample, dtype) -> None:
         self.rows = recon_x.shape[0] if per_sample else 1
-        self.device, self.dtype, self.shape = recon_x.device, dtype, (self.rows,) if per_sample else ()
+        self.device, shape = recon_x.device, (self.rows,) if per_sample else ()
+        # What tensors are allocated with: shapes, strides and, of results, their dtype.
+        self._result = shape, (1,) * len(shape), dtype
+        self._like_recon, self._like_latents = lies(recon_x), mu if mu is None else lies(mu)
         tile, options = tile_size(recon_x, x), options_of(recon_x.device)
         recon, latents = Segment.of(recon_x, self.rows, tile), Segment.of(mu, self.rows, tile)
         self.recon, self.latents = recon.programs, latents.programs
@@ -198,8 +203,9 @@ class Loss:
         """
         rows, programs = self.rows, self.recon + self.latents
         partials, arrived = scratch(self.device, rows, rows * programs, stateless)
-        loss, recon, kl_out = [recon_x.new_empty(self.shape, dtype=self.dtype) for _ in range(3)]
-        gradient = None if guess is None else torch.empty_like(recon_x)
+        empty, result = allocator(self.device), self._result
+        loss, recon, kl_out = empty(*result), empty(*result), empty(*result)
+        gradient = None if guess is None else empty(*self._like_recon, recon_x.dtype)
         if kl is not None:
             kl = kl.contiguous()
         pointer, value = pointer_and_value(beta)
@@ -222,21 +228,22 @@ class Loss:
         Returns `(grad_recon_x, grad_mu, grad_logvar, grad_kl, seen)`, None where unwanted; `seen`, `[B]` or `[1]`, is the
         upstream factor of the reconstruction, for the next forward to guess.
         """
-        rows, recon, latents = self.rows, 0, 0
+        rows, recon, latents, empty = self.rows, 0, 0, allocator(self.device)
         upstreams = [g if g is None else g.contiguous() for g in upstreams]
         seen = grad_mu = grad_logvar = grad_kl = None
         if wants_recon:
-            recon, seen = self.recon, recon_x.new_empty(rows, dtype=self.dtype)
+            recon, seen = self.recon, empty((rows,), (1,), self._result[2])
             if gradient is None:
-                gradient = torch.empty_like(recon_x)
+                gradient = empty(*self._like_recon, recon_x.dtype)
         else:
             gradient = None
         if wants_latents:
-            latents, grad_mu, grad_logvar = self.latents, torch.empty_like(mu), torch.empty_like(logvar)
+            latents, like = self.latents, self._like_latents
+            grad_mu, grad_logvar = empty(*like, mu.dtype), empty(*like, logvar.dtype)
         else:
             mu = logvar = None
         if wants_kl:
-            latents, grad_kl = 1, recon_x.new_empty(self.shape, dtype=self.dtype)
+            latents, grad_kl = 1, empty(*self._result)
         pointer, value = pointer_and_value(beta)
         self._backward(
             rows * (recon + latents),

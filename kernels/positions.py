@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .direct import Launch
+from .direct import Launch, allocator
 from .launch import MANY_REGISTERS, PROGRAMS, options_of, scratch
 
 
@@ -86,7 +86,7 @@ class Positions:
         shape = prediction.shape[:1] if self.per_sample else ()
         if prediction.numel() == 0:
             return prediction.new_zeros(shape, dtype=self.dtype), gradient
-        recon = prediction.new_empty(shape, dtype=self.dtype)
+        recon = allocator(self.device)(shape, (1,) * len(shape), self.dtype)
         self._run(prediction, x, weight, gradient, guess, None, None, recon, divisor, stateless)
         return recon, gradient
 
@@ -100,7 +100,7 @@ class Positions:
         gradient = torch.empty_like(prediction) if gradient is None else gradient
         if prediction.numel() == 0:
             return gradient, upstream.reshape(-1).to(self.dtype, copy=True)
-        seen = prediction.new_empty(prediction.shape[0] if self.per_sample else 1, dtype=self.dtype)
+        seen = allocator(self.device)((prediction.shape[0] if self.per_sample else 1,), (1,), self.dtype)
         self._run(prediction, x, weight, gradient, upstream.contiguous(), used, seen, None, divisor)
         return gradient, seen
 

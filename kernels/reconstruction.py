@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import likelihoods
 from .broadcast import ABSENT, BROADCAST, ELEMENT, ROW, Operand, load_operand
-from .direct import Launch
+from .direct import Launch, allocator, lies
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
 from .numerics import exp_and_expm1, log_of_positive
 from .operands import is_wrong, row_bounds, scalar
@@ -209,10 +209,11 @@ LEAST_COLUMNS = 512
 class Pass:
     """A launch of the kernel for tensors of one kind: how it reads its operands, the rows that it sees, and its constants."""
 
-    __slots__ = "columns", "launch", "numbers", "operands", "options", "order", "programs", "rows"
+    __slots__ = "columns", "launch", "like", "numbers", "operands", "options", "order", "programs", "rows"
 
     def __init__(self, parameters, x, weight, wants, family: Family, per_sample, dtype) -> None:
         first = parameters[0]
+        self.like = lies(first)
         self.order = order = tuple(sorted(range(first.dim()), key=lambda d: (-first.stride(d), d)))
         given = *parameters[1:], *[None] * (3 - len(parameters)), weight
         second, third, weight = (Operand.of(t, first, order, most) for t, most in zip(given, (1, 1, 2), strict=True))
@@ -303,15 +304,16 @@ class Reconstruction:
         """
         first, (_, per_sample, dtype) = parameters[0], self._kind
         launch = self._pass(parameters, x, weight, wants)
-        gradients, sums = [None] * 3, [None] * 3
+        gradients, sums, empty = [None] * 3, [None] * 3, allocator(self.device)
         for i, (parameter, wanted) in enumerate(zip(parameters, wants, strict=False)):
             if wanted and (i == 0 or parameter.shape == first.shape):
-                gradients[i] = torch.empty_like(first, dtype=parameter.dtype)
+                gradients[i] = empty(*launch.like, parameter.dtype)
             elif wanted and launch.operands[i - 1].mode == ROW:
-                sums[i] = first.new_empty(launch.rows, dtype=dtype)
+                sums[i] = empty((launch.rows,), (1,), dtype)
             elif wanted:
-                gradients[i] = torch.empty_like(first, dtype=dtype)
-        recon = sums[0] = first.new_empty(launch.rows if per_sample or launch.rows > 1 else (), dtype=dtype)
+                gradients[i] = empty(*launch.like, dtype)
+        shape = (launch.rows,) if per_sample or launch.rows > 1 else ()
+        recon = sums[0] = empty(shape, (1,) * len(shape), dtype)
         launch.run(parameters, x, weight, divisor, guess, None, None, gradients, sums, stateless)
         for i, parameter in enumerate(parameters[1:], 1):
             if wants[i] and parameter.shape != first.shape:
@@ -328,12 +330,12 @@ class Reconstruction:
 
         Returns `(gradients, seen)`, `seen` a copy of the factor, `[B]` or `[1]`.
         """
-        first, (_, per_sample, dtype) = parameters[0], self._kind
+        first, (_, per_sample, dtype), empty = parameters[0], self._kind, allocator(self.device)
         launch = self._pass(parameters, x, weight, (False,) * len(parameters))
         if used is None:
             large = [wanted and p.shape == first.shape for p, wanted in zip(parameters, wants, strict=True)]
-            gradients = [torch.empty_like(p) if wanted else None for p, wanted in zip(parameters, large, strict=True)]
-        seen = first.new_empty(first.shape[0] if per_sample else 1, dtype=dtype)
+            gradients = [empty(*launch.like, p.dtype) if at else None for p, at in zip(parameters, large, strict=True)]
+        seen = empty((first.shape[0] if per_sample else 1,), (1,), dtype)
         padded = (*gradients, None, None)[:3]
         launch.run(parameters, x, weight, divisor, upstream.contiguous(), used, seen, padded, (None, None, None))
         return gradients, seen

@@ -62,9 +62,12 @@ def _poison(request, monkeypatch):
         return call
 
     if BACKEND == "triton":
-        from fastelbo.kernels import launch
+        from fastelbo.kernels import direct, launch
 
         monkeypatch.setattr(launch, "_scratch", {})  # what is kept for partial sums, too
+        if direct._empty_cuda is not None:
+            monkeypatch.setattr(direct, "_empty_cuda", poisoned(direct._empty_cuda))
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_strided", poisoned(torch.empty_strided))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

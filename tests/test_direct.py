@@ -69,7 +69,7 @@ def cuda(monkeypatch):
     """Tensors on the CPU pass for such on the current GPU, whose current stream is number 7."""
     monkeypatch.setattr(direct, "INTERPRETED", False)
     monkeypatch.setattr(direct, "_current_device", lambda: 0)
-    monkeypatch.setattr(direct, "_raw_stream", lambda index: 7)
+    monkeypatch.setattr(direct, "raw_stream", lambda index: 7)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from calls import SHAPE, Call, bits, check, leaf, probabilities
 from conftest import DEVICE
 from fastelbo import Posterior, Weighting
+from fastelbo.engine import plan
 from fastelbo.likelihoods import BernoulliLogits, Categorical, DiscretizedLogistic, Gaussian, Laplace, Multinomial
 from likelihood_cases import _discretized, _laplace, _normal, _soft, _weighted_bernoulli
 
@@ -277,6 +278,15 @@ def test_one_field_differs(name):
     for factors in FACTORS:
         check(Call(), factors)
         check(CHANGES[name](Call()), factors)
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_what_is_around_the_first_call_decides_nothing(name, monkeypatch):
+    for table in ("_plans", "_paths", "_last"):
+        monkeypatch.setattr(plan, table, {})
+    for factors in FACTORS:
+        check(CHANGES[name](Call()), factors)
+        check(Call(), factors)
 
 
 def test_all_in_any_order():

@@ -8,6 +8,9 @@ compares on the device, without a sync, and computes anew where it differs. Any 
 import torch
 from torch import Tensor
 
+_is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
 # The factors that captured graphs read: kept as long as the process, since a graph may be replayed as long.
 _captured: list[Tensor] = []
 
@@ -29,13 +32,13 @@ class Guess:
         known = self.known
         if device.type == "cpu":
             return known[1]
-        if torch.cuda.is_current_stream_capturing():
+        if _is_capturing():
             if known is None:
                 return _ones(rows, dtype, device)
             # Capture begins with a sync of the device, so what another stream wrote is there.
             _captured.append(known[1])
             return known[1]
-        stream = torch._C._cuda_getCurrentRawStream(device.index)  # its number, without an object for it
+        stream = _raw_stream(device.index)  # its number, without an object for it
         if known is None or known[0] != stream:
             known = self.known = stream, _ones(rows, dtype, device)
         return known[1]
@@ -44,8 +47,8 @@ class Guess:
         """Guess `factor` next time. Not while a graph is captured: each replay would write the tensor again."""
         if factor.device.type == "cpu":
             self.known = 0, factor
-        elif not torch.cuda.is_current_stream_capturing():
-            self.known = torch._C._cuda_getCurrentRawStream(factor.device.index), factor
+        elif not _is_capturing():
+            self.known = _raw_stream(factor.device.index), factor
 
 
 def _ones(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:

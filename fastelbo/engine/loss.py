@@ -104,38 +104,39 @@ class Loss(Function):
     def forward(ctx, plan: LossPlan, beta, divisor, known, *tensors):
         ctx.set_materialize_grads(False)
         loss, recon, kl, *found = plan.backend.loss_forward(plan, beta, tensors, divisor, known, plan.path.stores)
-        ctx.stored, sums, ctx.used = found
-        ctx.plan, ctx.guesses = plan, known is None
-        ctx.beta, beta = (None, beta) if isinstance(beta, Tensor) else (beta, None)
-        ctx.divisor, divisor = (None, divisor) if isinstance(divisor, Tensor) else (divisor, None)
-        if beta is divisor is sums is None:
-            ctx.count = 0
+        ctx.stored, sums, used = found
+        beta, saved_beta = (None, beta) if isinstance(beta, Tensor) else (beta, None)
+        divisor, saved_divisor = (None, divisor) if isinstance(divisor, Tensor) else (divisor, None)
+        if saved_beta is saved_divisor is sums is None:
+            also = 0
             ctx.save_for_backward(*tensors)
         else:
-            ctx.count = 2 if sums is None else 2 + len(sums)
-            ctx.save_for_backward(beta, divisor, *(sums or ()), *tensors)
+            also = 2 if sums is None else 2 + len(sums)
+            ctx.save_for_backward(saved_beta, saved_divisor, *(sums or ()), *tensors)
+        ctx.state = plan, beta, divisor, known is None, used, also  # in one attribute, each of which costs
         return loss, recon, kl
 
     @staticmethod
     @never_compiled
     def backward(ctx, *upstreams):
-        plan, tensors, beta, divisor, sums = ctx.plan, ctx.saved_tensors, ctx.beta, ctx.divisor, None
-        if ctx.count:
-            (saved_beta, saved_divisor, *sums), tensors = tensors[: ctx.count], tensors[ctx.count :]
+        plan, beta, divisor, guesses, used, also = ctx.state
+        tensors, sums = ctx.saved_tensors, None
+        if also:
+            (saved_beta, saved_divisor, *sums), tensors = tensors[:also], tensors[also:]
             beta, divisor = beta if saved_beta is None else saved_beta, divisor if saved_divisor is None else saved_divisor
         needs = ctx.needs_input_grad[4:]
         if needs_formula(upstreams):
             found = formula.differentiate(lambda *t: formula.terms(plan.call, beta, divisor, t), tensors, needs, upstreams)
             return None, None, None, None, *found
-        stored = used = None
+        stored = None
         if upstreams[0] is not None or upstreams[1] is not None:
             # Handed out once, and without keeping a reference: it becomes `.grad` without a copy, and a second backward through
             # a retained graph, which finds None, leaves it alone.
             stored, ctx.stored = ctx.stored, None
-            used = None if stored is None else ctx.used
+        used = None if stored is None else used
         tensors = plan.again(tensors)
         found, seen = plan.backend.loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums or None, used, needs)
-        if seen is not None and ctx.guesses:
+        if seen is not None and guesses:
             plan.remember(seen)
         return None, None, None, None, *found
 

@@ -6,13 +6,15 @@ each time: tracers and transformations, streams, capture, the upstream gradients
 that a launch writes to.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
+from torch.nn import Parameter
 
 from ..basics.layout import layout_of
 from ..basics.tracing import is_wrapper
@@ -28,10 +30,12 @@ LIMIT = 4096  # entries of a table, which is cleared then
 _objectives: dict[Hashable, Objective] = {}
 _paths: dict[Hashable, "LossPath"] = {}
 _plans: dict[Hashable, "LossPlan | LatentsPlan"] = {}
+_last: dict[Hashable, "LossPlan | LatentsPlan"] = {}  # of the last call with these options, which the next one is probably like
 
 _of_types = attrgetter("dtype", "device", "layout", "requires_grad")
 _of_shapes = attrgetter("dtype", "device", "layout", "requires_grad", "shape")
 _stride, _is_neg = Tensor.stride, Tensor.is_neg
+_is_nested = attrgetter("is_nested")
 
 
 def keep(table: dict, key: Hashable, made):
@@ -39,6 +43,29 @@ def keep(table: dict, key: Hashable, made):
         table.clear()
     table[key] = made
     return made
+
+
+def likeness(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Whether other tensors have all that a plan's key holds of these, asked in one call instead of seven a tensor.
+
+    These are the guards of torch.compile. Autocast and inference mode make them differ, too. They hold no tensor. A nested
+    tensor, which has no sizes, makes them end the process: it must not be asked for.
+    """
+    if not {Tensor, Parameter}.issuperset(map(type, tensors)):
+        return _unlike
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+
+def _unlike(*tensors) -> bool:
+    return False
+
+
+def _again(start: Hashable, plan: "LossPlan | LatentsPlan", tensors: Sequence[Tensor]) -> None:
+    """The plan of these tensors is the first to be asked the next time."""
+    if not plan.fits(*tensors):
+        plan.fits = likeness(tensors)
+    keep(_last, start, plan)
 
 
 class LossPath:
@@ -64,7 +91,7 @@ class LossPlan:
     """What is known of a call of `loss` before its values are. `guess` is the one thing that changes."""
 
     __slots__ = (
-        "backend", "call", "count", "divisor", "dtype", "guess", "is_dense", "is_elementwise", "is_whole", "kl_weight",
+        "backend", "call", "count", "divisor", "dtype", "fits", "guess", "is_dense", "is_elementwise", "is_whole", "kl_weight",
         "latents", "latents_launches", "latents_layout", "layout", "likelihood", "looks", "loss_launches", "options", "path",
         "per_sample", "rows", "scaling", "strides", "support", "weight_shape",
     )  # fmt: skip
@@ -92,13 +119,14 @@ class LossPlan:
     options: dict  # of the likelihood's kernel
     weight_shape: torch.Size | None
     guess: Guess
+    fits: Callable[..., bool]  # other tensors
     loss_launches: Any  # of the Triton backend, which makes them when they are first needed
     latents_launches: Any
 
     def __init__(self, path: LossPath, call: LossCall, tensors: Sequence[Tensor]) -> None:
         parameters, x, weight, latents = call.split(tensors)
         likelihood, first = call.likelihood, parameters[0]
-        self.path, self.call, self.loss_launches, self.latents_launches = path, call, None, None
+        self.path, self.call, self.loss_launches, self.latents_launches, self.fits = path, call, None, None, _unlike
         self.likelihood, self.dtype, self.per_sample = likelihood, call.dtype, call.per_sample
         self.count, self.latents = call.parameters, call.latents
         self.rows = first.shape[0] if call.per_sample else 1
@@ -176,6 +204,9 @@ def loss_plan(
     grad_mode = torch.is_grad_enabled()
     start = objective, parameters, weighted, latents, grad_mode, type(beta), type(beta) is not float and beta.requires_grad
     try:
+        plan = _last.get(start)
+        if plan is not None and not any(map(_is_nested, tensors)) and plan.fits(*tensors):
+            return plan
         key = (
             *start, *map(type, tensors), *map(_of_shapes, tensors), *map(_is_neg, tensors), *map(_stride, tensors),
         )  # fmt: skip
@@ -188,6 +219,7 @@ def loss_plan(
         types = *start, *map(type, tensors), *map(_of_types, tensors), *map(_is_neg, tensors)
         path = _paths.get(types) or keep(_paths, types, LossPath(call, tensors, beta, grad_mode))
         plan = keep(_plans, key, LossPlan(path, call, tensors))
+    _again(start, plan, tensors)
     return plan
 
 
@@ -195,12 +227,12 @@ class LatentsPlan:
     """What is known of a sample or a KL before its values are."""
 
     __slots__ = (
-        "backend", "call", "dtype", "is_dense", "is_whole", "kl_weight", "latents_launches", "layout", "noise_layout",
+        "backend", "call", "dtype", "fits", "is_dense", "is_whole", "kl_weight", "latents_launches", "layout", "noise_layout",
         "per_sample", "strides", "wants",
     )  # fmt: skip
 
     def __init__(self, call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None, grad_mode: bool) -> None:
-        mu, self.call, self.latents_launches = tensors[0], call, None
+        mu, self.call, self.latents_launches, self.fits = tensors[0], call, None, _unlike
         self.dtype, self.per_sample, self.kl_weight = call.dtype, call.kind == "row", call.scale(mu)
         self.wants = grad_mode and any(t.requires_grad for t in tensors)
         strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or (
@@ -246,15 +278,20 @@ def latents_plan_of(
     key = None
     if eps is None and isinstance(mu, Tensor) and (prior is None or type(prior) is tuple):
         tensors = (mu, logvar) if prior is None else (mu, logvar, *prior)
+        start = posterior, reduction, samples, len(tensors), torch.is_grad_enabled()
         try:
+            found = _last.get(start)
+            if found is not None and not any(map(_is_nested, tensors)) and found.fits(*tensors):
+                return found, tensors
             key = (
-                posterior, reduction, samples, torch.is_grad_enabled(),
+                *start,
                 *map(type, tensors), *map(_of_shapes, tensors), *map(_is_neg, tensors), *map(_stride, tensors),
             )  # fmt: skip
             found = _plans.get(key)
         except (AttributeError, TypeError, RuntimeError):  # not tensors, none with strides, or options that are none
             key = found = None
         if found is not None:
+            _again(start, found, tensors)
             return found, tensors
     call, tensors = check_kl(mu, logvar, posterior, prior, reduction, samples)
     plan = latents_plan(call, tensors, eps)
