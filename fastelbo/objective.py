@@ -257,7 +257,7 @@ def _given_or_not(**arguments: Any) -> str:
 def _divergence(
     latents: Latents, tensors: Sequence[Tensor], objective: Objective, beta: Any, weighting: Any, monitor: Monitor | None
 ) -> tuple[Tensor, float | Tensor, Tensor | None, Statistics | None]:
-    """The KL, beta, what of the KL is added to the reconstruction, None for beta times the KL, and a monitor's statistics."""
+    """The KL, and beta, what of the KL it weighs, None for all of it, and a monitor's statistics."""
     reduction, mu = objective.kl_reduction, tensors[0]
     beta = check_beta(beta, mu)
     weighting = check_weighting(weighting, mu, latents.prior is not None, beta, reduction)
@@ -266,21 +266,19 @@ def _divergence(
     kl, weighted, statistics = divergence_terms(
         latents, tensors, weighting=weighting, beta=beta, reduction=reduction, statistics=monitor is not None
     )
-    return kl, beta, weighted, statistics
+    return kl, 1.0 if isinstance(beta, Tensor) and beta.dim() > 0 else beta, weighted, statistics
 
 
 def _with_kl(
     name: str, objective: Objective, given: tuple[Tensor, ...], x: Tensor, weight: Tensor | None, kl: Tensor,
     beta: float | Tensor, weighted: Tensor | None, monitor: Monitor | None, statistics: Statistics | None = None,
 ) -> ELBOTerms:  # fmt: skip
-    """The objective of a KL that is reduced already; `weighted`, if it is not None, is what of it enters."""
+    """The objective of a KL that is reduced already; `weighted`, if it is not None, is what of it beta weighs."""
     tensors = (*given, x) if weight is None else (*given, x, weight)
     shape = len(given), weight is not None
-    if weighted is None:
-        terms = composed_terms(name, objective, tensors, *shape, kl, beta)
-    else:
-        terms = composed_terms(name, objective, tensors, *shape, weighted, 1.0)
-        terms = terms._replace(kl=kl.to(terms.loss.dtype, copy=True))  # which the user may write to
+    terms = composed_terms(name, objective, tensors, *shape, kl if weighted is None else weighted, beta)
+    if weighted is not None:
+        terms = terms._replace(kl=kl.to(terms.loss.dtype))
     if monitor is not None:
         record_reconstruction(monitor, objective, tensors, *shape, terms.recon, statistics)
     return terms

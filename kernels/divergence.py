@@ -10,19 +10,32 @@ from . import posteriors
 from .direct import Launch, allocator, lies
 from .latents import clamped, divergence, divergence_bwd_kernel, divergence_fwd_kernel
 from .launch import FINISH, MANY_REGISTERS, THREADS, TRITON_DTYPE, Segment, options_of, resident_programs, scratch, tile_size
+from .reduction import all_arrived
+
+
+@triton.jit
+def sum_of_chunks(sums, chunks, columns, there, BLOCK: tl.constexpr):
+    """Of some columns, in a fixed order."""
+    total = tl.zeros([BLOCK], dtype=tl.float64)
+    for chunk in tl.range(0, chunks):
+        # Other programs wrote them: past the L1 cache.
+        total += tl.load(sums + chunk * columns, mask=there, other=0.0, cache_modifier=".cg")
+    return total
 
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
 def columns_kernel(
-    mu, second, prior_mu, prior_second, kl_sums, mu_sums, square_sums, batch: tl.int64, columns, chunks: tl.int32,
+    mu, second, prior_mu, prior_second, kl_out, mu_out, square_out, partials, arrived,
+    kl_weight: tl.float64, batch: tl.int64, columns, chunks: tl.int32,
     POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr,
     DTYPE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over every so many rows of the KL and, unless None, of mu and mu^2: `[chunks, columns]`, float64."""
+    """Sums over the batch of the KL, times a weight, and, unless None, of mu and mu^2: `[columns]` each. A chunk of programs
+    has every so many rows, and the last one to arrive at a block of columns adds up what each has left of it, float64."""
     blocks = tl.cdiv(columns, BLOCK)
-    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    chunk = tl.program_id(0) // blocks
+    block, chunk = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    column = block * BLOCK + tl.arange(0, BLOCK)
     if not WIDE:
         batch = batch.to(tl.int32)
     kl_tile = tl.zeros([ROWS, BLOCK], dtype=DTYPE)
@@ -42,14 +55,23 @@ def columns_kernel(
             m, raw, std, lv, excess, prior_mu, prior_second, o, place, mask, PRIOR, MU_ROW, SECOND_ROW, DTYPE
         )
         kl_tile += tl.where(mask, kl, 0.0)
-        if mu_sums is not None:
+        if mu_out is not None:
             mu_tile += m
             square_tile += m * m
-    out = chunk * columns + column
-    tl.store(kl_sums + out, tl.sum(kl_tile.to(tl.float64), axis=0), mask=column < columns)
-    if mu_sums is not None:
-        tl.store(mu_sums + out, tl.sum(mu_tile.to(tl.float64), axis=0), mask=column < columns)
-        tl.store(square_sums + out, tl.sum(square_tile.to(tl.float64), axis=0), mask=column < columns)
+    sums, place, size = partials + column, chunk * columns, chunks * columns
+    tl.store(sums + place, tl.sum(kl_tile.to(tl.float64), axis=0), mask=column < columns)
+    if mu_out is not None:
+        tl.store(sums + size + place, tl.sum(mu_tile.to(tl.float64), axis=0), mask=column < columns)
+        tl.store(sums + 2 * size + place, tl.sum(square_tile.to(tl.float64), axis=0), mask=column < columns)
+    if all_arrived(arrived, block, chunks):
+        there = column < columns
+        total = sum_of_chunks(sums, chunks, columns, there, BLOCK) * kl_weight
+        tl.store(kl_out + column, total.to(kl_out.dtype.element_ty), mask=there)
+        if mu_out is not None:
+            total = sum_of_chunks(sums + size, chunks, columns, there, BLOCK)
+            tl.store(mu_out + column, total.to(mu_out.dtype.element_ty), mask=there)
+            total = sum_of_chunks(sums + 2 * size, chunks, columns, there, BLOCK)
+            tl.store(square_out + column, total.to(square_out.dtype.element_ty), mask=there)
 
 
 def constants_of(mu, prior_mu, prior_second, posterior, clamp, prior) -> dict:
@@ -77,24 +99,23 @@ class Divergence:
         floor: None, or a least KL of an element.
         shares: what of the gradient of the KL with the floor goes to the posterior, and what to the prior.
         kl_weight: what the sums are times; 1 for elements.
-        dtype: that of KLs and arithmetic. `layout`: the memory format of `mu`.
+        dtype: that of KLs and arithmetic.
     """
 
     __slots__ = (
-        "_backward", "_columns", "_forward", "_like", "_numbers", "_result", "device", "floor", "kind", "kl_weight", "layout",
+        "_backward", "_columns", "_forward", "_like", "_like_column", "_numbers", "_result", "device", "floor", "kind",
         "programs", "rows", "z_dtype",
     )  # fmt: skip
 
     def __init__(
         self, mu, second, prior_mu, prior_second, *,
-        posterior, clamp, prior, kind, floor, shares, kl_weight, dtype, layout=torch.contiguous_format,
+        posterior, clamp, prior, kind, floor, shares, kl_weight, dtype,
     ) -> None:  # fmt: skip
         self.rows = mu.shape[0] if kind == "row" else 1
         # What tensors are allocated with: shapes, strides and, of KLs, their dtype.
         self._like = lies(mu)
         self._result = *{"element": self._like, "row": ((self.rows,), (1,))}.get(kind, ((), ())), dtype
-        self.device, self.layout = mu.device, layout
-        self.kind, self.floor, self.kl_weight = kind, floor, kl_weight
+        self.device, self.kind, self.floor = mu.device, kind, floor
         self.z_dtype = torch.promote_types(mu.dtype, second.dtype)
         tile, options = tile_size(mu, second), options_of(mu.device)
         latents = Segment.of(mu, self.rows, tile)
@@ -115,7 +136,8 @@ class Divergence:
             wide = mu.numel() + chunks * rows * columns >= 2**31
             options = options | (MANY_REGISTERS if mu.element_size() == 2 else {})
             launch = Launch(columns_kernel, self.device, constants | {"WIDE": wide, "ROWS": rows, "BLOCK": block}, options)
-            self._columns = launch, blocks * chunks, (batch, columns, chunks)
+            self._columns = launch, blocks, (kl_weight, batch, columns, chunks)
+            self._like_column = tuple(mu.shape[1:]), mu.stride()[1:], dtype
 
     def forward(self, mu, second, noise, prior_mu, prior_second, stateless=False):
         """A sample if there is `noise`, like `mu` or a seed from `draw_noise`, and KLs unless their kind is None.
@@ -154,16 +176,13 @@ class Divergence:
         self._backward[has_kl](self.programs, tensors, (*weights, *shares, *sizes))
         return grad_mu, grad_second, *grad_priors
 
-    def columns(self, mu, second, prior_mu, prior_second, statistics):
+    def columns(self, mu, second, prior_mu, prior_second, statistics, stateless=False):
         """The KL summed over the batch and weighted; if `statistics`, the sums of mu and mu^2: `mu.shape[1:]` each."""
-        launch, programs, (batch, columns, chunks) = self._columns
-        # In the memory format of a batch of that many samples.
-        partials = [
-            torch.empty((chunks, *mu.shape[1:]), dtype=torch.float64, device=self.device, memory_format=self.layout)
-            for _ in range(3 if statistics else 1)
-        ]
-        sums = (*partials, None, None)[:3]
-        launch(programs, (mu, second, prior_mu, prior_second, *sums), (batch, columns, chunks))
-        kl, *sums = (partial.sum(0) for partial in partials)
-        dtype = self._result[2]
-        return (kl * self.kl_weight).to(dtype), tuple(s.to(dtype) for s in sums) or None
+        (launch, blocks, numbers), empty, like = self._columns, allocator(self.device), self._like_column
+        *_, columns, chunks = numbers
+        outputs = [empty(*like) for _ in range(3 if statistics else 1)]
+        partials, arrived = scratch(self.device, blocks, len(outputs) * chunks * columns, stateless)
+        tensors = mu, second, prior_mu, prior_second, *(*outputs, None, None)[:3], partials, arrived
+        launch(blocks * chunks, tensors, numbers)
+        kl, *sums = outputs
+        return kl, sums or None

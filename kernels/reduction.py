@@ -16,14 +16,27 @@ def fold(tile, SIZE: tl.constexpr, THREADS: tl.constexpr):
 
 @triton.jit
 def arrive_last(partials, arrivals, row, programs, value):
-    """Leave `value`, float64, as this program's partial sum; true in the last program of the row to do so.
-
-    The counter is acquire-release: whoever sees it full sees every partial sum. It is set back to zero for the next launch.
-    """
+    """Leave `value`, float64, as this program's partial sum; true in the last program of the row to do so."""
     tl.store(partials + tl.program_id(0), value)
-    last = tl.atomic_add(arrivals + row, 1, sem="acq_rel") == programs - 1
+    return count_arrival(arrivals + row, programs)
+
+
+@triton.jit
+def all_arrived(arrivals, row, programs):
+    """Likewise, of a program whose threads have all stored something."""
+    tl.debug_barrier()  # the counter is one thread's
+    return count_arrival(arrivals + row, programs)
+
+
+@triton.jit
+def count_arrival(counter, programs):
+    """Whether this is the last of so many programs to come here.
+
+    The counter is acquire-release: whoever sees it full sees what all have stored. It is set back to zero for the next launch.
+    """
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1
     if last:
-        tl.store(arrivals + row, 0)
+        tl.store(counter, 0)
     return last
 
 

@@ -147,12 +147,16 @@ def weighted_truth(name, elements, beta, reduction):
 
 
 def terms(latents, kind, posterior, weighting, beta, reduction, statistics=False):
-    """As the objective calls it."""
+    """As the objective calls it, and times beta, as there."""
     prior = None if kind is None else prior_for(kind, posterior, *latents[2:])
     latents, tensors = check_latents(*latents[:2], posterior, prior)
     beta = check_beta(beta, tensors[0])
     weighting = check_weighting(weighting, tensors[0], prior is not None, beta, reduction)
-    return divergence_terms(latents, tensors, weighting=weighting, beta=beta, reduction=reduction, statistics=statistics)
+    kl, weighted, found = divergence_terms(
+        latents, tensors, weighting=weighting, beta=beta, reduction=reduction, statistics=statistics
+    )
+    each = isinstance(beta, torch.Tensor) and beta.dim() > 0
+    return kl, weighted if each else beta * weighted, found
 
 
 def cases():

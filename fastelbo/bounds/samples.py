@@ -26,7 +26,7 @@ from ..basics.arguments import (
 from ..basics.tracing import is_differentiated, is_traced, never_compiled
 from ..basics.warnings import stacklevel_of_user
 from ..engine.call import LossCall, Objective
-from ..engine.divergence import divergence_terms
+from ..engine.divergence import divergence_terms, times
 from ..engine.log_ratio import Held, draw_rows, log_ratio
 from ..engine.loss import ELBOTerms, composed_terms
 from ..latents.posterior import Latents, check_latents
@@ -98,7 +98,10 @@ def many_samples(
     if recon_reduction != "none":
         divisor = of_mean._replace(reduction=recon_reduction).divisor(first, x, shaped)
         value, recon = value.sum() / divisor, recon.sum() / divisor
-    return ELBOTerms(value, recon, kl) if call.is_weighted else ELBOTerms(value + kl_term.to(dtype), value, kl)
+    if call.is_weighted:
+        return ELBOTerms(value, recon, kl)
+    each = isinstance(kl_beta, Tensor) and kl_beta.dim() > 0
+    return ELBOTerms(value + times(1.0 if each else kl_beta, kl_term.to(dtype)), value, kl)
 
 
 def prepared(decoder, x, mu, logvar, objective: Objective, bound: ELBO, *, prior, weight, eps, generator) -> tuple[Call, Given]:

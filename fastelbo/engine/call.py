@@ -132,11 +132,17 @@ class KLCall(NamedTuple):
     floor: float | None = None  # under each element, in `weighted`
     shares: tuple[float, float] | None = None  # 1 in all: of the gradient of `weighted`, to the posterior and to the prior
     statistics: bool = False  # sums over the batch of mu and mu^2, with "column"
+    free_bits: float | None = None  # under each group's mean over the batch: then the sums of a kind are added up
+    groups: str | None = None  # "dimension", "channel", "sample" or "batch"
 
     def scale(self, mu: Tensor) -> float:
         if self.reduction == "dimension":
             return 1 / mu.shape[0] if mu.shape[0] else math.nan
         return factor_of(self.reduction, mu)
+
+    def floor_of_groups(self, mu: Tensor) -> float:
+        """What of a group's sum, times what sums are times, is free."""
+        return self.free_bits * self.scale(mu) * (1 if self.groups == "sample" else mu.shape[0])
 
     @property
     def is_plain(self) -> bool:

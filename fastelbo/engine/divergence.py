@@ -32,74 +32,77 @@ def divergence_terms(
     latents: Latents, tensors: Sequence[Tensor], *, weighting: Weighting = ALL, beta: float | Tensor = 1.0,
     reduction: str = "sum", statistics: bool = False,
 ) -> tuple[Tensor, Tensor, Statistics | None]:  # fmt: skip
-    """The KL, and what of it is added to the reconstruction: `(kl, weighted, statistics or None)`.
+    """The KL, and what of it is weighted in the objective: `(kl, weighted, statistics or None)`.
 
-    All has been checked; a `beta` for each dimension has the shape `mu.shape[1:]`. `kl` is the true KL, reduced. `weighted` is
-    beta times what `weighting` makes of it, which is a mean over samples, scaled likewise: times B with the reduction "sum",
-    over D with "mean"; with "none" it is one value a sample.
+    All has been checked; a `beta` for each dimension has the shape `mu.shape[1:]`. `kl` is the true KL, reduced, in memory of
+    its own. `weighted` is what `weighting` makes of it, which is a mean over samples, scaled likewise: times B with the
+    reduction "sum", over D with "mean"; with "none" it is one value a sample. It has a beta for each dimension in it, and no
+    other.
     """
     mu, batch = tensors[0], tensors[0].shape[0]
-    scale = factor_of(reduction, mu)
     each = isinstance(beta, Tensor) and beta.dim() > 0
-    free_bits, capacity, balance = weighting.free_bits, weighting.capacity, weighting.balance
-    floor = free_bits if weighting.free_bits_per == "element" else None
+    free_bits, per, capacity = weighting.free_bits, weighting.free_bits_per, weighting.capacity
+    floor = free_bits if per == "element" else None
+    groups = None if free_bits is None or each or per == "element" else per
+    total, shares = 1.0, None
+    if weighting.balance is not None:
+        total = sum(weighting.balance)
+        shares = weighting.balance[0] / total, weighting.balance[1] / total
 
-    per_sample = reduction == "none" or (free_bits is not None and weighting.free_bits_per == "sample")
-    per_sample = per_sample or (capacity is not None and weighting.capacity_per == "sample")
-    per_dimension = each or (free_bits is not None and weighting.free_bits_per in ("dimension", "channel"))
-    if per_dimension and (per_sample or floor is not None):
+    # What is computed of each column, row or element, and what of all.
+    per_sample = reduction == "none" or groups == "sample" or (capacity is not None and weighting.capacity_per == "sample")
+    per_dimension = each or groups in ("dimension", "channel")
+    if each and (per_sample or floor is not None):
         kind = "element"
     elif per_sample or floor is not None:
         kind = "row" if per_sample else "sum"
     else:
         kind = "column" if per_dimension or statistics else "sum"
-
-    total, shares = 1.0, None
-    if balance is not None:
-        total = balance[0] + balance[1]
-        shares = balance[0] / total, balance[1] / total
-    call = KLCall(latents, result_dtype(*tensors), kind, "sum", None if kind == "element" else floor, shares)
-    _, kl, weighted, sums = latents_terms(call._replace(statistics=statistics and kind == "column"), tensors)
-    weighted = kl if weighted is None else weighted
-    if kind == "element" and floor is not None:  # once more from what is written anyway
-        weighted = torch.where(kl <= floor, floor, weighted)
+    call = KLCall(
+        latents, result_dtype(*tensors), kind, "sum" if groups is None else reduction, None if kind == "element" else floor,
+        shares, statistics and kind == "column", None if groups is None else free_bits, groups,
+    )  # fmt: skip
+    _, kl, weighted, sums = latents_terms(call, tensors)
     found = None
     if statistics:
-        columns = kl.detach()
-        if kind != "column":
-            with torch.no_grad():
-                of_columns = KLCall(latents, call.dtype, "column", statistics=True)
-                _, columns, _, sums = latents_terms(of_columns, tensors)
-        found = Statistics(columns * (1 / batch if batch else torch.nan), *sums)
+        found = _statistics(call, tensors, kl, sums)
+    scale = factor_of(reduction, mu)
+    if groups is not None:
+        if not batch:  # of nothing, which no sum was times
+            kl, weighted = times(scale, kl), times(scale, weighted)
+        return kl, times(total, weighted), found
 
-    if isinstance(beta, Tensor):
-        beta = beta.to(kl.dtype)
-    if free_bits is not None and floor is None:
-        if weighting.free_bits_per == "channel" and weighted.dim() > 1:
-            weighted = weighted.flatten(1).sum(1)
-        elif weighting.free_bits_per == "batch":
-            weighted = weighted.sum()
-        bound = free_bits if weighting.free_bits_per == "sample" else free_bits * batch  # of sums over the batch
-        weighted = torch.where(weighted <= bound, bound, weighted)
+    weighted = kl if weighted is None else weighted
     if each:
-        weighted = weighted * beta
-    elif kind == "column":
-        weighted = weighted.sum()
-    if each and kind == "column":
-        weighted = weighted.sum()
+        if kind == "element" and floor is not None:  # once more from what is written anyway
+            weighted = torch.where(kl <= floor, floor, weighted)
+        elif free_bits is not None:
+            weighted = torch.where(weighted <= free_bits * batch, free_bits * batch, weighted)
+        weighted = weighted * beta.to(kl.dtype)
     if kind == "element":
         kl, weighted = reduced(kl, reduction), reduced(weighted, reduction)
     elif kind == "column":
-        kl = kl.sum()
+        kl, weighted = kl.sum(), weighted.sum()
     if capacity is not None:
         if isinstance(capacity, Tensor):
             capacity = capacity.to(kl.device, kl.dtype)
         weighted = (weighted - (capacity if per_sample else capacity * batch)).abs()
     if kind == "row" and reduction != "none":
         kl, weighted = kl.sum(), weighted.sum()
-    if not each:
-        weighted = times(beta, weighted)
-    return times(scale, kl), times(scale * total, weighted), found
+    kl = times(scale, kl)
+    return kl.clone() if kl is weighted else kl, times(scale * total, weighted), found
+
+
+def _statistics(call: KLCall, tensors: Sequence[Tensor], kl: Tensor, sums: Sequence[Tensor] | None) -> Statistics:
+    """From what a pass over the latents gave; from one more, if it was not of columns."""
+    mu, scale = tensors[0], 1.0
+    if call.kind != "column":
+        with torch.no_grad():
+            of_columns = KLCall(call.latents, call.dtype, "column", statistics=True)
+            _, kl, _, sums = latents_terms(of_columns, tensors)
+    elif call.groups is not None:
+        (kl, *sums), scale = sums, call.scale(mu)
+    return Statistics(kl.detach() * (1 / (scale * mu.shape[0]) if mu.shape[0] else torch.nan), *sums)
 
 
 def times(factor: float | Tensor, value: Tensor) -> Tensor:

@@ -85,7 +85,40 @@ def divergence(call: KLCall, noise: Tensor | None, mu: Tensor, second: Tensor, *
     if call.statistics:
         means = mu.detach().to(call.dtype)
         sums = means.sum(0), means.square().sum(0)
-    return z, kl, weighted, sums
+    return z, *with_free_bits(call, mu, kl, weighted, sums)[:3]
+
+
+def with_free_bits(call: KLCall, mu: Tensor, kl: Tensor, weighted: Tensor | None, sums: Sequence | None):
+    """`(kl, weighted, sums, low)`: where groups have free bits, the sums of a kind all added up, and likewise with what is free
+    in place of `low` groups. Before `sums` comes the KL of each column then."""
+    if call.groups is None:
+        return kl, weighted, sums, None
+    of_groups = kl if weighted is None else weighted
+    if call.groups == "channel" and kl.dim() > 1:
+        of_groups = of_groups.flatten(1).sum(1)
+    elif call.groups == "batch":
+        of_groups = of_groups.sum()
+    floor = call.floor_of_groups(mu)
+    low = of_groups <= floor
+    weighted = of_groups.masked_fill(low, floor)
+    sums = None if sums is None else (kl.detach(), *sums)
+    if call.kind == "row" and call.reduction == "none":
+        return kl, weighted, sums, low
+    return kl.sum(), weighted.sum(), sums, low
+
+
+def without_free_bits(call: KLCall, mu: Tensor, low: Tensor, grad_kl: Tensor | None, grad_weighted: Tensor | None):
+    """What arrives at each sum of a kind, and at the same with shares, from what arrives at what `with_free_bits` returns."""
+    shape = {"column": mu.shape[1:], "row": mu.shape[:1]}.get(call.kind, ())
+    if grad_kl is not None:
+        grad_kl = grad_kl.expand(shape)
+    if grad_weighted is not None:
+        grad_weighted = grad_weighted.expand(low.shape).masked_fill(low, 0.0)
+        if low.dim() != len(shape):
+            grad_weighted = grad_weighted.view([*low.shape, *[1] * (len(shape) - low.dim())]).expand(shape)
+        if call.shares is None:
+            return grad_weighted if grad_kl is None else grad_kl + grad_weighted, None
+    return grad_kl, grad_weighted
 
 
 def _by_kind(values: Tensor, kind: str) -> Tensor:

@@ -22,8 +22,9 @@ Found = tuple[Any, Any, Any, Any]  # tensors, each None where it is not asked fo
 def latents_terms(call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None = None) -> Found:
     """`(z, kl, weighted, sums)` of latents that have been checked, each None where `call` does not ask for it.
 
-    z, if there is noise, as `draw` returns it; the KL, reduced; the same with a floor under each element, or with shares of its
-    gradient, None where that is the KL itself; and the sums over the batch of mu and mu^2, without gradient.
+    z, if there is noise, as `draw` returns it; the KL, reduced; the same with a floor under each element, with free bits, or
+    with shares of its gradient, None where that is the KL itself; and the sums over the batch of mu and mu^2, without gradient,
+    after the KL of each dimension where groups have free bits.
     """
     if is_surrounded():
         return traced.latents(call, tensors, noise)
@@ -39,7 +40,8 @@ def run(plan: LatentsPlan, tensors: Sequence[Tensor], noise: Tensor | None) -> F
     if noise is not None and noise.is_floating_point():
         noise = noise.contiguous(memory_format=plan.layout)
     if not plan.wants:
-        return plan.backend.latents_forward(plan, tensors, noise)
+        z, *found = plan.backend.latents_forward(plan, tensors, noise)
+        return z, *formula.with_free_bits(plan.call, tensors[0], *found)[:3]
     z, kl, weighted, *sums = _apply(plan, noise, *tensors)
     return z, kl, weighted, sums or None
 
@@ -52,10 +54,13 @@ class Latents(Function):
     def forward(ctx, plan: LatentsPlan, noise, *tensors):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(noise, *tensors)
-        ctx.plan = plan
         z, kl, weighted, sums = plan.backend.latents_forward(plan, tensors, noise)
-        if plan.call.shares is not None and weighted is None:
+        ctx.plan, low, call = plan, None, plan.call
+        if call.groups is not None:
+            kl, weighted, sums, low = formula.with_free_bits(call, tensors[0], kl, weighted, sums)
+        elif call.shares is not None and weighted is None:
             weighted = kl.clone()  # the same number, whose gradient is another
+        ctx.low = low
         if sums is None:
             return z, kl, weighted
         ctx.mark_non_differentiable(*sums)
@@ -72,7 +77,9 @@ class Latents(Function):
         if grad_z is None and grad_kl is None and grad_weighted is None:
             return (None,) * (2 + len(tensors))
         tensors, noise = plan.again(tensors, noise)
-        return None, None, *plan.backend.latents_backward(plan, tensors, noise, needs, *upstreams)
+        if ctx.low is not None:
+            grad_kl, grad_weighted = formula.without_free_bits(plan.call, tensors[0], ctx.low, grad_kl, grad_weighted)
+        return None, None, *plan.backend.latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted)
 
 
 _apply = super(Function, Latents).apply  # not the one in Python, which looks for transformations again

@@ -66,4 +66,5 @@ def latents(call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None):
         return z, None, None, None
     scale = call.scale(tensors[0])
     weighted = None if call.floor is None and call.shares is None else formula.scaled(weighted, scale)
-    return None if noise is None else z, formula.scaled(kl, scale), weighted, sums if call.statistics else None
+    kl, sums = formula.scaled(kl, scale), sums if call.statistics else None
+    return None if noise is None else z, *formula.with_free_bits(call, tensors[0], kl, weighted, sums)[:3]

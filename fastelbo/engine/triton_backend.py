@@ -96,7 +96,7 @@ def latents_forward(plan, tensors, noise, stateless=False):
     priors = _priors(plan, priors)
     launches = plan.latents_launches or _divergence(plan, mu, second, priors)
     if call.kind == "column":
-        kl, sums = launches.columns(mu, second, *priors, call.statistics)
+        kl, sums = launches.columns(mu, second, *priors, call.statistics, stateless)
         return None, kl, None, sums
     return *launches.forward(mu, second, noise, *priors, stateless), None
 
@@ -189,7 +189,7 @@ def _divergence(plan, mu, second, priors):
     call = plan.call
     plan.latents_launches = kernels.Divergence(
         mu, second, *priors, kind=call.kind, floor=call.floor, shares=call.shares or (1.0, 1.0), kl_weight=plan.kl_weight,
-        dtype=plan.dtype, layout=plan.layout, **_gaussian(call.latents),
+        dtype=plan.dtype, **_gaussian(call.latents),
     )  # fmt: skip
     return plan.latents_launches
 
