@@ -173,7 +173,8 @@ def _divergence(latent, posterior, prior, kind):
     mu, noise, dtype = _latents(latent, True, 64)
     priors = (None, None) if prior is None else (mu.clone(), mu.clone())
     launches = kernels.Divergence(
-        mu, mu, *priors, posterior=posterior, clamp=None, prior=prior, kind=kind, floor=None, shares=(1.0, 1.0), kl_weight=1.0,
+        mu, mu, *priors, posterior=posterior, clamp=None, prior=prior, kind=kind, floor=None,
+        free_bits=None, shares=(1.0, 1.0), kl_weight=1.0,
         dtype=dtype,
     )  # fmt: skip
     return launches, mu, noise, priors

@@ -10,7 +10,8 @@ from . import posteriors
 from .direct import Launch, allocator, lies
 from .latents import clamped, divergence, divergence_bwd_kernel, divergence_fwd_kernel
 from .launch import FINISH, MANY_REGISTERS, THREADS, TRITON_DTYPE, Segment, options_of, resident_programs, scratch, tile_size
-from .reduction import all_arrived
+from .operands import scalar
+from .reduction import all_arrived, count_arrival, ordered_sum
 
 
 @triton.jit
@@ -25,14 +26,15 @@ def sum_of_chunks(sums, chunks, columns, there, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
 def columns_kernel(
-    mu, second, prior_mu, prior_second, kl_out, mu_out, square_out, partials, arrived,
-    kl_weight: tl.float64, batch: tl.int64, columns, chunks: tl.int32,
+    mu, second, prior_mu, prior_second, of_columns, mu_out, square_out, kl_out, free_out, partials, arrived,
+    kl_weight: tl.float64, free_bits: tl.float64, batch: tl.int64, columns, chunks: tl.int32,
     POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr,
     DTYPE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the batch of the KL, times a weight, and, unless None, of mu and mu^2: `[columns]` each. A chunk of programs
-    has every so many rows, and the last one to arrive at a block of columns adds up what each has left of it, float64."""
+    """Sums over the batch of the KL, times a weight, and, unless None, of mu and mu^2: `[columns]` each. Unless None, the KLs
+    of all columns, and the same with `free_bits` under each: `[]`. A chunk of programs has every so many rows, and the last one
+    to arrive at a block of columns adds up what each has left of it, float64; the last such one adds up the blocks."""
     blocks = tl.cdiv(columns, BLOCK)
     block, chunk = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     column = block * BLOCK + tl.arange(0, BLOCK)
@@ -65,13 +67,24 @@ def columns_kernel(
         tl.store(sums + 2 * size + place, tl.sum(square_tile.to(tl.float64), axis=0), mask=column < columns)
     if all_arrived(arrived, block, chunks):
         there = column < columns
-        total = sum_of_chunks(sums, chunks, columns, there, BLOCK) * kl_weight
-        tl.store(kl_out + column, total.to(kl_out.dtype.element_ty), mask=there)
+        unweighted = sum_of_chunks(sums, chunks, columns, there, BLOCK)
+        total = unweighted * kl_weight
+        tl.store(of_columns + column, total.to(DTYPE), mask=there)
+        if kl_out is not None:
+            # What backward will read, so that both see the same columns above.
+            floored = tl.where(total.to(DTYPE) <= scalar(None, free_bits, DTYPE), free_bits, total)
+            ends = partials + (3 if mu_out is not None else 1) * size
+            # Not of products, which each lane of a warp would fuse with the sum in a way of its own.
+            tl.store(ends + block, tl.sum(unweighted))
+            tl.store(ends + blocks + block, tl.sum(tl.where(there, floored, 0.0)))
+            if count_arrival(arrived + blocks, blocks):
+                tl.store(kl_out, (ordered_sum(ends, blocks, BLOCK) * kl_weight).to(DTYPE))
+                tl.store(free_out, ordered_sum(ends + blocks, blocks, BLOCK).to(DTYPE))
         if mu_out is not None:
             total = sum_of_chunks(sums + size, chunks, columns, there, BLOCK)
-            tl.store(mu_out + column, total.to(mu_out.dtype.element_ty), mask=there)
+            tl.store(mu_out + column, total.to(DTYPE), mask=there)
             total = sum_of_chunks(sums + 2 * size, chunks, columns, there, BLOCK)
-            tl.store(square_out + column, total.to(square_out.dtype.element_ty), mask=there)
+            tl.store(square_out + column, total.to(DTYPE), mask=there)
 
 
 def constants_of(mu, prior_mu, prior_second, posterior, clamp, prior) -> dict:
@@ -96,7 +109,7 @@ class Divergence:
         prior_mu, prior_second: likewise, or one row of it for all, or None.
         posterior, prior: what `second` and `prior_second` are, by name. `clamp`: None, or bounds of `second`.
         kind: of the KL: "sum" over everything, of each "row", "column" or "element"; None: there is none.
-        floor: None, or a least KL of an element.
+        floor: None, or a least KL of an element. `free_bits`: None, or one of a "column".
         shares: what of the gradient of the KL with the floor goes to the posterior, and what to the prior.
         kl_weight: what the sums are times; 1 for elements.
         dtype: that of KLs and arithmetic.
@@ -109,7 +122,7 @@ class Divergence:
 
     def __init__(
         self, mu, second, prior_mu, prior_second, *,
-        posterior, clamp, prior, kind, floor, shares, kl_weight, dtype,
+        posterior, clamp, prior, kind, floor, free_bits, shares, kl_weight, dtype,
     ) -> None:  # fmt: skip
         self.rows = mu.shape[0] if kind == "row" else 1
         # What tensors are allocated with: shapes, strides and, of KLs, their dtype.
@@ -120,12 +133,14 @@ class Divergence:
         tile, options = tile_size(mu, second), options_of(mu.device)
         latents = Segment.of(mu, self.rows, tile)
         self.programs, columns = self.rows * latents.programs, prod(mu.shape[1:])
-        self._numbers = (kl_weight, floor or 0.0), shares, (latents.columns, columns, latents.programs)
+        self._numbers = (kl_weight, floor or free_bits or 0.0), shares, (latents.columns, columns, latents.programs)
         constants = constants_of(mu, prior_mu, prior_second, posterior, clamp, prior) | {"DTYPE": TRITON_DTYPE[dtype]}
         streamed = constants | {"ALIGNED": latents.aligned, "WIDE": latents.wide, "BLOCK": tile}
         forward = {"ELEMENTS": kind == "element", "THREADS": THREADS, "FINISH": FINISH}
         self._forward = Launch(divergence_fwd_kernel, self.device, streamed | forward, options)
         per = {"FLOORED": floor is not None, "PER": kind if kind in ("column", "element") else "row"}
+        if free_bits is not None:
+            per = {"FLOORED": True, "PER": "row"}
         self._backward = [
             Launch(divergence_bwd_kernel, self.device, {"HAS_KL": has_kl} | streamed | per, options) for has_kl in (False, True)
         ]
@@ -136,7 +151,7 @@ class Divergence:
             wide = mu.numel() + chunks * rows * columns >= 2**31
             options = options | (MANY_REGISTERS if mu.element_size() == 2 else {})
             launch = Launch(columns_kernel, self.device, constants | {"WIDE": wide, "ROWS": rows, "BLOCK": block}, options)
-            self._columns = launch, blocks, (kl_weight, batch, columns, chunks)
+            self._columns = launch, blocks, free_bits is not None, (kl_weight, free_bits or 0.0, batch, columns, chunks)
             self._like_column = tuple(mu.shape[1:]), mu.stride()[1:], dtype
 
     def forward(self, mu, second, noise, prior_mu, prior_second, stateless=False):
@@ -158,11 +173,12 @@ class Divergence:
         )
         return z, kl, weighted
 
-    def backward(self, grad_z, grad_kl, grad_weighted, mu, second, noise, prior_mu, prior_second, wants_prior):
+    def backward(self, grad_z, grad_kl, grad_weighted, mu, second, noise, prior_mu, prior_second, wants_prior, of_columns=None):
         """Gradients by `mu`, `second`, `prior_mu` and `prior_second`, the latter of the shape of `mu` and None where unwanted.
 
         `grad_z`, `grad_kl` and `grad_weighted`, the gradients that arrived at what `forward` returns, or at sums over the batch
-        if the kind is "column", are dense and lie as `mu` does; not all are None.
+        if the kind is "column", are dense and lie as `mu` does; not all are None. With free bits they arrived at the totals,
+        and `of_columns` is what `columns` returned.
         """
         has_kl = grad_kl is not None or grad_weighted is not None
         like, empty = self._like, allocator(self.device)
@@ -172,17 +188,21 @@ class Divergence:
             for value, wanted in zip((prior_mu, prior_second), wants_prior, strict=True)
         ]
         weights, shares, sizes = self._numbers
-        tensors = grad_z, mu, second, prior_mu, prior_second, noise, grad_mu, grad_second, *grad_priors, grad_kl, grad_weighted
+        tensors = grad_z, mu, second, prior_mu, prior_second, noise, grad_mu, grad_second, *grad_priors
+        tensors = *tensors, grad_kl, grad_weighted, of_columns
         self._backward[has_kl](self.programs, tensors, (*weights, *shares, *sizes))
         return grad_mu, grad_second, *grad_priors
 
     def columns(self, mu, second, prior_mu, prior_second, statistics, stateless=False):
-        """The KL summed over the batch and weighted; if `statistics`, the sums of mu and mu^2: `mu.shape[1:]` each."""
-        (launch, blocks, numbers), empty, like = self._columns, allocator(self.device), self._like_column
+        """Of each column, the KL summed over the batch and weighted; if `statistics`, the sums of mu and mu^2: `mu.shape[1:]`.
+
+        Returns `(kl, free, of_columns, *statistics)`: with free bits, the total and that with them; else None and None.
+        """
+        (launch, blocks, is_free, numbers), empty = self._columns, allocator(self.device)
         *_, columns, chunks = numbers
-        outputs = [empty(*like) for _ in range(3 if statistics else 1)]
-        partials, arrived = scratch(self.device, blocks, len(outputs) * chunks * columns, stateless)
-        tensors = mu, second, prior_mu, prior_second, *(*outputs, None, None)[:3], partials, arrived
+        kl, free = (empty(*self._result), empty(*self._result)) if is_free else (None, None)
+        outputs = [empty(*self._like_column) for _ in range(3 if statistics else 1)]
+        partials, arrived = scratch(self.device, blocks + 1, len(outputs) * chunks * columns + 2 * blocks, stateless)
+        tensors = mu, second, prior_mu, prior_second, *(*outputs, None, None)[:3], kl, free, partials, arrived
         launch(blocks * chunks, tensors, numbers)
-        kl, *sums = outputs
-        return kl, sums or None
+        return kl, free, *outputs

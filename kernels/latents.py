@@ -110,7 +110,8 @@ def upstream_tile(pointer, scalar_upstream, weight, o, mask, columns, PER: tl.co
 @triton.jit
 def sample_backward_tile(
     grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
-    grad_kl, grad_weighted, start, end, factor, weighted_factor, weight, columns, floor, posterior_share, prior_share,
+    grad_kl, grad_weighted, of_columns, start, end, factor, weighted_factor, weight, columns, floor,
+    posterior_share, prior_share,
     HAS_KL: tl.constexpr, POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PRIOR: tl.constexpr,
     MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, FLOORED: tl.constexpr, PER: tl.constexpr,
     SIZE: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
@@ -138,6 +139,8 @@ def sample_backward_tile(
         if grad_weighted is not None:
             share = upstream_tile(grad_weighted, weighted_factor, weight, o, mask, columns, PER, DTYPE)
             if FLOORED:
+                if of_columns is not None:
+                    kl = tl.load(of_columns + column_of(o, columns), mask=mask, other=0.0).to(DTYPE)
                 share = tl.where(kl <= floor, 0.0, share)
             to_prior = to_posterior + prior_share * share
             to_posterior += posterior_share * share
@@ -206,14 +209,15 @@ def forward(
 @triton.jit
 def backward(
     grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
-    grad_loss, grad_kl, grad_weighted, beta, beta_value, kl_weight, floor, posterior_share, prior_share,
+    grad_loss, grad_kl, grad_weighted, of_columns, beta, beta_value, kl_weight, floor, posterior_share, prior_share,
     latents, columns, programs,
     HAS_KL: tl.constexpr, POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, FLOORED: tl.constexpr, PER: tl.constexpr,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A kernel's whole work. PER: `grad_kl` and `grad_weighted` arrived at a KL of each "row", "column" (dimension of the
-    latents) or "element". `posterior_share` and `prior_share` are what of `grad_weighted` goes to either."""
+    latents) or "element". `posterior_share` and `prior_share` are what of `grad_weighted` goes to either, of elements above the
+    floor if FLOORED; of columns above it, if there are the KLs `of_columns`."""
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
     weight = scalar(None, kl_weight, DTYPE)
@@ -230,7 +234,7 @@ def backward(
     for start in tl.range(worker * BLOCK, end, programs * BLOCK):
         sample_backward_tile(
             grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
-            grad_kl, grad_weighted, base + start, base + end, factor, weighted_factor, weight, columns, least,
+            grad_kl, grad_weighted, of_columns, base + start, base + end, factor, weighted_factor, weight, columns, least,
             to_posterior, to_prior, HAS_KL, POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, FLOORED, PER,
             BLOCK, ALIGNED, DTYPE,
         )  # fmt: skip
@@ -238,7 +242,7 @@ def backward(
         if worker == 0:
             sample_backward_tile(
                 grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
-                grad_kl, grad_weighted, base + end, base + latents, factor, weighted_factor, weight, columns, least,
+                grad_kl, grad_weighted, of_columns, base + end, base + latents, factor, weighted_factor, weight, columns, least,
                 to_posterior, to_prior, HAS_KL, POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, FLOORED, PER,
                 16, ALIGNED, DTYPE,
             )  # fmt: skip
@@ -266,8 +270,8 @@ def sample_bwd_kernel(
     HAS_KL: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     backward(
-        grad_z, mu, logvar, None, None, noise, grad_mu, grad_logvar, None, None, grad_loss, grad_kl, None, beta, beta_value,
-        kl_weight, 0.0, 1.0, 1.0, latents, latents, programs,
+        grad_z, mu, logvar, None, None, noise, grad_mu, grad_logvar, None, None, grad_loss, grad_kl, None, None, beta,
+        beta_value, kl_weight, 0.0, 1.0, 1.0, latents, latents, programs,
         HAS_KL, logvar_posterior, None, None, None, False, False, False, "row", DTYPE, ALIGNED, WIDE, BLOCK,
     )  # fmt: skip
 
@@ -291,7 +295,8 @@ def divergence_fwd_kernel(
 @triton.jit(do_not_specialize=["latents", "columns", "programs"])
 def divergence_bwd_kernel(
     grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
-    grad_kl, grad_weighted, kl_weight: tl.float64, floor: tl.float64, posterior_share: tl.float64, prior_share: tl.float64,
+    grad_kl, grad_weighted, of_columns,
+    kl_weight: tl.float64, floor: tl.float64, posterior_share: tl.float64, prior_share: tl.float64,
     latents: tl.int64, columns: tl.int64, programs: tl.int32,
     HAS_KL: tl.constexpr, POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, FLOORED: tl.constexpr, PER: tl.constexpr,
@@ -299,7 +304,8 @@ def divergence_bwd_kernel(
 ):  # fmt: skip
     backward(
         grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
-        None, grad_kl, grad_weighted, None, 1.0, kl_weight, floor, posterior_share, prior_share, latents, columns, programs,
+        None, grad_kl, grad_weighted, of_columns, None, 1.0, kl_weight, floor, posterior_share, prior_share,
+        latents, columns, programs,
         HAS_KL, POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, FLOORED, PER, DTYPE, ALIGNED, WIDE, BLOCK,
     )  # fmt: skip
 

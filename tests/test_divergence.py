@@ -288,6 +288,21 @@ def test_free_bits_of_channels(statistics, device):
     torch.testing.assert_close(gradients(weighted, *latents[:2]), gradients(expected, *latents[:2]))
 
 
+@pytest.mark.parametrize("statistics", (False, True), ids=("", "statistics"))
+def test_free_bits_of_many_dimensions(statistics, device):
+    """Several blocks of columns, and several programs for each."""
+    latents = make_latents("logvar", (40, 300), torch.float64, device)
+    dimensions = naive("logvar", None, *latents).mean(0)
+    floor = dimensions.detach().median().item() + 1e-3
+    for _ in range(2):  # and the counters are ready for the next call
+        kl, weighted, found = terms(latents, None, "logvar", Weighting(floor, "dimension"), 1.0, "batchmean", statistics)
+        expected = dimensions.clamp_min(floor).sum()
+        torch.testing.assert_close((kl, weighted), (dimensions.sum(), expected))
+        torch.testing.assert_close(gradients(weighted, *latents[:2]), gradients(expected, *latents[:2], retain_graph=True))
+    if statistics:
+        torch.testing.assert_close(found.kl, dimensions.detach())
+
+
 def test_free_bits_at_the_floor(device):
     """What is below has no gradient, not even where a collapsed posterior is exactly its prior; NaN is not below."""
     mu = torch.tensor([[0.0, 2.0], [0.1, math.nan]], device=device, requires_grad=True)
@@ -425,11 +440,13 @@ def test_kernels_compile_without_spills(target):
         mu, seed, one = torch.zeros(128, 20, dtype=dtype), torch.zeros((), dtype=torch.int64), torch.ones((), dtype=result)
         values = (None, None) if prior is None else (torch.zeros(rows, 20, dtype=dtype),) * 2
         form = {"posterior": posterior, "clamp": clamp, "prior": prior, "kl_weight": 1.0, "dtype": result, "shares": (1.0, 2.0)}
-        summed = Divergence(mu, mu, *values, kind="sum", floor=0.5, **form)
+        summed = Divergence(mu, mu, *values, kind="sum", floor=0.5, free_bits=None, **form)
         yield lambda: summed.forward(mu, mu, seed, *values)
         yield lambda: summed.backward(mu, one, one, mu, mu, seed, *values, (prior is not None,) * 2)
-        columns = Divergence(mu, mu, *values, kind="column", floor=None, **form)
-        yield lambda: columns.columns(mu, mu, *values, True)
+        for free_bits in (None, 0.5):
+            columns = Divergence(mu, mu, *values, kind="column", floor=None, free_bits=free_bits, **form)
+            yield lambda columns=columns: columns.columns(mu, mu, *values, True)
+        yield lambda: columns.backward(None, one, one, mu, mu, None, *values, (prior is not None,) * 2, mu[0])
 
     forms = (
         (torch.float32, "var", (1e-3, 10.0), "var", 128),

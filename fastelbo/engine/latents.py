@@ -40,8 +40,7 @@ def run(plan: LatentsPlan, tensors: Sequence[Tensor], noise: Tensor | None) -> F
     if noise is not None and noise.is_floating_point():
         noise = noise.contiguous(memory_format=plan.layout)
     if not plan.wants:
-        z, *found = plan.backend.latents_forward(plan, tensors, noise)
-        return z, *formula.with_free_bits(plan.call, tensors[0], *found)[:3]
+        return plan.backend.latents_forward(plan, tensors, noise)[:4]
     z, kl, weighted, *sums = _apply(plan, noise, *tensors)
     return z, kl, weighted, sums or None
 
@@ -54,13 +53,10 @@ class Latents(Function):
     def forward(ctx, plan: LatentsPlan, noise, *tensors):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(noise, *tensors)
-        z, kl, weighted, sums = plan.backend.latents_forward(plan, tensors, noise)
-        ctx.plan, low, call = plan, None, plan.call
-        if call.groups is not None:
-            kl, weighted, sums, low = formula.with_free_bits(call, tensors[0], kl, weighted, sums)
-        elif call.shares is not None and weighted is None:
+        z, kl, weighted, sums, ctx.kept = plan.backend.latents_forward(plan, tensors, noise)
+        ctx.plan = plan
+        if plan.call.shares is not None and weighted is None:
             weighted = kl.clone()  # the same number, whose gradient is another
-        ctx.low = low
         if sums is None:
             return z, kl, weighted
         ctx.mark_non_differentiable(*sums)
@@ -77,9 +73,7 @@ class Latents(Function):
         if grad_z is None and grad_kl is None and grad_weighted is None:
             return (None,) * (2 + len(tensors))
         tensors, noise = plan.again(tensors, noise)
-        if ctx.low is not None:
-            grad_kl, grad_weighted = formula.without_free_bits(plan.call, tensors[0], ctx.low, grad_kl, grad_weighted)
-        return None, None, *plan.backend.latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted)
+        return None, None, *plan.backend.latents_backward(plan, tensors, noise, needs, *upstreams, ctx.kept)
 
 
 _apply = super(Function, Latents).apply  # not the one in Python, which looks for transformations again

@@ -195,7 +195,7 @@ def _latents(mu, second, prior_mu, prior_second, noise, *options):
     if plan.backend is None:  # of nothing
         z, kl, weighted, sums = formula.divergence(plan.call, noise, *tensors)
     else:
-        z, kl, weighted, sums = plan.backend.latents_forward(plan, tensors, noise, stateless=True)
+        z, kl, weighted, sums, _ = plan.backend.latents_forward(plan, tensors, noise, stateless=True)
         if plan.call.shares is not None and weighted is None:
             weighted = kl.clone()
     nothing = mu.new_empty(0)

@@ -87,14 +87,16 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
 
 
 def latents_forward(plan, tensors, noise, stateless=False):
-    """`(z, kl, weighted, sums)` of latents, each None where it is not computed: z if there is noise, the normals themselves;
-    the KL, `[]` or `[B]`, unless the call's kind is None. The other two are none of this backend's."""
+    """`(z, kl, weighted, sums, kept)` of latents, each None where it is not computed: z if there is noise, the normals
+    themselves; the KL, `[]` or `[B]`, unless the call's kind is None; the KL with free bits; no sums, by this backend; and what
+    backward needs of it."""
     kind, dtype, per_sample, (mu, logvar) = plan.call.kind, plan.dtype, plan.per_sample, tensors
     if noise is None:
-        return None, _divergence(mu, logvar, plan.kl_weight, per_sample, dtype), None, None
+        kl = _divergence(mu, logvar, plan.kl_weight, per_sample, dtype)
+        return None, *formula.with_free_bits(plan.call, mu, kl, None, None)
     if plan.is_whole and noise.dtype == dtype:
         z = torch.mul(logvar, HALF).exp_().mul_(noise).add_(mu)  # addcmul would round otherwise than the naive code
-        return z, None if kind is None else _divergence(mu, logvar, plan.kl_weight, per_sample, dtype), None, None
+        return z, None if kind is None else _divergence(mu, logvar, plan.kl_weight, per_sample, dtype), None, None, None
     z, parts = torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype)), []
     for rows, m, lv, eps, out in _blocks(per_sample, mu, logvar, noise, z):
         m, lv, eps = _converted("mu", m, dtype), _converted("logvar", lv, dtype), _converted("noise", eps, dtype)
@@ -104,18 +106,17 @@ def latents_forward(plan, tensors, noise, stateless=False):
             out.copy_(sampled)
         if kind is not None:
             parts.append((rows, _kl_sum(m, lv, per_sample)))
-    return z, None if kind is None else _total(parts, mu, plan.kl_weight, per_sample, dtype), None, None
+    return z, None if kind is None else _total(parts, mu, plan.kl_weight, per_sample, dtype), None, None, None
 
 
-def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted=None, grad_loss=None, beta=1.0):
-    """Gradients by mu and logvar, from those that arrived at z and at the KL, at least one of which is there.
-
-    `grad_loss` arrived at a loss in which the KL is times `beta`.
-    """
-    factor = None if grad_loss is None and grad_kl is None else added(grad_loss, grad_kl, beta)
+def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted=None, kept=None):
+    """Gradients by mu and logvar, from those that arrived at z, at the KL and at that with free bits, of which one at least is
+    there; `kept` is what forward has."""
     if grad_z is not None:
         grad_z = grad_z.contiguous(memory_format=plan.layout)
-    return _latent_gradients(grad_z, *tensors, noise, factor, plan.kl_weight, plan.dtype)
+    if kept is not None:
+        grad_kl, _ = formula.without_free_bits(plan.call, tensors[0], kept, grad_kl, grad_weighted)
+    return _latent_gradients(grad_z, *tensors, noise, grad_kl, plan.kl_weight, plan.dtype)
 
 
 log_ratio_forward = None  # the formula is as good, and autograd differentiates it

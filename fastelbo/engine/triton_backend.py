@@ -86,22 +86,25 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
 
 
 def latents_forward(plan, tensors, noise, stateless=False):
-    """See `torch_backend.latents_forward`; the noise may be a seed. `weighted` is the KL with a floor under each element, and
-    `sums` are those over the batch of mu and mu^2."""
+    """See `torch_backend.latents_forward`; the noise may be a seed. `weighted` is the KL with a floor under each element, or
+    with free bits, and `sums` are those over the batch of mu and mu^2, after those of the KL where there are free bits."""
     call, (mu, second, *priors) = plan.call, tensors
     if call.is_plain:
         launches = plan.latents_launches or _sample(plan, mu, second)
         z, kl = launches.forward(mu, second, noise, call.kind is not None, stateless)
-        return z, kl, None, None
+        return z, *formula.with_free_bits(call, mu, kl, None, None)
     priors = _priors(plan, priors)
     launches = plan.latents_launches or _divergence(plan, mu, second, priors)
     if call.kind == "column":
-        kl, sums = launches.columns(mu, second, *priors, call.statistics, stateless)
-        return None, kl, None, sums
-    return *launches.forward(mu, second, noise, *priors, stateless), None
+        kl, weighted, *of_columns = launches.columns(mu, second, *priors, call.statistics, stateless)
+        if kl is not None:
+            return None, kl, weighted, of_columns if call.statistics else None, of_columns[0]
+        return None, *formula.with_free_bits(call, mu, of_columns[0], None, of_columns[1:] or None)
+    z, kl, weighted = launches.forward(mu, second, noise, *priors, stateless)
+    return z, *formula.with_free_bits(call, mu, kl, weighted, None)
 
 
-def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted=None, grad_loss=None, beta=1.0):
+def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted=None, kept=None):
     """See `torch_backend.latents_backward`. Gradients by the prior's two tensors as well, of the shape of mu, where needed;
     `grad_weighted` arrived at the KL with a floor."""
     call, (mu, second, *priors) = plan.call, tensors
@@ -109,13 +112,20 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
         grad_z = grad_z.contiguous(memory_format=plan.layout)
     if call.is_plain:
         launches = plan.latents_launches or _sample(plan, mu, second)
-        return launches.backward(grad_z, mu, second, noise, beta, (grad_loss, grad_kl))
-    factor = None if grad_loss is None and grad_kl is None else added(grad_loss, grad_kl, beta)
+        if kept is not None:
+            grad_kl, _ = formula.without_free_bits(call, mu, kept, grad_kl, grad_weighted)
+        return launches.backward(grad_z, mu, second, noise, 1.0, (None, grad_kl))
     priors = _priors(plan, priors)
     launches = plan.latents_launches or _divergence(plan, mu, second, priors)
+    if call.groups == "dimension":
+        of_columns = kept
+    else:
+        of_columns = None
+        if kept is not None:
+            grad_kl, grad_weighted = formula.without_free_bits(call, mu, kept, grad_kl, grad_weighted)
+        grad_kl, grad_weighted = _as_latents(plan, grad_kl), _as_latents(plan, grad_weighted)
     grads = launches.backward(
-        grad_z, _as_latents(plan, factor), _as_latents(plan, grad_weighted), mu, second, noise, *priors,
-        needs[2:] or (False, False),
+        grad_z, grad_kl, grad_weighted, mu, second, noise, *priors, needs[2:] or (False, False), of_columns
     )  # fmt: skip
     return grads[: len(tensors)]
 
@@ -188,8 +198,9 @@ def _divergence(plan, mu, second, priors):
     """Those of the kernels for any posterior and prior, likewise."""
     call = plan.call
     plan.latents_launches = kernels.Divergence(
-        mu, second, *priors, kind=call.kind, floor=call.floor, shares=call.shares or (1.0, 1.0), kl_weight=plan.kl_weight,
-        dtype=plan.dtype, **_gaussian(call.latents),
+        mu, second, *priors, kind=call.kind, floor=call.floor,
+        free_bits=call.floor_of_groups(mu) if call.groups == "dimension" else None, shares=call.shares or (1.0, 1.0),
+        kl_weight=plan.kl_weight, dtype=plan.dtype, **_gaussian(call.latents),
     )  # fmt: skip
     return plan.latents_launches
 
