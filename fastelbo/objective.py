@@ -13,12 +13,12 @@ from .bounds.records import ELBO, ONE_SAMPLE, check_bound
 from .bounds.samples import many_samples
 from .diagnostics import Monitor
 from .engine.call import Objective
-from .engine.divergence import Statistics, divergence_terms, kl_of
+from .engine.divergence import Statistics, divergence_terms, kl_of, times
 from .engine.latents import run, sample
 from .engine.loss import ELBOTerms, composed_terms, loss_terms, planned_terms, record_reconstruction, traced_terms
 from .engine.plan import find_objective, latents_plan_of
 from .latents.posterior import LOGVAR, Latents, Posterior, check_latents
-from .latents.weighting import ALL, Weighting, check_beta, check_weighting
+from .latents.weighting import ALL, Weighting, check_beta, check_weighting, shares_of
 from .likelihoods import Likelihood
 
 Reduction = str | tuple[str, str]
@@ -106,9 +106,14 @@ def loss(
         return _with_kl("recon_x", objective, given, x, weight, kl, check_number("beta", beta, x), None, monitor)
     of_latents: Sequence[Tensor]
     weighted = statistics = None
-    if (weighting is None or weighting is ALL) and monitor is None and not each and not surrounded:
-        plan, of_latents = latents_plan_of(mu, logvar, posterior, prior, objective.kl_reduction, None, False)
-        kl = run(plan, of_latents, None)[1]
+    in_one_pass = weighting is None or (isinstance(weighting, Weighting) and weighting.capacity is None)
+    if in_one_pass and monitor is None and not each and not surrounded:
+        plan, of_latents = latents_plan_of(
+            mu, logvar, posterior, prior, objective.kl_reduction, None, False, None if weighting is ALL else weighting
+        )
+        _, kl, weighted, _ = run(plan, of_latents, None)
+        if weighting is not None and weighted is not None:
+            weighted = times(shares_of(weighting)[0], weighted)
     else:
         kind, of_latents = check_latents(mu, logvar, posterior, prior)
         kl, beta, weighted, statistics = _divergence(kind, of_latents, objective, beta, weighting, monitor)

@@ -20,6 +20,7 @@ from ..basics.arguments import (
     split_reduction,
 )
 from ..latents.posterior import LOGVAR, Latents, Posterior, check_latents, find_posterior
+from ..latents.weighting import Weighting, check_weighting, shares_of
 from ..likelihoods import Likelihood, find_likelihood
 
 
@@ -152,10 +153,24 @@ class KLCall(NamedTuple):
         return plain and self.kind in (None, "sum", "row") and self.floor is self.shares is None
 
 
-def check_kl(mu, logvar, posterior, prior, reduction, samples: bool) -> tuple[KLCall, tuple[Tensor, ...]]:
-    """The call and its tensors, from what users pass. A reduction of None: no KL; `samples`: a sample is made, too."""
+def check_kl(mu, logvar, posterior, prior, reduction, samples: bool, weighting=None) -> tuple[KLCall, tuple[Tensor, ...]]:
+    """The call and its tensors, from what users pass. A reduction of None: no KL; `samples`: a sample is made, too; a
+    `weighting` has no capacity."""
     latents, tensors = check_latents(mu, logvar, posterior, prior)
+    if weighting is not None:
+        weighting = check_weighting(weighting, tensors[0], prior is not None, 1.0, reduction)
+        return weighted_call(latents, result_dtype(*tensors), weighting, reduction), tensors
     if reduction is not None:
         check_reduction(reduction, REDUCTIONS if samples else (*REDUCTIONS, "dimension", "element"))
     kind = None if reduction is None else KINDS.get(reduction, "sum")
     return KLCall(latents, result_dtype(*tensors), kind, reduction or "sum"), tensors
+
+
+def weighted_call(latents: Latents, dtype: torch.dtype, weighting: Weighting, reduction: str) -> KLCall:
+    """The call of a KL and of what `weighting`, which has no capacity, makes of it."""
+    free_bits, per = weighting.free_bits, weighting.free_bits_per
+    _, shares = shares_of(weighting)
+    if free_bits is None or per == "element":
+        return KLCall(latents, dtype, "row" if reduction == "none" else "sum", reduction, free_bits, shares)
+    kind = {"dimension": "column", "channel": "column", "sample": "row", "batch": "sum"}[per]
+    return KLCall(latents, dtype, kind, reduction, None, shares, False, free_bits, per)

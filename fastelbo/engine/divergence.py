@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..basics.arguments import factor_of, result_dtype
 from ..latents.posterior import Latents
-from ..latents.weighting import ALL, Weighting
-from .call import KINDS, KLCall
+from ..latents.weighting import ALL, Weighting, shares_of
+from .call import KINDS, KLCall, weighted_call
 from .formula import reduced
 from .latents import latents_terms
 
@@ -39,45 +39,32 @@ def divergence_terms(
     reduction "sum", over D with "mean"; with "none" it is one value a sample. It has a beta for each dimension in it, and no
     other.
     """
-    mu, batch = tensors[0], tensors[0].shape[0]
     each = isinstance(beta, Tensor) and beta.dim() > 0
-    free_bits, per, capacity = weighting.free_bits, weighting.free_bits_per, weighting.capacity
-    floor = free_bits if per == "element" else None
-    groups = None if free_bits is None or each or per == "element" else per
-    total, shares = 1.0, None
-    if weighting.balance is not None:
-        total = sum(weighting.balance)
-        shares = weighting.balance[0] / total, weighting.balance[1] / total
+    if weighting.capacity is None and not each:
+        call = weighted_call(latents, result_dtype(*tensors), weighting, reduction)
+        return _in_one_pass(call, tensors, weighting, statistics)
+    mu, batch = tensors[0], tensors[0].shape[0]
+    free_bits, capacity = weighting.free_bits, weighting.capacity
+    total, shares = shares_of(weighting)
+    floor = free_bits if weighting.free_bits_per == "element" else None
 
     # What is computed of each column, row or element, and what of all.
-    per_sample = reduction == "none" or groups == "sample" or (capacity is not None and weighting.capacity_per == "sample")
-    per_dimension = each or groups in ("dimension", "channel")
+    per_sample = reduction == "none" or (capacity is not None and weighting.capacity_per == "sample")
     if each and (per_sample or floor is not None):
         kind = "element"
-    elif per_sample or floor is not None:
-        kind = "row" if per_sample else "sum"
+    elif per_sample:
+        kind = "row"
     else:
-        kind = "column" if per_dimension or statistics else "sum"
-    call = KLCall(
-        latents, result_dtype(*tensors), kind, "sum" if groups is None else reduction, None if kind == "element" else floor,
-        shares, statistics and kind == "column", None if groups is None else free_bits, groups,
-    )  # fmt: skip
+        kind = "column" if each or statistics else "sum"
+    call = KLCall(latents, result_dtype(*tensors), kind, "sum", None, shares, statistics and kind == "column")
     _, kl, weighted, sums = latents_terms(call, tensors)
-    found = None
-    if statistics:
-        found = _statistics(call, tensors, kl, sums)
-    scale = factor_of(reduction, mu)
-    if groups is not None:
-        if not batch:  # of nothing, which no sum was times
-            kl, weighted = times(scale, kl), times(scale, weighted)
-        return kl, times(total, weighted), found
+    found = _statistics(call, tensors, kl, sums) if statistics else None
 
     weighted = kl if weighted is None else weighted
     if each:
-        if kind == "element" and floor is not None:  # once more from what is written anyway
-            weighted = torch.where(kl <= floor, floor, weighted)
-        elif free_bits is not None:
-            weighted = torch.where(weighted <= free_bits * batch, free_bits * batch, weighted)
+        bound = free_bits if kind == "element" else None if free_bits is None else free_bits * batch
+        if bound is not None:  # once more from what is written anyway
+            weighted = torch.where(kl <= bound, bound, weighted)
         weighted = weighted * beta.to(kl.dtype)
     if kind == "element":
         kl, weighted = reduced(kl, reduction), reduced(weighted, reduction)
@@ -89,20 +76,32 @@ def divergence_terms(
         weighted = (weighted - (capacity if per_sample else capacity * batch)).abs()
     if kind == "row" and reduction != "none":
         kl, weighted = kl.sum(), weighted.sum()
+    scale = factor_of(reduction, mu)
     kl = times(scale, kl)
     return kl.clone() if kl is weighted else kl, times(scale * total, weighted), found
 
 
+def _in_one_pass(call: KLCall, tensors: Sequence[Tensor], weighting: Weighting, statistics: bool):
+    """Likewise, of what one call of the latents has in it."""
+    if statistics and call.kind in ("sum", "column") and call.floor is None:
+        call = call._replace(kind="column", statistics=True)
+    _, kl, weighted, sums = latents_terms(call, tensors)
+    found = _statistics(call, tensors, kl, sums) if statistics else None
+    if call.kind == "column" and call.groups is None:
+        kl, weighted = kl.sum(), weighted if weighted is None else weighted.sum()
+    return kl, kl.clone() if weighted is None else times(shares_of(weighting)[0], weighted), found
+
+
 def _statistics(call: KLCall, tensors: Sequence[Tensor], kl: Tensor, sums: Sequence[Tensor] | None) -> Statistics:
     """From what a pass over the latents gave; from one more, if it was not of columns."""
-    mu, scale = tensors[0], 1.0
     if call.kind != "column":
+        call = KLCall(call.latents, call.dtype, "column", statistics=True)
         with torch.no_grad():
-            of_columns = KLCall(call.latents, call.dtype, "column", statistics=True)
-            _, kl, _, sums = latents_terms(of_columns, tensors)
+            _, kl, _, sums = latents_terms(call, tensors)
     elif call.groups is not None:
-        (kl, *sums), scale = sums, call.scale(mu)
-    return Statistics(kl.detach() * (1 / (scale * mu.shape[0]) if mu.shape[0] else torch.nan), *sums)
+        kl, *sums = sums
+    mu = tensors[0]
+    return Statistics(kl.detach() * (1 / (call.scale(mu) * mu.shape[0]) if mu.shape[0] else torch.nan), *sums)
 
 
 def times(factor: float | Tensor, value: Tensor) -> Tensor:

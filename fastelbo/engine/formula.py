@@ -104,7 +104,10 @@ def with_free_bits(call: KLCall, mu: Tensor, kl: Tensor, weighted: Tensor | None
     sums = None if sums is None else (kl.detach(), *sums)
     if call.kind == "row" and call.reduction == "none":
         return kl, weighted, sums, low
-    return kl.sum(), weighted.sum(), sums, low
+    kl, weighted = kl.sum(), weighted.sum()
+    if not mu.shape[0]:  # of nothing, which no sum was times
+        kl, weighted = scaled(kl, call.scale(mu)), scaled(weighted, call.scale(mu))
+    return kl, weighted, sums, low
 
 
 def without_free_bits(call: KLCall, mu: Tensor, low: Tensor, grad_kl: Tensor | None, grad_weighted: Tensor | None):

@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from ..basics.layout import layout_of
 from ..basics.tracing import is_wrapper
+from ..latents.weighting import Weighting
 from ..likelihoods import Likelihood
 from ..likelihoods.values import Range, support_to_check
 from . import torch_backend
@@ -272,13 +273,14 @@ def latents_plan(call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None) 
 
 
 def latents_plan_of(
-    mu, logvar, posterior, prior, reduction: str | None, eps: Tensor | None, samples: bool
+    mu, logvar, posterior, prior, reduction: str | None, eps: Tensor | None, samples: bool, weighting: Weighting | None = None
 ) -> tuple[LatentsPlan, Sequence[Tensor]]:
-    """The plan and the tensors of a call from what users pass; of a sample, its KL (unless `reduction` is None), or both."""
+    """The plan and the tensors of a call from what users pass; of a sample, its KL (unless `reduction` is None), or both, with
+    what a `weighting` without capacity makes of the latter."""
     key = None
     if eps is None and isinstance(mu, Tensor) and (prior is None or type(prior) is tuple):
         tensors = (mu, logvar) if prior is None else (mu, logvar, *prior)
-        start = posterior, reduction, samples, len(tensors), torch.is_grad_enabled()
+        start = posterior, reduction, samples, weighting, len(tensors), torch.is_grad_enabled()
         try:
             found = _last.get(start)
             if found is not None and not any(map(_is_nested, tensors)) and found.fits(*tensors):
@@ -293,7 +295,7 @@ def latents_plan_of(
         if found is not None:
             _again(start, found, tensors)
             return found, tensors
-    call, tensors = check_kl(mu, logvar, posterior, prior, reduction, samples)
+    call, tensors = check_kl(mu, logvar, posterior, prior, reduction, samples, weighting)
     plan = latents_plan(call, tensors, eps)
     if key is not None and all(p.shape == mu.shape for p in prior or ()):  # which need not be expanded
         keep(_plans, key, plan)

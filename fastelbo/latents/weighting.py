@@ -96,6 +96,14 @@ def _checked_balance(name: str, balance) -> tuple[float, ...] | None:
 ALL = Weighting()
 
 
+def shares_of(weighting: Weighting) -> tuple[float, tuple[float, float] | None]:
+    """What the balance makes the KL times, and the shares of it, 1 in all, that go to the posterior and to the prior."""
+    if weighting.balance is None:
+        return 1.0, None
+    total = sum(weighting.balance)
+    return total, (weighting.balance[0] / total, weighting.balance[1] / total)
+
+
 def check_weighting(weighting, mu: Tensor, has_prior: bool, beta: float | Tensor, reduction: str) -> Weighting:
     """A `Weighting` that goes with the rest of the call; None stands for the KL as it is."""
     if weighting is None:
