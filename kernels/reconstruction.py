@@ -209,7 +209,7 @@ LEAST_COLUMNS = 512
 class Pass:
     """A launch of the kernel for tensors of one kind: how it reads its operands, the rows that it sees, and its constants."""
 
-    __slots__ = "columns", "launch", "like", "numbers", "operands", "options", "order", "programs", "rows"
+    __slots__ = "columns", "launch", "lays", "like", "numbers", "operands", "options", "order", "programs", "rows"
 
     def __init__(self, parameters, x, weight, wants, family: Family, per_sample, dtype) -> None:
         first = parameters[0]
@@ -224,6 +224,7 @@ class Pass:
                 rows = first.numel() // operand.inner
         columns = first.numel() // max(rows, 1)
         self.rows, self.operands = rows, tuple(operand.read_by(columns) for operand in (second, third, weight))
+        self.lays = any(operand.laid(t, first) is not t for operand, t in zip(self.operands, given, strict=True))
         second, third, weight = self.operands
         streamed = [t for t, operand in zip(given, self.operands, strict=True) if operand.mode == ELEMENT]
         tile = min(tile_size(first, t) for t in (x, *streamed))
@@ -248,8 +249,10 @@ class Pass:
     def run(self, parameters, x, weight, divisor, factor, used, seen, gradients, sums, stateless=False) -> None:
         """`gradients` and `sums`, three each: where results go, or None."""
         first = parameters[0]
-        given = *parameters[1:], *[None] * (3 - len(parameters)), weight
-        second, third, weight = [operand.laid(t, first) for operand, t in zip(self.operands, given, strict=True)]
+        _, second, third = (*parameters, None, None)[:3]
+        if self.lays:
+            given = second, third, weight
+            second, third, weight = [operand.laid(t, first) for operand, t in zip(self.operands, given, strict=True)]
         partials = arrived = None
         if sums[0] is not None:
             partials, arrived = scratch(first.device, self.rows, 3 * self.programs, stateless)
@@ -308,6 +311,8 @@ class Reconstruction:
         for i, (parameter, wanted) in enumerate(zip(parameters, wants, strict=False)):
             if wanted and (i == 0 or parameter.shape == first.shape):
                 gradients[i] = empty(*launch.like, parameter.dtype)
+            elif wanted and launch.rows == parameter.numel() == 1 and not per_sample:  # the sum as it is
+                sums[i] = empty((1,) * parameter.dim(), (1,) * parameter.dim(), dtype)
             elif wanted and launch.operands[i - 1].mode == ROW:
                 sums[i] = empty((launch.rows,), (1,), dtype)
             elif wanted:
@@ -316,7 +321,11 @@ class Reconstruction:
         recon = sums[0] = empty(shape, (1,) * len(shape), dtype)
         launch.run(parameters, x, weight, divisor, guess, None, None, gradients, sums, stateless)
         for i, parameter in enumerate(parameters[1:], 1):
-            if wants[i] and parameter.shape != first.shape:
+            if not wants[i] or parameter.shape == first.shape:
+                continue
+            if launch.rows == parameter.numel() == 1 and not per_sample:
+                gradients[i] = sums[i]
+            else:
                 found = gradients[i] if sums[i] is None else launch.spread(sums[i], first)
                 gradients[i] = _summed(found, parameter, first, per_sample)
         batch = first.shape[0] if per_sample else 1

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from conftest import COMPILED
+from conftest import BACKEND, COMPILED
 from fastelbo import likelihoods, reference
 from fastelbo.likelihoods import BY_NAME
 
@@ -91,3 +91,24 @@ class ContiguousWhenUnpacked(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self):
         super().__init__(lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format))
+
+
+def recorded_allocations(monkeypatch) -> list[tuple[torch.Size, int]]:
+    """Shapes and addresses of what the kernels' launches, or the Torch backend, will allocate for results."""
+    found = []
+
+    def recorded(allocate):
+        def call(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            found.append((tensor.shape, tensor.data_ptr()))
+            return tensor
+
+        return call
+
+    if BACKEND == "triton":
+        from fastelbo.kernels import direct, loss
+
+        monkeypatch.setattr(loss, "allocator", lambda device: recorded(direct.allocator(device)))
+    else:
+        monkeypatch.setattr(torch, "empty_like", recorded(torch.empty_like))
+    return found

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 import fastelbo
-from support import LIKELIHOODS, ContiguousWhenUnpacked, as_double, gradients, make_inputs, naive, options, relative
+from support import (
+    LIKELIHOODS,
+    ContiguousWhenUnpacked,
+    as_double,
+    gradients,
+    make_inputs,
+    naive,
+    options,
+    recorded_allocations,
+    relative,
+)
 
 
 @pytest.mark.parametrize(
@@ -58,19 +68,10 @@ def test_retained_graph_with_another_factor(device):
 
 
 def test_stored_gradient_becomes_grad_without_a_copy(device, monkeypatch):
-    addresses, allocate = [], torch.empty_like
-
-    def recorded(like, **kwargs):
-        tensor = allocate(like, **kwargs)
-        if like.shape == (5, 9):
-            addresses.append(tensor.data_ptr())
-        return tensor
-
-    monkeypatch.setattr(torch, "empty_like", recorded)
+    allocated = recorded_allocations(monkeypatch)
     recon_x, x, mu, logvar = make_inputs("mse", (5, 9), (5, 3), device=device)
-    loss = fastelbo.loss(recon_x, x, mu, logvar, likelihood="mse").loss
-    loss.backward()
-    assert addresses == [recon_x.grad.data_ptr()]
+    fastelbo.loss(recon_x, x, mu, logvar, likelihood="mse").loss.backward()
+    assert [address for shape, address in allocated if shape == (5, 9)] == [recon_x.grad.data_ptr()]
 
 
 def test_adaptive_weight_from_the_last_layer(device):

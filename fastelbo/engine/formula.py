@@ -85,7 +85,7 @@ def divergence(call: KLCall, noise: Tensor | None, mu: Tensor, second: Tensor, *
     if call.statistics:
         means = mu.detach().to(call.dtype)
         sums = means.sum(0), means.square().sum(0)
-    return z, *with_free_bits(call, mu, kl, weighted, sums)[:3]
+    return z, *((kl, weighted, sums) if call.groups is None else with_free_bits(call, mu, kl, weighted, sums)[:3])
 
 
 def with_free_bits(call: KLCall, mu: Tensor, kl: Tensor, weighted: Tensor | None, sums: Sequence | None):

@@ -93,7 +93,8 @@ def latents_forward(plan, tensors, noise, stateless=False):
     kind, dtype, per_sample, (mu, logvar) = plan.call.kind, plan.dtype, plan.per_sample, tensors
     if noise is None:
         kl = _divergence(mu, logvar, plan.kl_weight, per_sample, dtype)
-        return None, *formula.with_free_bits(plan.call, mu, kl, None, None)
+        found = (kl, None, None, None) if plan.call.groups is None else formula.with_free_bits(plan.call, mu, kl, None, None)
+        return None, *found
     if plan.is_whole and noise.dtype == dtype:
         z = torch.mul(logvar, HALF).exp_().mul_(noise).add_(mu)  # addcmul would round otherwise than the naive code
         return z, None if kind is None else _divergence(mu, logvar, plan.kl_weight, per_sample, dtype), None, None, None

@@ -92,7 +92,7 @@ def latents_forward(plan, tensors, noise, stateless=False):
     if call.is_plain:
         launches = plan.latents_launches or _sample(plan, mu, second)
         z, kl = launches.forward(mu, second, noise, call.kind is not None, stateless)
-        return z, *formula.with_free_bits(call, mu, kl, None, None)
+        return z, *((kl, None, None, None) if call.groups is None else formula.with_free_bits(call, mu, kl, None, None))
     priors = _priors(plan, priors)
     launches = plan.latents_launches or _divergence(plan, mu, second, priors)
     if call.kind == "column":
@@ -277,6 +277,8 @@ def _operands(plan, parameters):
 def _times_upstream(total: Tensor, upstream: Tensor, divisor: float | Tensor, parameter: Tensor) -> Tensor:
     """The gradient by a smaller parameter, from the sum's derivative by it: each sample's where each has an upstream."""
     factor = formula.divided(upstream, divisor)
+    if total.shape == parameter.shape and not factor.dim():
+        return (total * factor).to(parameter.dtype)
     if factor.dim():
         factor = factor.view(-1, *[1] * (total.dim() - 1))
     summed = (total * factor).sum_to_size([1] * (total.dim() - parameter.dim()) + list(parameter.shape))
