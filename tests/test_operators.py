@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastelbo
 from conftest import BACKEND
-from fastelbo.engine import formula
+from fastelbo.engine import formula, traced
 from fastelbo.engine.call import KLCall, LossCall
 from fastelbo.engine.operators import encoded
 from fastelbo.latents.posterior import LOGVAR, Latents, Posterior
@@ -250,8 +250,8 @@ def test_dispatch_modes_see_the_same_numbers(device):
     """As the counters, tracers and memory estimators do that are dispatch modes."""
     inputs = make_inputs("mse", (5, 9), (5, 3), device=device)
     results = []
-    for traced in (False, True):
-        with FlopCounterMode(display=False) if traced else torch.enable_grad():
+    for is_traced in (False, True):
+        with FlopCounterMode(display=False) if is_traced else torch.enable_grad():
             loss = fastelbo.loss(*inputs, 0.3, likelihood="mse", reduction="mean").loss
             results.append((loss, *gradients(loss, inputs[0], *inputs[2:])))
     torch.testing.assert_close(*results)
@@ -282,9 +282,28 @@ def test_backward_under_a_dispatch_mode_alone(likelihood, device):
         return torch.sigmoid(net(z))
 
     results = []
-    for traced in (False, True):
+    for is_traced in (False, True):
         loss = fastelbo.elbo(decoder, inputs[1], *inputs[2:], eps=eps, **options(likelihood)).loss
         loss = loss + fastelbo.loss(*inputs, **options(likelihood)).loss
-        with FlopCounterMode(display=False) if traced else torch.enable_grad():
+        with FlopCounterMode(display=False) if is_traced else torch.enable_grad():
             results.append(gradients(loss, inputs[0], *inputs[2:], *net.parameters()))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.skipif(BACKEND != "triton", reason="about the kernels")
+@pytest.mark.parametrize("likelihood", ("l1", "negative_binomial"))
+def test_large_calls_reach_the_kernels(likelihood, device, monkeypatch):
+    """From as many bytes on as a formula would move: small ones are the formula, for Inductor to fuse."""
+    found = []
+
+    def backend(graph, _):
+        found.append(graph.code)
+        return graph.forward
+
+    parameters, x = CASES[likelihood].make(dtype=SINGLE, device=device)
+    moved = find_likelihood(likelihood).compiled_passes * parameters[0].numel() * 4
+    for least in (moved, moved + 1):
+        monkeypatch.setattr(traced, "KERNELS_PAY", least)
+        torch.compiler.reset()
+        torch.compile(lambda: fastelbo.loss(parameters, x, kl=torch.zeros(()), likelihood=likelihood).loss, backend=backend)()
+    assert ["fastelbo" in code for code in found] == [True, False]

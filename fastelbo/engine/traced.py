@@ -1,7 +1,8 @@
 """What calls compute that are traced by `torch.compile` or transformed by `torch.func`, and eager ones that no backend takes.
 
-They keep no state. Where Triton computes they reach the kernels by way of registered operators. Everywhere else, and where an
-operator would be in the way of a transformation, they are the plain formula: Inductor can fuse it, `torch.func` transform it.
+They keep no state. Large ones reach the kernels, where Triton computes, by way of registered operators. Everywhere else, and
+where an operator would be in the way, they are the plain formula: Inductor can fuse it, `torch.func` transform it, and what
+`torch.export` makes of it needs no fastelbo.
 """
 
 from collections.abc import Sequence
@@ -17,12 +18,20 @@ from .backend import has_kernels
 from .call import KLCall, LossCall
 from .operators import encoded, ops
 
+# An operator costs the host some 100 us a step more than what Inductor launches, and its kernels move less memory. They pay
+# from so many bytes on that the formula would move: at 3 TB/s these take 180 us, more than the host needs for a step.
+KERNELS_PAY = 2**29
+OF_LATENTS = 10  # passes over mu that the formula of a sample and its KL, and their gradients, take
 
-def _goes_to_kernels(*values) -> bool:
-    """Whether Triton computes for the first of these, and an operator may stand for it."""
+
+def _goes_to_kernels(passes: int, *values) -> bool:
+    """Whether Triton computes for the first of these, which a compiled formula passes over so often, and an operator may stand
+    for it."""
     if is_transformed() or any(is_wrapper(v) for v in values if not isinstance(v, FakeTensor)):
         return False
-    return has_kernels(values[0].device)
+    if not has_kernels(values[0].device) or torch.compiler.is_exporting():
+        return False
+    return not torch.compiler.is_compiling() or passes * values[0].numel() * values[0].dtype.itemsize >= KERNELS_PAY
 
 
 def loss(call: LossCall, beta: float | Tensor, tensors: Sequence[Tensor], divisor: float | Tensor | None = None):
@@ -32,7 +41,8 @@ def loss(call: LossCall, beta: float | Tensor, tensors: Sequence[Tensor], diviso
         weight = call.shaped(weight, parameters[0], x)
         divisor = call.divisor(parameters[0], x, weight)
     code = code_of(call.likelihood)
-    if code is None or call.likelihood.kernel is None or not _goes_to_kernels(*tensors, beta):
+    passes = call.likelihood.compiled_passes
+    if code is None or call.likelihood.kernel is None or not _goes_to_kernels(passes, *tensors, beta):
         tensors = (*parameters, x, *latents) if weight is None else (*parameters, x, weight, *latents)
         return formula.terms(call, beta, divisor, tensors)
     first, second, third = (*parameters, None, None)[:3]
@@ -50,16 +60,14 @@ def loss(call: LossCall, beta: float | Tensor, tensors: Sequence[Tensor], diviso
 
 def draw(mu: Tensor, second: Tensor, generator: torch.Generator | None) -> Tensor:
     """Noise, or a seed for it."""
-    if _goes_to_kernels(mu, second):
-        from .triton_backend import draw_noise  # not above: Triton may be missing
-
-        return draw_noise(second, torch.contiguous_format, generator)
+    if _goes_to_kernels(OF_LATENTS, mu, second):  # `kernels.draw_noise`, which asks CUDA for more than a tracer can see
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=second.device, generator=generator)
     return torch.empty_like(second).normal_(generator=generator) if generator is not None else torch.randn_like(second)
 
 
 def latents(call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None):
     """`(z, kl, weighted, sums)` of latents, each None where it is not computed."""
-    if not _goes_to_kernels(*tensors, noise):
+    if not _goes_to_kernels(OF_LATENTS, *tensors, noise):
         return formula.divergence(call, noise, *tensors)
     z, kl, weighted, *sums = ops.latents(*(*tensors, None, None)[:4], noise, *encoded(call))
     if call.kind is None:

@@ -36,6 +36,9 @@ class Likelihood(metaclass=Record):
     """Whether exp(-nll) is a density or a probability."""
     kernel: ClassVar[str | None] = None
     """Its device function in `kernels/likelihoods.py`; of one with a `dim`, the module of `kernels`; None: there is none."""
+    compiled_passes: ClassVar[int] = 7
+    """Passes over the first parameter that its formula and the gradient take once `torch.compile` has fused them: counted in
+    Inductor's code of torch 2.11. A kernel's take 5 with one parameter."""
 
     def __init_subclass__(cls) -> None:
         """A formula of one's own has neither its parent's one-pass form nor its kernel."""

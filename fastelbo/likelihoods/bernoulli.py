@@ -21,6 +21,7 @@ class Bernoulli(Likelihood):
     """
 
     name = kernel = "bernoulli"
+    compiled_passes = 8
     ranges = (UNIT,)
 
     def support(self, first, x):

@@ -14,6 +14,7 @@ class Poisson(Likelihood):
     """Counts by their rate: `-Poisson(recon_x).log_prob(x)`. Rates and counts are not negative."""
 
     name = kernel = "poisson"
+    compiled_passes = 5
     ranges = (NONNEGATIVE,)
 
     def support(self, first, x):
@@ -31,6 +32,7 @@ class PoissonLog(Likelihood):
     """Counts by the logarithm of their rate: `-Poisson(recon_x.exp()).log_prob(x)`. Counts are not negative."""
 
     name = kernel = "poisson_log"
+    compiled_passes = 5
 
     def support(self, first, x):
         return NONNEGATIVE
@@ -53,6 +55,7 @@ class NegativeBinomial(Likelihood):
     """
 
     name = kernel = "negative_binomial"
+    compiled_passes = 26  # digamma is an operator of its own
     parameters = ("mean", "inverse_dispersion")
     ranges = (NONNEGATIVE, POSITIVE)
 
@@ -72,6 +75,7 @@ class ZeroInflatedNegativeBinomial(Likelihood):
     """
 
     name = kernel = "zero_inflated_negative_binomial"
+    compiled_passes = 26
     parameters = ("mean", "inverse_dispersion", "zi_logits")
     ranges = (NONNEGATIVE, POSITIVE, None)
 

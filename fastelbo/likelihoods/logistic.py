@@ -62,6 +62,7 @@ class DiscretizedLogistic(Scaled, Steps):
     levels: int = 256
     soft_min: float | None = None
     name = kernel = "discretized_logistic"
+    compiled_passes = 13
 
     def nll(self, parameters, x):
         mean, scale = parameters
@@ -98,6 +99,7 @@ class DiscretizedLogisticMixture(Steps):
     dim: int = 1
     name = "discretized_logistic_mixture"
     kernel = "mixture"
+    compiled_passes = 13
     parameters = ("parameters",)
 
     def __post_init__(self):
