@@ -16,7 +16,7 @@ VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # the number of the current stream, without an object for it
 _empty_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-_runtime = triton.knobs.runtime
+_runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
 
 
 def allocator(device: torch.device) -> Callable[..., torch.Tensor]:
@@ -41,7 +41,7 @@ class Launch:
     A kernel's arguments are tensors, each of which may be None, then numbers, then constants. What is compiled depends on which
     tensors there are, on their dtypes and alignment, and on the numbers that Triton specializes on or has no type for. The
     first launch of a kind goes through `kernel[grid]`, which compiles; so does each with tensors that are not aligned, with
-    hooks on launches, or on a device that is not the current one.
+    hooks on launches or on compilation, in debug or instrumentation mode, or on a device that is not the current one.
     """
 
     __slots__ = "constants", "device", "handles", "kernel", "options", "special", "tensors"
@@ -72,10 +72,14 @@ class Launch:
                 pointers.append(pointer)
         if self.special:
             kind += [numbers[i] for i in self.special]
-        kind, is_usual = tuple(kind), not bits & 15 and self.device.index == _current_device()
-        if not is_usual or _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls or self.kernel.pre_run_hooks:
+        is_usual = not bits & 15 and self.device.index == _current_device() and not self.kernel.pre_run_hooks
+        # What Triton looks at, too, whenever it launches.
+        is_hooked = _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls
+        is_changed = _runtime.debug or _runtime.add_stages_inspection_hook is not None or _compilation.instrumentation_mode
+        if not is_usual or is_hooked or is_changed:
             self.by_triton(programs, tensors, numbers)
             return
+        kind = tuple(kind)
         handle = self.handles.get(kind)
         if handle is not None:
             handle(programs, raw_stream(self.device.index), pointers, numbers)

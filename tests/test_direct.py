@@ -114,11 +114,23 @@ def ended(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime.launch_exit_hook, "calls", [print])
 
 
+def debugged(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "debug", True)
+
+
+def instrumented(monkeypatch):
+    monkeypatch.setattr(triton.knobs.compilation, "instrumentation_mode", "fpsan")
+
+
+def inspected(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", lambda *args: ("", ""))
+
+
 def elsewhere(monkeypatch):
     monkeypatch.setattr(direct, "_current_device", lambda: 1)
 
 
-@pytest.mark.parametrize("unusual", (hooked, ended, elsewhere, "unaligned", "pre-run hook"))
+@pytest.mark.parametrize("unusual", (hooked, ended, debugged, instrumented, inspected, elsewhere, "unaligned", "pre-run hook"))
 def test_what_is_unusual_goes_through_triton(unusual, cuda, monkeypatch):
     kernel, launches = made()
     for _ in range(2):
