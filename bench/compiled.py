@@ -165,7 +165,8 @@ def divergence_forward(latent, *, posterior="logvar", prior=None, kind="sum"):
 
 def divergence_backward(latent, *, posterior="logvar", prior=None):
     launches, mu, noise, priors = _divergence(latent, posterior, prior, "sum")
-    upstreams, wants = (mu.clone(), torch.ones((), dtype=launches.dtype), None), [prior is not None] * 2
+    upstream = torch.ones((), dtype=torch.promote_types(latent, torch.float32))
+    upstreams, wants = (mu.clone(), upstream, None), [prior is not None] * 2
     return record(lambda: launches.backward(*upstreams, mu, mu.clone(), noise, *priors, wants))
 
 

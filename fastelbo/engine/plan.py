@@ -174,6 +174,8 @@ class LossPlan:
 
     def again(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Likewise, of what was saved: a hook, such as `save_on_cpu`, may bring it back with other strides."""
+        if self.is_dense and self.fits(*tensors):
+            return tensors
         return tensors if tuple(map(_stride, tensors)) == self.strides else self.dense(tensors)
 
     def divisor_of(self, tensors: Sequence[Tensor]) -> float | Tensor:
@@ -228,20 +230,21 @@ class LatentsPlan:
     """What is known of a sample or a KL before its values are."""
 
     __slots__ = (
-        "backend", "call", "dtype", "fits", "is_dense", "is_whole", "kl_weight", "latents_launches", "layout", "noise_layout",
-        "per_sample", "strides", "wants",
+        "backend", "call", "dtype", "fits", "is_dense", "is_plain", "is_whole", "kl_weight", "latents_launches", "layout",
+        "noise_layout", "per_sample", "strides", "wants",
     )  # fmt: skip
 
     def __init__(self, call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None, grad_mode: bool) -> None:
         mu, self.call, self.latents_launches, self.fits = tensors[0], call, None, _unlike
         self.dtype, self.per_sample, self.kl_weight = call.dtype, call.kind == "row", call.scale(mu)
+        self.is_plain = call.is_plain
         self.wants = grad_mode and any(t.requires_grad for t in tensors)
         strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or (
             noise is not None and (is_wrapper(noise) or noise.is_neg())
         )
         seldom = noise is not None and grad_mode and noise.requires_grad
         self.backend = None if strange or seldom or not mu.numel() else backend_for(mu.device)
-        if self.backend is torch_backend and not call.is_plain:
+        if self.backend is torch_backend and not self.is_plain:
             self.backend = None
         self.layout, self.noise_layout = layout_of(mu), layout_of(tensors[1])
         # To the Torch backend: one small block, in the dtype of the arithmetic.
@@ -259,6 +262,8 @@ class LatentsPlan:
         """Likewise, with the noise, or the seed of it, of what was saved: hooks may bring it back with other strides."""
         if noise is not None and noise.is_floating_point():
             noise = noise.contiguous(memory_format=self.layout)
+        if self.is_dense and self.fits(*tensors):
+            return tensors, noise
         return tensors if tuple(map(_stride, tensors)) == self.strides else self.dense(tensors), noise
 
 

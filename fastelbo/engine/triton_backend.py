@@ -89,7 +89,7 @@ def latents_forward(plan, tensors, noise, stateless=False):
     """See `torch_backend.latents_forward`; the noise may be a seed. `weighted` is the KL with a floor under each element, or
     with free bits, and `sums` are those over the batch of mu and mu^2, after those of the KL where there are free bits."""
     call, (mu, second, *priors) = plan.call, tensors
-    if call.is_plain:
+    if plan.is_plain:
         launches = plan.latents_launches or _sample(plan, mu, second)
         z, kl = launches.forward(mu, second, noise, call.kind is not None, stateless)
         return z, *((kl, None, None, None) if call.groups is None else formula.with_free_bits(call, mu, kl, None, None))
@@ -110,7 +110,7 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
     call, (mu, second, *priors) = plan.call, tensors
     if grad_z is not None:
         grad_z = grad_z.contiguous(memory_format=plan.layout)
-    if call.is_plain:
+    if plan.is_plain:
         launches = plan.latents_launches or _sample(plan, mu, second)
         if kept is not None:
             grad_kl, _ = formula.without_free_bits(call, mu, kept, grad_kl, grad_weighted)
