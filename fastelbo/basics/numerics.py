@@ -1,5 +1,6 @@
 """Formulas of Torch operations that keep their digits, in value and in derivatives, where the textbook's do not."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -129,7 +130,18 @@ def _stirling(x: Tensor) -> Tensor:
 
 
 def log_factorial(n: Tensor) -> Tensor:
+    """log n!; from a table where all are whole numbers that it has, which takes a fifth of the time."""
+    if is_seen(n) and not n.requires_grad and n.numel() and torch.linalg.vector_norm(torch.frac(n)).item() == 0:
+        low, high = torch.aminmax(n)
+        if low.item() >= 0 and high.item() < len(_table(n.dtype)):
+            return torch.index_select(_table(n.dtype), 0, n.reshape(-1).to(torch.int32)).view(n.shape)
     return torch.lgamma(torch.where(n < 0, torch.nan, n) + 1)
+
+
+@functools.cache
+def _table(dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.lgamma(torch.arange(1, 1026, dtype=torch.float64, device="cpu")).to(dtype)
 
 
 def log_ratio_to_tanh(x: Tensor) -> Tensor:

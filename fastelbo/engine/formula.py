@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..latents import gaussian
 from ..latents.posterior import LOGVAR, Latents
+from ..likelihoods import Likelihood
 from .call import KLCall, LossCall
 
 
@@ -38,17 +39,22 @@ def with_loss(recon: Tensor, kl: Tensor, beta: float | Tensor) -> tuple[Tensor, 
 
 def elements(call: LossCall, parameters: Sequence[Tensor], x: Tensor, weight: Tensor | None) -> Tensor:
     """The negative log-likelihood of each term, times its weight."""
-    likelihood, dtype = call.likelihood, call.dtype
-    first, target = parameters[0], likelihood.target(parameters[0], x, dtype)
+    target = call.likelihood.target(parameters[0], x, call.dtype)
+    parameters = [p.to(call.dtype) for p in parameters]
+    return weighted_nll(call.likelihood, parameters, target, None if weight is None else weight.to(call.dtype))
+
+
+def weighted_nll(likelihood: Likelihood, parameters: Sequence[Tensor], target: Tensor, weight: Tensor | None) -> Tensor:
+    """Likewise, of tensors of one dtype, and the target as `nll` takes it."""
     if weight is None:
-        return likelihood.nll([p.to(dtype) for p in parameters], target)
+        return likelihood.nll(parameters, target)
     # What is weighted by 0 may be NaN: neither it nor its derivative may reach a product.
     keep = weight != 0
     in_target = keep if keep.dim() == target.dim() else keep.unsqueeze(likelihood.dim)
-    in_first = in_target if in_target.dim() == first.dim() else in_target.unsqueeze(likelihood.dim)
+    in_first = in_target if in_target.dim() == parameters[0].dim() else in_target.unsqueeze(likelihood.dim)
     target = torch.where(in_target, target, torch.zeros((), dtype=target.dtype, device=target.device))
-    values = likelihood.nll([torch.where(in_first, p.to(dtype), 0.5) for p in parameters], target)
-    return torch.where(keep, weight.to(dtype) * values, 0.0)
+    values = likelihood.nll([torch.where(in_first, p, 0.5) for p in parameters], target)
+    return torch.where(keep, weight * values, 0.0)
 
 
 def reduced(values: Tensor, reduction: str) -> Tensor:

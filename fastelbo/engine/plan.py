@@ -92,9 +92,9 @@ class LossPlan:
     """What is known of a call of `loss` before its values are. `guess` is the one thing that changes."""
 
     __slots__ = (
-        "backend", "call", "count", "divisor", "dtype", "fits", "guess", "is_dense", "is_elementwise", "is_whole", "kl_weight",
-        "latents", "latents_launches", "latents_layout", "layout", "likelihood", "looks", "loss_launches", "options", "path",
-        "per_sample", "rows", "scaling", "strides", "support", "weight_shape",
+        "backend", "call", "count", "divisor", "dtype", "fits", "guess", "is_dense", "is_elementwise", "is_of_classes",
+        "is_whole", "kl_weight", "latents", "latents_launches", "latents_layout", "layout", "likelihood", "looks",
+        "loss_launches", "options", "path", "per_sample", "rows", "scaling", "strides", "support", "weight_shape",
     )  # fmt: skip
 
     path: LossPath
@@ -112,7 +112,8 @@ class LossPlan:
     latents_layout: torch.memory_format
     is_dense: bool  # all tensors lie as the backends take them
     strides: tuple  # of those that do
-    is_elementwise: bool  # to the Torch backend: no weights, and parameters as large as the target
+    is_elementwise: bool  # to the Torch backend: parameters are as large as the target
+    is_of_classes: bool  # a term is made of many elements, by a form of its own
     is_whole: bool  # and one block, in the dtype of the arithmetic
     scaling: tuple[float, float]  # of the target
     looks: bool  # at values
@@ -146,8 +147,9 @@ class LossPlan:
         self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))
         self.strides = tuple(map(_stride, dense))
         dtype = call.dtype
-        self.is_elementwise = likelihood.dim is None and weight is None and all(t.shape == first.shape for t in parameters)
-        same = self.scaling == (1.0, 0.0) and all(t.dtype == dtype for t in (*parameters, x))
+        self.is_elementwise = likelihood.dim is None and all(t.shape == first.shape for t in parameters)
+        self.is_of_classes = likelihood.dim is not None and likelihood.one_pass is not None
+        same = self.scaling == (1.0, 0.0) and all(t.dtype == dtype for t in (*parameters, x, *([weight] * call.weighted)))
         small = first.numel() <= torch_backend.BLOCK and (first.dim() == 2 or not call.per_sample)
         self.is_whole = self.is_elementwise and same and small
 

@@ -7,6 +7,7 @@ in cache, and gradients come from the same pass.
 Tensors come as the plan's `dense` lays them out. A `beta` is a float, or a 0-d tensor on the device.
 """
 
+import functools
 import threading
 from collections.abc import Iterator
 
@@ -142,13 +143,13 @@ def _reconstruct(plan, tensors, divisor, factor, wants, wants_sum):
         by = factor.unsqueeze(1) if plan.per_sample else factor.item() if x.device.type == "cpu" else factor.squeeze(0)
         by = by / divisor if divides else by
     if plan.is_whole:
-        gradients = []
-        for p, want in zip(tensors[:n], wants, strict=True):
-            gradients.append(torch.empty_like(p) if want and by is not None else None)
-        dim = (-1 if plan.per_sample else None) if wants_sum else False
-        total = plan.likelihood.one_pass(tensors[:n], x, dim, by, gradients, _spare(x, plan.dtype))
+        weight = tensors[n + 1] if plan.weight_shape is not None else None
+        gradients = [
+            torch.empty_like(p) if want and by is not None else None for p, want in zip(tensors[:n], wants, strict=True)
+        ]
+        total = _block(plan, tensors[:n], x, weight, by, gradients, wants_sum, plan.per_sample)
     else:
-        compute = _in_blocks if plan.is_elementwise else _at_once
+        compute = _in_blocks if plan.is_elementwise else _over_classes if plan.is_of_classes else _at_once
         total, gradients = compute(plan, tensors, by, wants, wants_sum)
     return total / divisor if wants_sum and divides else total, gradients
 
@@ -166,31 +167,132 @@ def _of_samples(plan, tensors, divisor, factor, wants, wants_sum):
     return torch.cat(sums) if wants_sum else None, joined
 
 
+def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
+    """The weighted sum of a block, if it is wanted, and into `out` the gradients times `by`; all in one dtype, and the target
+    as the likelihood's formula takes it. A weight broadcasts to the terms."""
+    likelihood, found = plan.likelihood, None
+    # Something weighted by 0 may be NaN, which only the sum tells.
+    if likelihood.one_pass is not None and (wants_sum or weight is None):
+        found = likelihood.one_pass(parameters, x, wants_sum, out, _spare(parameters[0], plan.dtype))
+    total = None
+    if found is not None and wants_sum:
+        values, scale, constant, _ = found
+        total = _sum(values if weight is None else values.mul_(weight), per_sample)
+        if scale != 1:
+            total.mul_(_number(scale))
+        if constant:
+            counted = values.numel() / max(total.numel(), 1) if weight is None else _sum(weight.expand_as(values), per_sample)
+            total.add_(constant * counted)
+        if weight is not None and not torch.isfinite(total).all():
+            found = None
+    if found is None:
+        return _by_formula(plan, parameters, x, weight, by, out, wants_sum, per_sample)
+    for gradient, slope in zip(out, found.slopes, strict=True):
+        if gradient is None:
+            continue
+        if weight is not None:
+            gradient.mul_(weight if weight.dim() == gradient.dim() else weight.unsqueeze(likelihood.dim))
+        factor = by if slope == 1 else by * slope
+        if isinstance(factor, Tensor) or factor != 1:
+            gradient.mul_(factor if isinstance(factor, Tensor) else _number(factor))
+    return total
+
+
+def _by_formula(plan, parameters, x, weight, by, out, wants_sum, per_sample):
+    """Likewise, by the derivative of the formula."""
+    wants = [gradient is not None for gradient in out]
+    with torch.set_grad_enabled(any(wants)):
+        leaves = [p.detach().requires_grad_(want) for p, want in zip(parameters, wants, strict=True)]
+        values = formula.weighted_nll(plan.likelihood, leaves, x, weight)
+    if any(wants):
+        # Not afterwards: a derivative may overflow, as that by a rate of 1e-39.
+        found = _derivatives(values, [leaf for leaf in leaves if leaf.requires_grad], by)
+        for gradient, value in zip((g for g in out if g is not None), found, strict=True):
+            gradient.copy_(value)
+    return _sum(values.detach(), per_sample) if wants_sum else None
+
+
+def _derivatives(values, leaves, by):
+    """Those of the values by the leaves, times `by`, a float or a tensor that is one for all or for each row."""
+    if isinstance(by, Tensor):
+        by = by.reshape(-1, *[1] * (values.dim() - 1)) if by.dim() else by
+        upstream = by.to(values.dtype).expand_as(values)
+    else:
+        upstream = torch.full_like(values, by)
+    return torch.autograd.grad(values, leaves, upstream, materialize_grads=True)
+
+
+def _sum(values, per_sample):
+    """Of everything, or of each row."""
+    if not per_sample:
+        return values.sum()
+    return values.sum(-1) if values.dim() == 2 else formula.reduced(values, "none")
+
+
+@functools.lru_cache(1024)
+def _number(value: float) -> Tensor:
+    """A number as a tensor, which Torch makes of it at every operation."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
 def _in_blocks(plan, tensors, by, wants, wants_sum):
-    """`(sum, gradients)` by the likelihood's one-pass form, the gradients times `by`."""
+    """`(sum, gradients)` of terms of one element each, a block at a time; the gradients times `by`."""
     dtype, per_sample, n = plan.dtype, plan.per_sample, plan.count
-    parameters, x, likelihood = tensors[:n], tensors[n], plan.likelihood
-    dim = (-1 if per_sample else None) if wants_sum else False
+    parameters, x, weight = tensors[:n], tensors[n], None
+    if plan.weight_shape is not None:
+        weight = tensors[n + 1].expand_as(x).contiguous(memory_format=plan.layout)
     out = [torch.empty_like(p) if want and by is not None else None for p, want in zip(parameters, wants, strict=True)]
     (scale, shift), parts = plan.scaling, []
-    for rows, t, *blocks in _blocks(per_sample, x, *parameters, *out):
+    for rows, t, w, *blocks in _blocks(per_sample, x, weight, *parameters, *out):
         t = _converted("target", t, dtype)
         if scale != 1:
             t = torch.mul(t, scale, out=_scratch("target", t, dtype))
         if shift != 0:
             t = torch.add(t, shift, out=_scratch("target", t, dtype))
-        given = [_converted(f"parameter {i}", p, dtype) for i, p in enumerate(blocks[:n])]
-        slopes = [g if g is None or g.dtype == dtype else _scratch(f"gradient {i}", t, dtype) for i, g in enumerate(blocks[n:])]
+        w = w if w is None else _converted("weight", w, dtype)
+        given, slopes = _as_computed(blocks, n, dtype)
         f = by[rows] if isinstance(by, Tensor) and by.dim() else by
-        parts.append((rows, likelihood.one_pass(given, t, dim, f, slopes, _spare(t, dtype))))
-        for gradient, slope in zip(blocks[n:], slopes, strict=True):
-            if slope is not gradient:
-                gradient.copy_(slope)
+        parts.append((rows, _block(plan, given, t, w, f, slopes, wants_sum, per_sample)))
+        _put_back(slopes, blocks[n:])
     return _total(parts, x, 1.0, per_sample, dtype) if wants_sum else None, out
 
 
+def _over_classes(plan, tensors, by, wants, wants_sum):
+    """Likewise, of terms that are made of many elements, some rows at a time."""
+    dtype, per_sample, likelihood = plan.dtype, plan.per_sample, plan.likelihood
+    (logits,), x, weight, _ = plan.call.split(tensors)
+    if weight is not None:
+        weight = weight.expand(likelihood.terms(logits, x))
+    out, parts = torch.empty_like(logits) if wants[0] and by is not None else None, []
+    height = max(1, _limit() // max(1, logits[0].numel()))
+    for i in range(0, logits.shape[0], height):
+        rows = slice(i, i + height)
+        block = [logits[rows], None if out is None else out[rows]]
+        given, slopes = _as_computed(block, 1, dtype)
+        target = likelihood.target(given[0], x[rows], dtype)
+        w = None if weight is None else weight[rows].to(dtype)
+        f = by[rows].reshape(-1, *[1] * (logits.dim() - 1)) if isinstance(by, Tensor) and by.dim() else by
+        parts.append((rows, _block(plan, given, target, w, f, slopes, wants_sum, per_sample)))
+        _put_back(slopes, block[1:])
+    return _total(parts, logits, 1.0, per_sample, dtype) if wants_sum else None, [out]
+
+
+def _as_computed(blocks, n, dtype):
+    """Of `n` parameters and as many gradients, which may be None, those in the dtype of the arithmetic, or memory for them."""
+    given = [_converted(f"parameter {i}", p, dtype) for i, p in enumerate(blocks[:n])]
+    slopes = [g if g is None or g.dtype == dtype else _scratch(f"gradient {i}", g, dtype) for i, g in enumerate(blocks[n:])]
+    return given, slopes
+
+
+def _put_back(slopes, gradients):
+    for slope, gradient in zip(slopes, gradients, strict=True):
+        if slope is not gradient:
+            gradient.copy_(slope)
+
+
 def _at_once(plan, tensors, by, wants, wants_sum):
-    """Likewise, of tensors of any shapes and with weights, by the derivative of the formula."""
+    """Likewise, where parameters are smaller than the target, by the derivative of the formula."""
     call = plan.call
     parameters, x, weight, _ = call.split(tensors)
     differentiates = by is not None and True in wants
@@ -199,13 +301,7 @@ def _at_once(plan, tensors, by, wants, wants_sum):
         values = formula.elements(call, leaves, x, weight)
     gradients = [None] * len(leaves)
     if differentiates:
-        if isinstance(by, Tensor):
-            by = by.reshape(-1, *[1] * (values.dim() - 1)) if by.dim() else by
-            upstream = by.to(values.dtype).expand_as(values)
-        else:
-            upstream = torch.full_like(values, by)
-        wrt = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(values, wrt, upstream, materialize_grads=True))
+        found = iter(_derivatives(values, [leaf for leaf in leaves if leaf.requires_grad], by))
         gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
     return formula.reduced(values.detach(), call.reduction) if wants_sum else None, gradients
 

@@ -1,9 +1,9 @@
 """What a likelihood is: a record that owns all that is true of it. Nobody else asks which likelihood it has."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,16 @@ from .values import Range
 # Torch makes a tensor of a number at every operation, which costs as much as the operation on a small input; and it has no
 # `rsub` that writes to given memory. Being 0-d, these go with every dtype and device.
 ONE, HALF = torch.tensor(1.0, device="cpu"), torch.tensor(0.5, device="cpu")
+
+
+class OnePass(NamedTuple):
+    """What `Likelihood.one_pass` returns: an element's negative log-likelihood is `scale * values + constant`, and its
+    derivatives are `slopes` times what was written for each parameter."""
+
+    values: Tensor | None
+    scale: float = 1.0
+    constant: float = 0.0
+    slopes: Sequence[float] = (1.0,)
 
 
 @record
@@ -43,8 +53,8 @@ class Likelihood(metaclass=Record):
     def __init_subclass__(cls) -> None:
         """A formula of one's own has neither its parent's one-pass form nor its kernel."""
         if "nll" in cls.__dict__:
-            for name, default in (("one_pass", Likelihood.one_pass), ("kernel", None)):
-                setattr(cls, name, cls.__dict__.get(name, default))
+            for name in ("one_pass", "kernel"):
+                setattr(cls, name, cls.__dict__.get(name))
 
     def __post_init__(self) -> None:
         canonical(self, "target_scale", check_real)
@@ -127,31 +137,14 @@ class Likelihood(metaclass=Record):
         """
         raise NotImplementedError
 
-    def one_pass(
-        self, parameters: Sequence[Tensor], x: Tensor, dim: int | bool | None, factor: float | Tensor | None,
-        out: Sequence[Tensor | None], spare: Sequence[Tensor],
-    ) -> Tensor | None:  # fmt: skip
-        """The sum of `nll` over `dim` (-1; None: over everything; False: not wanted), and its derivatives times `factor`.
+    one_pass: ClassVar[Callable[..., OnePass | None] | None] = None
+    """`one_pass(parameters, x, wants_value, out, spare)`: value and derivatives of each element, without branches.
 
-        The derivative by each parameter goes into the tensor of `out` at its place, unless that is None. All tensors have one
-        shape and dtype; `factor` is a float or broadcasts to them. `spare` are two buffers of that shape, to be written to.
-        """
-        wants = [gradient is not None for gradient in out]
-        with torch.enable_grad():
-            leaves = [p.detach().requires_grad_(want) for p, want in zip(parameters, wants, strict=True)]
-            values = self.nll(leaves, x.detach())
-        if any(wants):
-            # Not afterwards: a derivative may overflow, as that by a rate of 1e-39.
-            upstream = (
-                factor.expand_as(values)
-                if isinstance(factor, Tensor)
-                else torch.full_like(values, 1.0 if factor is None else factor)
-            )
-            wrt = [leaf for leaf, want in zip(leaves, wants, strict=True) if want]
-            found = torch.autograd.grad(values, wrt, upstream, materialize_grads=True)
-            for gradient, value in zip((g for g in out if g is not None), found, strict=True):
-                gradient.copy_(value)
-        return None if dim is False else values.detach().sum(dim)
+    All tensors have one shape and dtype, `x` as `target` makes it. The derivative by each parameter goes into the tensor of
+    `out` at its place, unless that is None. `spare` are two buffers of that shape, to be written to; the values may lie there.
+    It returns None where some of the input needs `nll`, as one whose derivatives overflow does. None: there is no such form,
+    and autograd differentiates `nll`.
+    """
 
     def takes_samples(self, parameters: int, weighted: bool) -> bool:
         """Whether a call may have several samples of all of x, one after the other."""

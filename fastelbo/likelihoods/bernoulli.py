@@ -7,7 +7,7 @@ from torch import Tensor
 from ..basics.numerics import log_ratio_to_tanh, nan_unless, softplus
 from ..basics.records import canonical, record
 from ..basics.scalars import check_real
-from .base import ONE, Likelihood, check_given_once
+from .base import ONE, Likelihood, OnePass, check_given_once
 from .values import BITS, UNIT
 
 DENOMINATOR = 9.999999960041972e-13  # 1e-12 in float32, which Torch clamps by in every dtype
@@ -38,20 +38,18 @@ class Bernoulli(Likelihood):
                 return F.binary_cross_entropy(p, x, reduction="none") + invalid
         return F.binary_cross_entropy(p, x, reduction="none") + invalid
 
-    def one_pass(self, parameters, x, dim, factor, out, spare):
+    def one_pass(self, parameters, x, wants_value, out, spare):
         # As in Torch: logarithms clamped at -100.
-        (p,), (gradient,), total = parameters, out, None
-        if dim is not False:
-            a, b = spare
-            torch.log(p, out=a).clamp_(min=-100)
-            torch.neg(p, out=b).log1p_().clamp_(min=-100)
-            total = torch.lerp(b, a, x, out=b).sum(dim).neg_()
+        (p,), (gradient,), values = parameters, out, None
         if gradient is not None:
             denominator = torch.sub(ONE, p, out=spare[1]).mul_(p).clamp_(min=DENOMINATOR)
             torch.sub(p, x, out=gradient).div_(denominator)
-            if isinstance(factor, Tensor) or factor != 1:
-                gradient.mul_(factor)
-        return total
+        if wants_value:
+            a, b = spare
+            torch.log(p, out=a).clamp_(min=-100)
+            torch.neg(p, out=b).log1p_().clamp_(min=-100)
+            values = torch.lerp(b, a, x, out=b)
+        return OnePass(values, -1.0)
 
 
 @record
@@ -103,21 +101,19 @@ class BernoulliLogits(Likelihood):
         positive = x * softplus(-logits)
         return (1 - x) * softplus(logits) + positive * (pos_weight[0] if pos_weight else self.pos_weight)
 
-    def one_pass(self, parameters, x, dim, factor, out, spare):
+    def one_pass(self, parameters, x, wants_value, out, spare):
         if len(parameters) > 1 or self.pos_weight is not None:
-            return super().one_pass(parameters, x, dim, factor, out, spare)
+            return None
         # max(l, 0) - x l + log1p(exp(-|l|)); the last term is -log(1 - q) with q = sigmoid(-|l|), which is cheaper than exp.
-        (logit,), (gradient,), total = parameters, out, None
-        if dim is not False:
+        (logit,), (gradient,), values = parameters, out, None
+        if wants_value:
             a, b = spare
             positive = torch.clamp_min(logit, 0, out=a)
             torch.sub(logit, positive, alpha=2, out=b).sigmoid_().neg_().log1p_()
-            total = positive.addcmul_(logit, x, value=-1).sub_(b).sum(dim)
+            values = positive.addcmul_(logit, x, value=-1).sub_(b)
         if gradient is not None:
             torch.sigmoid(logit, out=gradient).sub_(x)
-            if isinstance(factor, Tensor) or factor != 1:
-                gradient.mul_(factor)
-        return total
+        return OnePass(values)
 
     def function(self, parameters):
         return self.kernel if parameters == 1 else "bernoulli_logits_weighted"

@@ -8,7 +8,7 @@ from ..basics.arguments import check_alike
 from ..basics.records import canonical, record
 from ..basics.scalars import check_integer
 from ..basics.tracing import is_seen
-from .base import Likelihood, check_labelled_dim, check_own_dim
+from .base import ONE, Likelihood, OnePass, check_labelled_dim, check_own_dim
 from .values import NONNEGATIVE, Range
 
 WEIGHTS = NONNEGATIVE._replace(silent=True)  # of logarithms; a negative one gives a finite loss
@@ -41,6 +41,16 @@ class Classes(Likelihood):
         log_p = F.log_softmax(parameters[0], self.dim)
         # An item that is masked by a logit of -infinity has no counts.
         return -torch.where((x == 0) & log_p.isinf(), 0.0, log_p * x).sum(self.dim)
+
+    def one_pass(self, parameters, x, wants_value, out, spare):
+        (logits,), (gradient,), dim = parameters, out, self.dim or 0
+        log_p = torch.log_softmax(logits, dim, out=spare[0] if gradient is None else gradient)
+        values = torch.mul(log_p, x, out=spare[1]).sum(dim)
+        if not torch.isfinite(values).all():
+            return None
+        if gradient is not None:
+            gradient.exp_().mul_(x.sum(dim, keepdim=True)).sub_(x)
+        return OnePass(values, -1.0)
 
 
 @record
@@ -116,6 +126,30 @@ class Categorical(Classes):
             logits = torch.where(ignored.unsqueeze(1), 0.0, logits)  # or the gradient by a NaN that does not count would be NaN
         nll = F.cross_entropy(logits, torch.where(ignored | outside, 0, x), reduction="none")
         return torch.where(outside, torch.nan, torch.where(ignored, 0.0, nll))
+
+    def one_pass(self, parameters, x, wants_value, out, spare):
+        (logits,), (gradient,) = parameters, out
+        if x.dim() == logits.dim():
+            return super().one_pass(parameters, x, wants_value, out, spare)
+        ignored = x == self.ignore_index
+        some = ignored.any()
+        labels = x.masked_fill(ignored, 0) if some else x
+        lowest, highest = torch.aminmax(labels)
+        if lowest < 0 or highest >= logits.shape[self.dim]:
+            return None
+        index = labels.unsqueeze(self.dim)
+        p = torch.softmax(logits, self.dim, out=spare[0] if gradient is None else gradient)
+        chosen = p.gather(self.dim, index)
+        if not chosen.min() > 1e-30:  # whose logarithm has lost its digits, or NaN
+            return None
+        values = torch.log(chosen).squeeze(self.dim)
+        if gradient is not None:
+            gradient.scatter_(self.dim, index, chosen.sub_(ONE))
+        if some:
+            values.masked_fill_(ignored, 0)
+            if gradient is not None:
+                gradient.masked_fill_(ignored.unsqueeze(self.dim), 0)
+        return OnePass(values, -1.0)
 
     def constants(self, parameters, x):
         return self.geometry(parameters[0]) | {"ignore_index": self.ignore_index}

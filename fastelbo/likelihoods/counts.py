@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..basics.numerics import log_factorial, log_gamma_ratio, softplus
 from ..basics.records import record
-from .base import Likelihood
+from .base import ONE, Likelihood, OnePass
 from .values import NONNEGATIVE, POSITIVE
 
 
@@ -26,6 +26,16 @@ class Poisson(Likelihood):
         zero = (rate == 0) & (x == 0)
         return rate - torch.where(zero, 0.0, x * torch.log(torch.where(zero, 1.0, rate))) + log_factorial(x)
 
+    def one_pass(self, parameters, x, wants_value, out, spare):
+        (rate,), (gradient,), values = parameters, out, None
+        if not rate.min() > SMALLEST:  # of 0, or whose reciprocal overflows, or of NaN
+            return None
+        if wants_value:
+            values = torch.log(rate, out=spare[0]).mul_(x).neg_().add_(rate).add_(log_factorial(x))
+        if gradient is not None:
+            torch.div(x, rate, out=gradient).neg_().add_(ONE)
+        return OnePass(values)
+
 
 @record
 class PoissonLog(Likelihood):
@@ -40,6 +50,18 @@ class PoissonLog(Likelihood):
     def nll(self, parameters, x):
         (log_rate,) = parameters
         return torch.exp(log_rate) - x * log_rate + log_factorial(x)
+
+    def one_pass(self, parameters, x, wants_value, out, spare):
+        (log_rate,), (gradient,), values = parameters, out, None
+        rate = torch.exp(log_rate, out=spare[0] if gradient is None else gradient)
+        if wants_value:
+            values = torch.addcmul(rate, x, log_rate, value=-1, out=spare[1]).add_(log_factorial(x))
+        if gradient is not None:
+            gradient.sub_(x)
+        return OnePass(values)
+
+
+SMALLEST = 1e-30  # of a rate by which a count is divided
 
 
 EPS = 1e-8  # by which scvi-tools keeps its logarithms from 0, and so a mean of 0 with a count above it from infinity

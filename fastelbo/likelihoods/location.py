@@ -12,7 +12,7 @@ from ..basics.numerics import positive, softplus
 from ..basics.records import canonical, check_choice, record
 from ..basics.scalars import check_real
 from ..basics.tracing import is_seen
-from .base import Likelihood, check_given_once
+from .base import Likelihood, OnePass, check_given_once
 from .values import POSITIVE
 
 SCALES = ("scale", "log_scale", "logvar")
@@ -28,21 +28,17 @@ class MSE(Likelihood):
     def nll(self, parameters, x):
         return F.mse_loss(parameters[0], x, reduction="none")
 
-    def one_pass(self, parameters, x, dim, factor, out, spare):
-        return _squares(parameters[0], x, dim, factor, out[0], spare)
+    def one_pass(self, parameters, x, wants_value, out, spare):
+        return OnePass(_squares(parameters[0], x, wants_value, out[0], spare), slopes=(2.0,))
 
 
-def _squares(
-    y: Tensor, x: Tensor, dim: int | bool | None, factor: Any, gradient: Tensor | None, spare: Sequence[Tensor]
-) -> Any:
-    """The sum of squares, and the gradient, as in `Likelihood.one_pass`."""
-    if gradient is None:
-        return torch.ops.aten.mse_loss.out(y, x, 0, out=spare[0]).sum(dim)  # not reduced; a pass less than below
-    torch.sub(y, x, out=gradient)
+def _squares(y: Tensor, x: Tensor, wants_value: bool, difference: Tensor | None, spare: Sequence[Tensor]) -> Tensor | None:
+    """The squares of differences, if they are wanted, and the differences."""
+    if difference is None:
+        return torch.ops.aten.mse_loss.out(y, x, 0, out=spare[0])  # not reduced; a pass less than below
+    torch.sub(y, x, out=difference)
     # torch.dot would be one pass less, but is off by 2e-4 for half a million elements.
-    total = None if dim is False else torch.mul(gradient, gradient, out=spare[1]).sum(dim)
-    gradient.mul_(2 * factor)
-    return total
+    return torch.mul(difference, difference, out=spare[1]) if wants_value else None
 
 
 @record
@@ -54,6 +50,12 @@ class L1(Likelihood):
 
     def nll(self, parameters, x):
         return F.l1_loss(parameters[0], x, reduction="none")
+
+    def one_pass(self, parameters, x, wants_value, out, spare):
+        difference = torch.sub(parameters[0], x, out=spare[0] if out[0] is None else out[0])
+        values = torch.abs(difference, out=spare[1]) if wants_value else None
+        difference.sign_()
+        return OnePass(values)
 
 
 @record
@@ -197,16 +199,11 @@ class Gaussian(Located):
         log_scale, inverse = self.log_and_inverse(scale[0])
         return 0.5 * ((x - mean) * inverse).square() + (log_scale + HALF_LOG_2PI)
 
-    def one_pass(self, parameters, x, dim, factor, out, spare):
+    def one_pass(self, parameters, x, wants_value, out, spare):
         if len(parameters) > 1:
-            return super().one_pass(parameters, x, dim, factor, out, spare)
-        scale = self.fixed
-        precision = 0.5 / scale**2
-        total = _squares(parameters[0], x, dim, None if factor is None else factor * precision, out[0], spare)
-        if dim is not False:
-            terms = x.numel() // max(total.numel(), 1)
-            total.mul_(precision).add_(terms * (math.log(scale) + HALF_LOG_2PI))
-        return total
+            return None
+        squares, precision = _squares(parameters[0], x, wants_value, out[0], spare), 0.5 / self.fixed**2
+        return OnePass(squares, precision, math.log(self.fixed) + HALF_LOG_2PI, (2 * precision,))
 
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
