@@ -330,6 +330,13 @@ def _latent_gradients(grad_z, mu, logvar, noise, factor, weight, dtype):
         factor = factor.unsqueeze(1) if per_sample else factor
         factor = factor * weight if weight != 1 else factor
         half = factor * HALF
+    is_small = mu.numel() <= SMALL and mu.dtype == logvar.dtype == dtype and not (per_sample and mu.dim() != 2)
+    if is_small and factor is not None and (grad_z is None or grad_z.dtype == noise.dtype == dtype):
+        grad_logvar = torch.expm1(logvar).mul_(half)
+        if grad_z is None:
+            return torch.mul(mu, factor), grad_logvar
+        shift = torch.mul(logvar, HALF).exp_().mul_(noise)
+        return torch.addcmul(grad_z, mu, factor), grad_logvar.addcmul_(shift, grad_z, value=0.5)
     grad_mu, grad_logvar = torch.empty_like(mu), torch.empty_like(logvar)
     for rows, m, lv, dz, eps, dm, dlv in _blocks(per_sample, mu, logvar, grad_z, noise, grad_mu, grad_logvar):
         m, lv = _converted("mu", m, dtype), _converted("logvar", lv, dtype)
@@ -394,6 +401,8 @@ def _scratch(name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _spare(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two buffers of the shape of `like`, likewise."""
+    if like.numel() <= SMALL:
+        return torch.empty_like(like, dtype=dtype), torch.empty_like(like, dtype=dtype)
     if like.device.type != "cpu" or (found := _memory.pairs.get(dtype)) is None or found.shape[1] < like.numel():
         return _made_pair(like, dtype)
     shape, stride = like.shape, like.stride()

@@ -10,6 +10,8 @@ from ..basics.scalars import check_real
 from .base import ONE, Likelihood, OnePass, check_given_once
 from .values import BITS, UNIT
 
+FEW = 2**14  # elements, up to which calls cost more than passes
+
 DENOMINATOR = 9.999999960041972e-13  # 1e-12 in float32, which Torch clamps by in every dtype
 
 
@@ -106,7 +108,9 @@ class BernoulliLogits(Likelihood):
             return None
         # max(l, 0) - x l + log1p(exp(-|l|)); the last term is -log(1 - q) with q = sigmoid(-|l|), which is cheaper than exp.
         (logit,), (gradient,), values = parameters, out, None
-        if wants_value:
+        if wants_value and logit.numel() <= FEW:
+            values = torch.binary_cross_entropy_with_logits(logit, x, None, None, 0)  # which is fewer calls, and more passes
+        elif wants_value:
             a, b = spare
             positive = torch.clamp_min(logit, 0, out=a)
             torch.sub(logit, positive, alpha=2, out=b).sigmoid_().neg_().log1p_()
