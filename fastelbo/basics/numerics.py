@@ -152,3 +152,33 @@ def log_ratio_to_tanh(x: Tensor) -> Tensor:
     near = math.log(2) + s * (1 / 12 + s * (-7 / 1440 + s * (31 / 90720 + s * (-127 / 4838400 + s * (73 / 34214400)))))
     far = torch.where(small, 1.0, x.abs())
     return torch.where(small, near, far.log() + softplus(-far) - log1mexp(far))
+
+
+def log_gamma_ratio_and_derivative(a: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """lgamma(a + n) - lgamma(a) and its derivative by a, digamma(a + n) - digamma(a), with the digits of float32.
+
+    Both from Stirling's series at a + 4 and a + n + 4, with what they share left out: three logarithms instead of two `lgamma`
+    and two `digamma`, which take four times as long. For `a` from 1e-6 on, and a + n up to 1e8, where a product of four
+    overflows.
+    """
+    lower, lower_product, lower_terms, lower_slopes = _shifted_stirling(a)
+    upper, upper_product, upper_terms, upper_slopes = _shifted_stirling(a + n)
+    log_ratio = torch.div(n, lower).log1p_()
+    derivative = torch.sub(lower_slopes, upper_slopes, out=upper_slopes).add_(log_ratio)  # `a` may be smaller than n
+    ratio = log_ratio.mul_(lower.sub_(0.5)).add_(upper_terms.sub_(lower_terms)).sub_(upper_product.div_(lower_product).log_())
+    return ratio.addcmul_(n, upper.log_().sub_(1)), derivative
+
+
+def _shifted_stirling(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y = z + 4; z (z + 1) (z + 2) (z + 3); what lgamma(y) is more than (y - 1/2) log(y) - y + log(2 pi) / 2; and what log(y)
+    is more than digamma(z) (Abramowitz and Stegun 6.1.40, 6.3.5 and 6.3.18)."""
+    pair = torch.addcmul(3 * z, z, z)  # z (z + 3); and (z + 1) (z + 2) is 2 more
+    product = torch.add(pair, 2).mul_(pair)
+    # 1/z + 1/(z+1) + 1/(z+2) + 1/(z+3) = (2 z + 3) (2 pair + 2) / product
+    fractions = torch.add(pair, 1).mul_(torch.add(z, 1.5)).mul_(4).div_(product)
+    y = z + 4
+    inverse = torch.reciprocal(y)
+    square = inverse * inverse
+    terms = torch.mul(square, 1 / 1260).sub_(1 / 360).mul_(square).add_(1 / 12).mul_(inverse)
+    slopes = torch.mul(square, 1 / 252).sub_(1 / 120).mul_(square).add_(1 / 12).mul_(square).add_(inverse, alpha=0.5)
+    return y, product, terms, slopes.add_(fractions)

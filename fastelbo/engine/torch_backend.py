@@ -147,9 +147,9 @@ def _reconstruct(plan, tensors, divisor, factor, wants, wants_sum):
         gradients = [
             torch.empty_like(p) if want and by is not None else None for p, want in zip(tensors[:n], wants, strict=True)
         ]
-        total = _block(plan, tensors[:n], x, weight, by, gradients, wants_sum, plan.per_sample)
+        total, _ = _block(plan, tensors[:n], x, weight, by, gradients, wants_sum, plan.per_sample)
     else:
-        compute = _in_blocks if plan.is_elementwise else _over_classes if plan.is_of_classes else _at_once
+        compute = _in_blocks if plan.is_elementwise else _over_classes if plan.is_of_classes else _in_rows
         total, gradients = compute(plan, tensors, by, wants, wants_sum)
     return total / divisor if wants_sum and divides else total, gradients
 
@@ -168,8 +168,12 @@ def _of_samples(plan, tensors, divisor, factor, wants, wants_sum):
 
 
 def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
-    """The weighted sum of a block, if it is wanted, and into `out` the gradients times `by`; all in one dtype, and the target
-    as the likelihood's formula takes it. A weight broadcasts to the terms."""
+    """`(sum, gradients)` of a block: the weighted sum, if it is wanted, and the gradients times `by`, in the tensors of `out`
+    that are not None. All come in one dtype, and the target as the likelihood's formula takes it.
+
+    A weight broadcasts to the terms, and parameters to the first. The gradient by one that is smaller is given for each
+    element, as large as the tensor of `out`, or summed.
+    """
     likelihood, found = plan.likelihood, None
     # Something weighted by 0 may be NaN, which only the sum tells.
     if likelihood.one_pass is not None and (wants_sum or weight is None):
@@ -195,7 +199,7 @@ def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
         factor = by if slope == 1 else by * slope
         if isinstance(factor, Tensor) or factor != 1:
             gradient.mul_(factor if isinstance(factor, Tensor) else _number(factor))
-    return total
+    return total, out
 
 
 def _by_formula(plan, parameters, x, weight, by, out, wants_sum, per_sample):
@@ -204,12 +208,15 @@ def _by_formula(plan, parameters, x, weight, by, out, wants_sum, per_sample):
     with torch.set_grad_enabled(any(wants)):
         leaves = [p.detach().requires_grad_(want) for p, want in zip(parameters, wants, strict=True)]
         values = formula.weighted_nll(plan.likelihood, leaves, x, weight)
+    gradients = list(out)
     if any(wants):
         # Not afterwards: a derivative may overflow, as that by a rate of 1e-39.
-        found = _derivatives(values, [leaf for leaf in leaves if leaf.requires_grad], by)
-        for gradient, value in zip((g for g in out if g is not None), found, strict=True):
-            gradient.copy_(value)
-    return _sum(values.detach(), per_sample) if wants_sum else None
+        found = iter(_derivatives(values, [leaf for leaf in leaves if leaf.requires_grad], by))
+        for i, gradient in enumerate(out):
+            if gradient is not None:
+                value = next(found)
+                gradients[i] = gradient.copy_(value) if value.shape == gradient.shape else value
+    return _sum(values.detach(), per_sample) if wants_sum else None, gradients
 
 
 def _derivatives(values, leaves, by):
@@ -253,7 +260,7 @@ def _in_blocks(plan, tensors, by, wants, wants_sum):
         w = w if w is None else _converted("weight", w, dtype)
         given, slopes = _as_computed(blocks, n, dtype)
         f = by[rows] if isinstance(by, Tensor) and by.dim() else by
-        parts.append((rows, _block(plan, given, t, w, f, slopes, wants_sum, per_sample)))
+        parts.append((rows, _block(plan, given, t, w, f, slopes, wants_sum, per_sample)[0]))
         _put_back(slopes, blocks[n:])
     return _total(parts, x, 1.0, per_sample, dtype) if wants_sum else None, out
 
@@ -273,7 +280,7 @@ def _over_classes(plan, tensors, by, wants, wants_sum):
         target = likelihood.target(given[0], x[rows], dtype)
         w = None if weight is None else weight[rows].to(dtype)
         f = by[rows].reshape(-1, *[1] * (logits.dim() - 1)) if isinstance(by, Tensor) and by.dim() else by
-        parts.append((rows, _block(plan, given, target, w, f, slopes, wants_sum, per_sample)))
+        parts.append((rows, _block(plan, given, target, w, f, slopes, wants_sum, per_sample)[0]))
         _put_back(slopes, block[1:])
     return _total(parts, logits, 1.0, per_sample, dtype) if wants_sum else None, [out]
 
@@ -291,19 +298,37 @@ def _put_back(slopes, gradients):
             gradient.copy_(slope)
 
 
-def _at_once(plan, tensors, by, wants, wants_sum):
-    """Likewise, where parameters are smaller than the target, by the derivative of the formula."""
-    call = plan.call
-    parameters, x, weight, _ = call.split(tensors)
-    differentiates = by is not None and True in wants
-    with torch.set_grad_enabled(differentiates):
-        leaves = [p.detach().requires_grad_(want and differentiates) for p, want in zip(parameters, wants, strict=True)]
-        values = formula.elements(call, leaves, x, weight)
-    gradients = [None] * len(leaves)
-    if differentiates:
-        found = iter(_derivatives(values, [leaf for leaf in leaves if leaf.requires_grad], by))
-        gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
-    return formula.reduced(values.detach(), call.reduction) if wants_sum else None, gradients
+def _in_rows(plan, tensors, by, wants, wants_sum):
+    """Likewise, of parameters smaller than the target, some rows at a time; all at once where a likelihood has no form of its
+    own, since autograd then keeps small what is small."""
+    dtype, per_sample, likelihood = plan.dtype, plan.per_sample, plan.likelihood
+    parameters, x, weight, _ = plan.call.split(tensors)
+    shape, batch, parts = parameters[0].shape, x.shape[0], []
+    aligned = [p.reshape([1] * (len(shape) - p.dim()) + list(p.shape)) for p in parameters]
+    totals = [
+        None if not want or by is None else (torch.empty_like if p.shape == shape else torch.zeros_like)(p, dtype=dtype)
+        for p, want in zip(aligned, wants, strict=True)
+    ]
+
+    def of_rows(value, rows):
+        return value[rows] if value is not None and value.shape[0] == batch else value
+
+    height = batch if likelihood.one_pass is None or likelihood.dim is not None else max(1, _limit() // max(1, x[0].numel()))
+    for i in range(0, batch, height):
+        rows = slice(i, i + height)
+        given = [of_rows(p, rows).to(dtype) for p in aligned]
+        target = likelihood.target(given[0], x[rows], dtype)
+        w = None if weight is None else of_rows(weight, rows).to(dtype)
+        f = by[rows].reshape(-1, *[1] * (len(shape) - 1)) if isinstance(by, Tensor) and by.dim() else by
+        places = [of_rows(t, rows) for t in totals]
+        out = [t if t is None or t.shape == given[0].shape else torch.empty_like(given[0]) for t in places]
+        total, gradients = _block(plan, given, target, w, f, out, wants_sum, per_sample)
+        parts.append((rows, total))
+        for place, gradient in zip(places, gradients, strict=True):
+            if place is not gradient:
+                place.add_(gradient.sum_to_size(place.shape))
+    found = [t if t is None else t.view(p.shape).to(p.dtype) for t, p in zip(totals, parameters, strict=True)]
+    return _total(parts, x, 1.0, per_sample, dtype) if wants_sum else None, found
 
 
 def _divergence(mu, logvar, weight, per_sample, dtype):

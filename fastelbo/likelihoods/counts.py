@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..basics.numerics import log_factorial, log_gamma_ratio, softplus
+from ..basics.numerics import log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative, softplus
 from ..basics.records import record
 from .base import ONE, Likelihood, OnePass
 from .values import NONNEGATIVE, POSITIVE
@@ -88,6 +88,21 @@ class NegativeBinomial(Likelihood):
         mean, theta = parameters
         return zeros_nll(mean, theta) + _beyond_zero(mean, theta, x)
 
+    def one_pass(self, parameters, x, wants_value, out, spare):
+        (mean, theta), (to_mean, to_theta) = parameters, out
+        if not _is_common(mean, theta, x):
+            return None
+        # Of a count of 0: theta log1p(mean / theta).
+        ratio = torch.div(mean, theta + EPS, out=spare[0])
+        values = torch.log1p(ratio, out=spare[1])
+        if to_mean is not None or to_theta is not None:
+            share = torch.add(mean, theta, out=to_mean).add_(EPS).reciprocal_().mul_(theta)
+            if to_theta is not None:
+                torch.addcmul(values, share, ratio, value=-1, out=to_theta)
+        values.mul_(theta)
+        _add_beyond_zero(mean, theta, x, values if wants_value else None, to_mean, to_theta)
+        return OnePass(values, slopes=(1.0, 1.0))
+
 
 @record
 class ZeroInflatedNegativeBinomial(Likelihood):
@@ -122,3 +137,46 @@ def zeros_nll(mean: Tensor, theta: Tensor) -> Tensor:
 def _beyond_zero(mean: Tensor, theta: Tensor, x: Tensor) -> Tensor:
     """What -log p(x) is more than -log p(0)."""
     return log_factorial(x) - log_gamma_ratio(theta, x) + x * torch.log1p(theta / (mean + EPS))
+
+
+LEAST, MOST = 1e-6, 1e8  # of theta, and of theta and a count, for the faster form in float32
+
+
+def _is_common(mean: Tensor, theta: Tensor, x: Tensor) -> bool:
+    """Whether nothing is rare: no NaN, none below 0, nothing that the series are not for."""
+    if x.dtype != torch.float32 or not (mean.is_contiguous() and x.is_contiguous()):
+        return False
+    (lowest_mean, highest_mean), (lowest, highest), (least, most) = torch.aminmax(mean), torch.aminmax(theta), torch.aminmax(x)
+    return bool((lowest_mean >= 0) & (highest_mean < MOST) & (lowest >= LEAST) & (highest + most < MOST) & (least >= 0))
+
+
+def _add_beyond_zero(mean, theta, x, values, to_mean, to_theta) -> None:
+    """Add what a negative binomial's -log p(x) is more than -log p(0), and the derivatives: where counts are mostly zeros, for
+    the others alone."""
+    if 2 * torch.count_nonzero(x) > x.numel():
+        _beyond_zero_of(mean, theta, x, values, to_mean, to_theta, lambda total, part: total.add_(part))
+        return
+    flat = x.view(-1)
+    index = flat.nonzero().squeeze(1)
+    if theta.numel() == 1:
+        t = theta.reshape(())
+    elif theta.shape == x.shape[x.dim() - theta.dim() :]:
+        t = theta.reshape(-1).index_select(0, index if theta.numel() == x.numel() else index % theta.numel())
+    else:
+        t = theta.expand_as(x).reshape(-1).index_select(0, index)
+    _beyond_zero_of(
+        mean.view(-1).index_select(0, index), t, flat.index_select(0, index), values, to_mean, to_theta,
+        lambda total, part: total.view(-1).index_add_(0, index, part),
+    )  # fmt: skip
+
+
+def _beyond_zero_of(mean, theta, count, values, to_mean, to_theta, add) -> None:
+    mean = mean + EPS
+    gamma, slope = log_gamma_ratio_and_derivative(theta, count)
+    if values is not None:
+        add(values, torch.div(theta, mean).log1p_().mul_(count).sub_(gamma).add_(log_factorial(count)))
+    by_sum = torch.div(count, mean + theta)
+    if to_mean is not None:
+        add(to_mean, torch.div(theta, mean).mul_(by_sum).neg_())
+    if to_theta is not None:
+        add(to_theta, by_sum.sub_(slope))
