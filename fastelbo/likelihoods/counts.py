@@ -92,15 +92,9 @@ class NegativeBinomial(Likelihood):
         (mean, theta), (to_mean, to_theta) = parameters, out
         if not _is_common(mean, theta, x):
             return None
-        # Of a count of 0: theta log1p(mean / theta).
-        ratio = torch.div(mean, theta + EPS, out=spare[0])
-        values = torch.log1p(ratio, out=spare[1])
-        if to_mean is not None or to_theta is not None:
-            share = torch.add(mean, theta, out=to_mean).add_(EPS).reciprocal_().mul_(theta)
-            if to_theta is not None:
-                torch.addcmul(values, share, ratio, value=-1, out=to_theta)
-        values.mul_(theta)
-        _add_beyond_zero(mean, theta, x, values if wants_value else None, to_mean, to_theta)
+        values = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
+        index = None if 2 * torch.count_nonzero(x) > x.numel() else x.view(-1).nonzero().squeeze(1)
+        _add_beyond_zero(mean, theta, x, index, values if wants_value else None, to_mean, to_theta)
         return OnePass(values, slopes=(1.0, 1.0))
 
 
@@ -128,6 +122,41 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         is_zero = torch.where(near, -torch.log1p(-torch.where(near, q, 0.0)), softplus(-logits) - softplus(-logits - zeros))
         return torch.where((x < EPS) & (x >= 0), is_zero, softplus(logits) + zeros + _beyond_zero(mean, theta, x))
 
+    def one_pass(self, parameters, x, wants_value, out, spare):
+        (mean, theta, logits), (to_mean, to_theta, to_logits) = parameters, out
+        if logits.shape != x.shape or not logits.is_contiguous() or not _is_common(mean, theta, x):
+            return None
+        zeros = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
+        index = (x.view(-1) >= EPS).nonzero().squeeze(1)
+        if index.numel() == x.numel():
+            if to_logits is not None:
+                torch.sigmoid(logits, out=to_logits)
+            values = zeros.add_(softplus(logits)) if wants_value else None
+            _add_beyond_zero(mean, theta, x, None, values, to_mean, to_theta)
+            return OnePass(values, slopes=(1.0, 1.0, 1.0))
+        # p(0) = inflated + (1 - inflated) exp(-zeros), of which neither term is negative; and 1 - p(0), where that is small.
+        inflated, chance = torch.sigmoid(logits), torch.exp(-zeros)
+        other = 1 - inflated
+        missed = torch.expm1(-zeros).mul_(other).neg_()
+        by_zeros = chance.mul_(other)
+        p = torch.add(inflated, by_zeros, out=other)
+        if not p.min() > 1e-30:  # whose logarithm has lost its digits, or NaN
+            return None
+        values = torch.where(missed < 0.5, torch.log1p(-missed), torch.log(p)).neg_() if wants_value else None
+        by_zeros.div_(p)
+        if to_logits is not None:
+            torch.mul(inflated, missed, out=to_logits).div_(p).neg_()
+            to_logits.view(-1).index_copy_(0, index, inflated.view(-1).index_select(0, index))
+        if values is not None:
+            found = softplus(logits.view(-1).index_select(0, index)).add_(zeros.view(-1).index_select(0, index))
+            values.view(-1).index_copy_(0, index, found)
+        by_zeros.view(-1).index_fill_(0, index, 1)
+        for gradient in (to_mean, to_theta):
+            if gradient is not None:
+                gradient.mul_(by_zeros)
+        _add_beyond_zero(mean, theta, x, None if 2 * index.numel() > x.numel() else index, values, to_mean, to_theta)
+        return OnePass(values, slopes=(1.0, 1.0, 1.0))
+
 
 def zeros_nll(mean: Tensor, theta: Tensor) -> Tensor:
     """-log p(0) of a negative binomial."""
@@ -150,14 +179,23 @@ def _is_common(mean: Tensor, theta: Tensor, x: Tensor) -> bool:
     return bool((lowest_mean >= 0) & (highest_mean < MOST) & (lowest >= LEAST) & (highest + most < MOST) & (least >= 0))
 
 
-def _add_beyond_zero(mean, theta, x, values, to_mean, to_theta) -> None:
-    """Add what a negative binomial's -log p(x) is more than -log p(0), and the derivatives: where counts are mostly zeros, for
-    the others alone."""
-    if 2 * torch.count_nonzero(x) > x.numel():
+def _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare) -> Tensor:
+    """-log p(0) of a negative binomial, theta log1p(mean / theta), and its derivatives."""
+    ratio = torch.div(mean, theta + EPS, out=spare[0])
+    values = torch.log1p(ratio, out=spare[1])
+    if to_mean is not None or to_theta is not None:
+        share = torch.add(mean, theta, out=to_mean).add_(EPS).reciprocal_().mul_(theta)
+        if to_theta is not None:
+            torch.addcmul(values, share, ratio, value=-1, out=to_theta)
+    return values.mul_(theta)
+
+
+def _add_beyond_zero(mean, theta, x, index, values, to_mean, to_theta) -> None:
+    """Add what a negative binomial's -log p(x) is more than -log p(0), and the derivatives: of the elements in `index`, which
+    the others are zeros beside, or of all if it is None."""
+    if index is None:
         _beyond_zero_of(mean, theta, x, values, to_mean, to_theta, lambda total, part: total.add_(part))
         return
-    flat = x.view(-1)
-    index = flat.nonzero().squeeze(1)
     if theta.numel() == 1:
         t = theta.reshape(())
     elif theta.shape == x.shape[x.dim() - theta.dim() :]:
@@ -165,7 +203,7 @@ def _add_beyond_zero(mean, theta, x, values, to_mean, to_theta) -> None:
     else:
         t = theta.expand_as(x).reshape(-1).index_select(0, index)
     _beyond_zero_of(
-        mean.view(-1).index_select(0, index), t, flat.index_select(0, index), values, to_mean, to_theta,
+        mean.view(-1).index_select(0, index), t, x.view(-1).index_select(0, index), values, to_mean, to_theta,
         lambda total, part: total.view(-1).index_add_(0, index, part),
     )  # fmt: skip
 
