@@ -159,7 +159,10 @@ def test_what_does_not_count_may_be_anything(name):
         for number in numbers + ((math.nan,) if argument != "x" or isinstance(case.x, float) else ()):
             parameters, x = tensors(case, argument, number)
             got = loss(parameters, x, case.likelihood, weight=weights(case.likelihood, True)).loss
-            torch.testing.assert_close((got, torch.autograd.grad(got, parameters)), (expected, slopes), rtol=0, atol=0)
+            found = torch.autograd.grad(got, parameters)
+            # The formula may be taken in place of the form in one pass, which rounds elsewhere.
+            torch.testing.assert_close((got, found), (expected, slopes), rtol=1e-5, atol=1e-7)
+            assert all(torch.equal(a == 0, b == 0) for a, b in zip(found, slopes, strict=True))
 
 
 @pytest.mark.parametrize("likelihood", ("bernoulli", "multinomial"))

@@ -44,12 +44,15 @@ class Classes(Likelihood):
 
     def one_pass(self, parameters, x, wants_value, out, spare):
         (logits,), (gradient,), dim = parameters, out, self.dim or 0
-        log_p = torch.log_softmax(logits, dim, out=spare[0] if gradient is None else gradient)
-        values = torch.mul(log_p, x, out=spare[1]).sum(dim)
+        p = torch.softmax(logits, dim, out=spare[0] if gradient is None else gradient)
+        total = x.sum(dim, keepdim=True)
+        # log p is what a logit lacks of the highest, and the logarithm of the highest p: two terms of one sign.
+        below = torch.sub(logits, logits.amax(dim, keepdim=True), out=spare[1]).mul_(x)
+        values = torch.addcmul(below.sum(dim), total.squeeze(dim), p.amax(dim).log_())
         if not torch.isfinite(values).all():
             return None
         if gradient is not None:
-            gradient.exp_().mul_(x.sum(dim, keepdim=True)).sub_(x)
+            gradient.mul_(total).sub_(x)
         return OnePass(values, -1.0)
 
 

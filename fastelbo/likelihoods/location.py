@@ -12,7 +12,7 @@ from ..basics.numerics import positive, softplus
 from ..basics.records import canonical, check_choice, record
 from ..basics.scalars import check_real
 from ..basics.tracing import is_seen
-from .base import Likelihood, OnePass, check_given_once
+from .base import ONE, Likelihood, OnePass, check_given_once
 from .values import POSITIVE
 
 SCALES = ("scale", "log_scale", "logvar")
@@ -52,10 +52,15 @@ class L1(Likelihood):
         return F.l1_loss(parameters[0], x, reduction="none")
 
     def one_pass(self, parameters, x, wants_value, out, spare):
-        difference = torch.sub(parameters[0], x, out=spare[0] if out[0] is None else out[0])
-        values = torch.abs(difference, out=spare[1]) if wants_value else None
-        difference.sign_()
-        return OnePass(values)
+        return OnePass(_distances(parameters[0], x, wants_value, out[0], spare))
+
+
+def _distances(y: Tensor, x: Tensor, wants_value: bool, signs: Tensor | None, spare: Sequence[Tensor]) -> Tensor | None:
+    """The sizes of differences, if they are wanted, and their signs."""
+    difference = torch.sub(y, x, out=spare[0] if signs is None else signs)
+    values = torch.abs(difference, out=spare[1]) if wants_value else None
+    difference.sign_()
+    return values
 
 
 @record
@@ -94,6 +99,26 @@ class Scaled(Likelihood):
             return torch.log(given), 1 / given
         log_scale = {"scale": torch.log, "log_scale": lambda t: t, "logvar": lambda t: 0.5 * t}[self.parameter](given)
         return self.bounded(log_scale)
+
+    def simple_inverse(self, given: Tensor) -> Tensor | None:
+        """The reciprocal of the scale where no branch is needed for it."""
+        if self.soft_min is not None:
+            return None
+        if self.parameter == "scale":
+            return torch.reciprocal(given) if given.min() > 0 else None
+        return torch.mul(given, -1.0 if self.parameter == "log_scale" else -0.5).exp_()
+
+    def with_logarithm(self, values: Tensor, given: Tensor, times: float) -> Tensor:
+        """Values with so many logarithms of the scale added, in place."""
+        if self.parameter == "scale":
+            return values.add_(torch.log(given), alpha=times)
+        return values.add_(given, alpha=times if self.parameter == "log_scale" else 0.5 * times)
+
+    def slope_of_scale(self, by_logarithm: Tensor, inverse: Tensor) -> float:
+        """From a derivative by the logarithm that by the parameter, in place but for a number that is returned."""
+        if self.parameter == "scale":
+            by_logarithm.mul_(inverse)
+        return 0.5 if self.parameter == "logvar" else 1.0
 
     def bounded(self, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         """Likewise, from a logarithm that has no bound yet."""
@@ -200,10 +225,21 @@ class Gaussian(Located):
         return 0.5 * ((x - mean) * inverse).square() + (log_scale + HALF_LOG_2PI)
 
     def one_pass(self, parameters, x, wants_value, out, spare):
-        if len(parameters) > 1:
+        if len(parameters) == 1:
+            squares, precision = _squares(parameters[0], x, wants_value, out[0], spare), 0.5 / self.fixed**2
+            return OnePass(squares, precision, math.log(self.fixed) + HALF_LOG_2PI, (2 * precision,))
+        (mean, given), (to_mean, to_given) = parameters, out
+        inverse, slope = self.simple_inverse(given), 1.0
+        if inverse is None:
             return None
-        squares, precision = _squares(parameters[0], x, wants_value, out[0], spare), 0.5 / self.fixed**2
-        return OnePass(squares, precision, math.log(self.fixed) + HALF_LOG_2PI, (2 * precision,))
+        errors = torch.sub(mean, x, out=spare[0]).mul_(inverse)
+        squares = torch.mul(errors, errors, out=spare[1])
+        if to_mean is not None:
+            torch.mul(errors, inverse, out=to_mean)
+        if to_given is not None:
+            slope = self.slope_of_scale(torch.sub(ONE, squares, out=to_given), inverse)
+        values = self.with_logarithm(squares, given, 2.0) if wants_value else None
+        return OnePass(values, 0.5, HALF_LOG_2PI, (1.0, slope))
 
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -238,6 +274,24 @@ class Laplace(Located):
             return (x - mean).abs() / self.scale + (math.log(self.scale) + math.log(2))
         log_scale, inverse = self.log_and_inverse(scale[0])
         return (x - mean).abs() * inverse + (log_scale + math.log(2))
+
+    def one_pass(self, parameters, x, wants_value, out, spare):
+        mean, *given = parameters
+        if not given:
+            distances = _distances(mean, x, wants_value, out[0], spare)
+            return OnePass(distances, 1 / self.scale, math.log(2 * self.scale), (1 / self.scale,))
+        (given,), (to_mean, to_given) = given, out
+        inverse, slope = self.simple_inverse(given), 1.0
+        if inverse is None:
+            return None
+        difference = torch.sub(mean, x, out=spare[0])
+        errors = torch.abs(difference, out=spare[1]).mul_(inverse)
+        if to_mean is not None:
+            torch.sign(difference, out=to_mean).mul_(inverse)
+        if to_given is not None:
+            slope = self.slope_of_scale(torch.sub(ONE, errors, out=to_given), inverse)
+        values = self.with_logarithm(errors, given, 1.0) if wants_value else None
+        return OnePass(values, 1.0, math.log(2), (1.0, slope))
 
 
 @record
