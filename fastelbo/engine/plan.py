@@ -23,6 +23,7 @@ from ..likelihoods import Likelihood
 from ..likelihoods.values import Range, support_to_check
 from . import torch_backend
 from .backend import backend_for
+from .blocks import BLOCK, SMALL
 from .call import KLCall, LossCall, Objective, check_kl, check_loss
 from .guess import Guess
 
@@ -150,7 +151,7 @@ class LossPlan:
         self.is_elementwise = likelihood.dim is None and all(t.shape == first.shape for t in parameters)
         self.is_of_classes = likelihood.dim is not None and likelihood.one_pass is not None
         same = self.scaling == (1.0, 0.0) and all(t.dtype == dtype for t in (*parameters, x, *([weight] * call.weighted)))
-        small = first.numel() <= torch_backend.BLOCK and (first.dim() == 2 or not call.per_sample)
+        small = first.numel() <= BLOCK and (first.dim() == 2 or not call.per_sample)
         self.is_whole = self.is_elementwise and same and small
 
     def dense(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -250,7 +251,7 @@ class LatentsPlan:
             self.backend = None
         self.layout, self.noise_layout = layout_of(mu), layout_of(tensors[1])
         # To the Torch backend: one small block, in the dtype of the arithmetic.
-        self.is_whole = mu.numel() <= torch_backend.SMALL and mu.dtype == tensors[1].dtype == call.dtype
+        self.is_whole = mu.numel() <= SMALL and mu.dtype == tensors[1].dtype == call.dtype
         dense = self.dense(tensors)
         self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))
         self.strides = tuple(map(_stride, dense))
