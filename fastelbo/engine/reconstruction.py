@@ -49,8 +49,8 @@ def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
     element, as large as the tensor of `out`, or summed.
     """
     likelihood, found = plan.likelihood, None
-    # Something weighted by 0 may be NaN, which only the sum tells.
-    if likelihood.one_pass is not None and (wants_sum or weight is None):
+    # Something weighted by 0 may be NaN, which only the sum tells, and that only where looking costs no sync.
+    if likelihood.one_pass is not None and (weight is None or (wants_sum and x.device.type == "cpu")):
         found = likelihood.one_pass(parameters, x, wants_sum, out, spare(parameters[0], plan.dtype))
     total = None
     if found is not None and wants_sum:

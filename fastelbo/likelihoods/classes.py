@@ -44,6 +44,8 @@ class Classes(Likelihood):
 
     def one_pass(self, parameters, x, wants_value, out, spare):
         (logits,), (gradient,), dim = parameters, out, self.dim or 0
+        if not is_seen(x):
+            return None
         p = torch.softmax(logits, dim, out=spare[0] if gradient is None else gradient)
         total = x.sum(dim, keepdim=True)
         # log p is what a logit lacks of the highest, and the logarithm of the highest p: two terms of one sign.
@@ -134,6 +136,8 @@ class Categorical(Classes):
         (logits,), (gradient,) = parameters, out
         if x.dim() == logits.dim():
             return super().one_pass(parameters, x, wants_value, out, spare)
+        if not is_seen(x):
+            return None
         ignored = x == self.ignore_index
         some = ignored.any()
         labels = x.masked_fill(ignored, 0) if some else x

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..basics.numerics import log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative, softplus
 from ..basics.records import record
+from ..basics.tracing import is_seen
 from .base import ONE, Likelihood, OnePass
 from .values import NONNEGATIVE, POSITIVE
 
@@ -28,7 +29,7 @@ class Poisson(Likelihood):
 
     def one_pass(self, parameters, x, wants_value, out, spare):
         (rate,), (gradient,), values = parameters, out, None
-        if not rate.min() > SMALLEST:  # of 0, or whose reciprocal overflows, or of NaN
+        if not is_seen(rate) or not rate.min() > SMALLEST:  # of 0, or whose reciprocal overflows, or of NaN
             return None
         if wants_value:
             values = torch.log(rate, out=spare[0]).mul_(x).neg_().add_(rate).add_(log_factorial(x))
@@ -173,7 +174,7 @@ LEAST, MOST = 1e-6, 1e8  # of theta, and of theta and a count, for the faster fo
 
 def _is_common(mean: Tensor, theta: Tensor, x: Tensor) -> bool:
     """Whether nothing is rare: no NaN, none below 0, nothing that the series are not for."""
-    if x.dtype != torch.float32 or not (mean.is_contiguous() and x.is_contiguous()):
+    if not is_seen(x) or x.dtype != torch.float32 or not (mean.is_contiguous() and x.is_contiguous()):
         return False
     (lowest_mean, highest_mean), (lowest, highest), (least, most) = torch.aminmax(mean), torch.aminmax(theta), torch.aminmax(x)
     return bool((lowest_mean >= 0) & (highest_mean < MOST) & (lowest >= LEAST) & (highest + most < MOST) & (least >= 0))

@@ -105,7 +105,7 @@ class Scaled(Likelihood):
         if self.soft_min is not None:
             return None
         if self.parameter == "scale":
-            return torch.reciprocal(given) if given.min() > 0 else None
+            return torch.reciprocal(given) if is_seen(given) and given.min() > 0 else None
         return torch.mul(given, -1.0 if self.parameter == "log_scale" else -0.5).exp_()
 
     def with_logarithm(self, values: Tensor, given: Tensor, times: float) -> Tensor:
