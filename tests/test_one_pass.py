@@ -1,0 +1,153 @@
+"""Value and gradients of a likelihood in one pass, in Torch on a CPU: the formula's numbers, whatever is rare and however the
+blocks are cut."""
+
+import math
+
+import pytest
+import torch
+
+import fastelbo
+from conftest import BACKEND
+from fastelbo.basics.numerics import log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative
+from fastelbo.engine import blocks, formula
+from fastelbo.likelihoods import Gaussian, Laplace, find_likelihood
+from likelihood_cases import CASES, recon_x
+from support import gradients
+
+pytestmark = pytest.mark.skipif(BACKEND != "torch" or torch.cuda.is_available(), reason="about Torch on a CPU")
+
+SUMMED = [name for name, case in CASES.items() if find_likelihood(case.likelihood).inner is None]
+HAVE_A_FORM = [
+    name for name, case in CASES.items()
+    if find_likelihood(case.likelihood).one_pass is not None
+    and getattr(case.likelihood, "soft_min", None) is None
+    and "pos_weight" not in name
+]  # fmt: skip
+
+
+def loss(parameters, x, likelihood, reduction, weight):
+    kl = torch.zeros(x.shape[:1] if reduction == "none" else ())
+    return fastelbo.loss(recon_x(parameters), x, kl=kl, likelihood=likelihood, reduction=reduction, weight=weight).recon
+
+
+def truth(parameters, x, likelihood, reduction, weight):
+    """By the formula, in float64."""
+    wide = [p.detach().double().requires_grad_() for p in parameters]
+    likelihood = find_likelihood(likelihood)
+    target = likelihood.target(wide[0], x, torch.float64)
+    if weight is not None:
+        weight = weight.double()
+        if (dim := likelihood.term_dim(wide[0], x)) is not None:
+            weight = weight.squeeze(dim)
+    values = formula.weighted_nll(likelihood, wide, target, weight)
+    return formula.reduced(values, reduction), wide
+
+
+def same(got, expected, parameters, wide, magnitude) -> None:
+    upstream = torch.rand_like(got)
+    torch.testing.assert_close(got.double(), expected.detach(), rtol=1e-5, atol=2e-6 * magnitude, equal_nan=True)
+    found = gradients(got, *parameters, grad_outputs=upstream)
+    for a, b in zip(found, gradients(expected, *wide, grad_outputs=upstream.double()), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=1e-5 * max(1.0, b.abs().max().item()), equal_nan=True)
+
+
+@pytest.mark.parametrize("weights", ("", "weights", "of samples"))
+@pytest.mark.parametrize("reduction", ("sum", "none"))
+@pytest.mark.parametrize("size", (1, 37, 2**20))
+@pytest.mark.parametrize("name", SUMMED)
+def test_blocks(name, size, reduction, weights, monkeypatch):
+    """Of a row, or of less, and of everything."""
+    monkeypatch.setattr(blocks, "BLOCK", size)
+    monkeypatch.setattr(blocks, "THREAD", 1)
+    case = CASES[name]
+    parameters, x = case.make(torch.float32, torch.device("cpu"))
+    weight, likelihood = None, find_likelihood(case.likelihood)
+    if weights:
+        shape = list(x.shape)
+        if (dim := likelihood.term_dim(parameters[0], x)) is not None:
+            shape[dim] = 1
+        shape = shape if weights == "weights" else [shape[0], *[1] * (len(shape) - 1)]
+        weight = torch.randint(0, 3, shape).float() / 2
+    expected, wide = truth(parameters, x, case.likelihood, reduction, weight)
+    same(loss(parameters, x, case.likelihood, reduction, weight), expected, parameters, wide, 100)
+
+
+@pytest.mark.parametrize("weighted", (False, True), ids=("", "weighted"))
+@pytest.mark.parametrize("name", HAVE_A_FORM)
+def test_the_form_is_taken(name, weighted, monkeypatch):
+    """Where nothing is rare, the formula is not asked."""
+    parameters, x = CASES[name].make(torch.float32, torch.device("cpu"))
+    case, weight = CASES[name], None
+    if weighted:
+        shape = list(x.shape)
+        if (dim := find_likelihood(case.likelihood).term_dim(parameters[0], x)) is not None:
+            shape[dim] = 1
+        weight = torch.ones(shape)
+    loss(parameters, x, case.likelihood, "sum", weight).backward()  # after which the factor that arrives is known
+    monkeypatch.setattr(formula, "weighted_nll", None)
+    loss(parameters, x, case.likelihood, "sum", weight).backward()
+
+
+RARE = {
+    "poisson": ("poisson", (torch.tensor([0.0, 0.0, 1e-32, 3.0, 1e30]),), [0.0, 2.0, 1.0, 5000.0, 1.0]),
+    "poisson, fractions": ("poisson", (torch.tensor([0.5, 2.0]),), [0.5, 1e-3]),
+    "poisson_log": ("poisson_log", (torch.tensor([-100.0, 80.0, 0.0]),), [0.0, 1.0, 2000.0]),
+    "no mean": ("negative_binomial", (torch.tensor([0.0, 0.0, 2.0]), torch.tensor([1.0, 2.0, 0.5])), [0.0, 3.0, 0.0]),
+    "small theta": ("negative_binomial", (torch.tensor([0.5, 3.0]), torch.tensor([1e-12, 1e-3])), [0.0, 4.0]),
+    "large theta": ("negative_binomial", (torch.tensor([0.5, 3.0]), torch.tensor([1e12, 1e5])), [1.0, 4.0]),
+    "large counts": ("negative_binomial", (torch.tensor([2e4, 3e6]), torch.tensor([1.0, 10.0])), [1e4, 2e6]),
+    "fractions": ("negative_binomial", (torch.tensor([2.0, 3.0]), torch.tensor([1.0, 10.0])), [0.25, 1.5]),
+    "one theta": ("negative_binomial", (torch.tensor([2.0, 3.0, 0.1]), torch.tensor(2.0)), [0.0, 1.0, 0.0]),
+    "zero-inflated": (
+        "zero_inflated_negative_binomial",
+        (torch.tensor([2.0, 1e3, 3.0, 0.0]), torch.tensor([1.0, 50.0, 4.0, 1.0]), torch.tensor([-60.0, -80.0, 40.0, 0.0])),
+        [0.0, 0.0, 2.0, 0.0],
+    ),
+    "never zero": (
+        "zero_inflated_negative_binomial",
+        (torch.tensor([2.0, 1e3]), torch.tensor(3.0), torch.tensor([-6.0, 8.0])), [5.0, 900.0],
+    ),
+    "scale": (Gaussian(), (torch.tensor([1.0, 1e20]), torch.tensor([1e-3, 1e20])), [1.0, 2.0]),
+    "log scale": (Gaussian(parameter="log_scale"), (torch.tensor([1.0, 2.0]), torch.tensor([-30.0, 30.0])), [1.0, 2.0]),
+    "logvar of all": (Laplace(parameter="logvar"), (torch.tensor([1.0, 2.0]), torch.tensor(-3.0)), [1.0, 2.5]),
+    "confident": ("categorical", (torch.tensor([[200.0, 0.0, -200.0], [0.0, 0.0, 0.0]]),), [2, 0]),
+    "masked items": ("multinomial", (torch.tensor([[0.0, 1.0, -math.inf], [3.0, 2.0, 90.0]]),), [[2.0, 1, 0], [1, 0, 0]]),
+    "shifted items": ("multinomial", (torch.tensor([[1e4, 1e4 + 1, 1e4 - 2]]),), [[2.0, 1.0, 7.0]]),
+    "l1": ("l1", (torch.tensor([1.0, 2.0, -1e30]),), [1.0, -2.0, 1e30]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_rare_inputs(name):
+    likelihood, parameters, x = RARE[name]
+    rows = lambda t: t if t.dim() != 1 else t.reshape(1, -1)  # noqa: E731
+    parameters = [(p if likelihood == "categorical" else rows(p)).clone().requires_grad_() for p in parameters]
+    x = torch.tensor(x) if likelihood == "categorical" else rows(torch.tensor(x))
+    expected, wide = truth(parameters, x, likelihood, "sum", None)
+    got = loss(parameters, x, likelihood, "sum", None)
+    terms = 1 + torch.lgamma(x.double() + 1).sum().item()  # of counts, which cancel
+    torch.testing.assert_close(got.double(), expected.detach(), rtol=2e-6, atol=2e-7 * terms)
+    for a, b in zip(gradients(got, *parameters), gradients(expected, *wide), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=1e-6)
+
+
+def test_logarithms_of_factorials():
+    """From the table, where it goes, and beyond."""
+    n = torch.cat([torch.arange(1030.0), torch.tensor([1e4, 0.5])])
+    expected = torch.lgamma(n.double() + 1)
+    for values in (n[:1025], n[:1026], n, n[-1:]):
+        torch.testing.assert_close(log_factorial(values).double(), torch.lgamma(values.double() + 1), rtol=3e-7, atol=1e-7)
+    assert log_factorial(torch.tensor([-1.0, 3.0])).isnan().tolist() == [True, False]
+    torch.testing.assert_close(log_factorial(n.double()), expected, rtol=0, atol=0)
+
+
+def test_ratio_of_gamma_functions_and_derivative():
+    """Against float64, over all that it is for; no digits are lost where they are far apart or close."""
+    a = torch.logspace(-6, 7, 400)[:, None]
+    n = torch.tensor([1.0, 2.0, 0.5, 7.0, 300.0, 1e5, 9e7])
+    ratio, derivative = log_gamma_ratio_and_derivative(a, n)
+    wide = a.double().expand(400, 7).clone().requires_grad_()
+    expected = log_gamma_ratio(wide, n.double())
+    slopes = torch.digamma(wide + n.double()) - torch.digamma(wide)
+    torch.testing.assert_close(ratio.double(), expected.detach(), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(derivative.double(), slopes.detach(), rtol=2e-6, atol=2e-6)
