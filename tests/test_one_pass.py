@@ -94,13 +94,14 @@ RARE = {
     "poisson_log": ("poisson_log", (torch.tensor([-100.0, 80.0, 0.0]),), [0.0, 1.0, 2000.0]),
     "no mean": ("negative_binomial", (torch.tensor([0.0, 0.0, 2.0]), torch.tensor([1.0, 2.0, 0.5])), [0.0, 3.0, 0.0]),
     "small theta": ("negative_binomial", (torch.tensor([0.5, 3.0]), torch.tensor([1e-12, 1e-3])), [0.0, 4.0]),
+    "smallest theta": ("negative_binomial", (torch.tensor([0.5, 3.0]), torch.tensor([1e-37, 1e-3])), [7.0, 4.0]),
     "large theta": ("negative_binomial", (torch.tensor([0.5, 3.0]), torch.tensor([1e12, 1e5])), [1.0, 4.0]),
     "large counts": ("negative_binomial", (torch.tensor([2e4, 3e6]), torch.tensor([1.0, 10.0])), [1e4, 2e6]),
     "fractions": ("negative_binomial", (torch.tensor([2.0, 3.0]), torch.tensor([1.0, 10.0])), [0.25, 1.5]),
     "one theta": ("negative_binomial", (torch.tensor([2.0, 3.0, 0.1]), torch.tensor(2.0)), [0.0, 1.0, 0.0]),
     "zero-inflated": (
         "zero_inflated_negative_binomial",
-        (torch.tensor([2.0, 1e3, 3.0, 0.0]), torch.tensor([1.0, 50.0, 4.0, 1.0]), torch.tensor([-60.0, -80.0, 40.0, 0.0])),
+        (torch.tensor([2.0, 1e3, 3.0, 0.0]), torch.tensor([1.0, 50.0, 4.0, 1.0]), torch.tensor([-60.0, -120.0, 40.0, 0.0])),
         [0.0, 0.0, 2.0, 0.0],
     ),
     "never zero": (
