@@ -148,9 +148,14 @@ class KLCall(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether it is what most calls are: N(mu, exp(logvar)) from N(0, I), in one sum or one for each sample."""
+        return self.is_simple and self.kind in (None, "sum", "row")
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether it is of N(mu, exp(logvar)) from N(0, I), and no element differs from the others."""
         posterior, prior = self.latents
-        plain = posterior.parameter == "logvar" and posterior.clamp is None and prior is None
-        return plain and self.kind in (None, "sum", "row") and self.floor is self.shares is None
+        simple = posterior.parameter == "logvar" and posterior.clamp is None and prior is None
+        return simple and self.floor is self.shares is None and self.kind != "element"
 
 
 def check_kl(mu, logvar, posterior, prior, reduction, samples: bool, weighting=None) -> tuple[KLCall, tuple[Tensor, ...]]:

@@ -247,7 +247,7 @@ class LatentsPlan:
         )
         seldom = noise is not None and grad_mode and noise.requires_grad
         self.backend = None if strange or seldom or not mu.numel() else backend_for(mu.device)
-        if self.backend is torch_backend and not self.is_plain:
+        if self.backend is torch_backend and not call.is_simple:
             self.backend = None
         self.layout, self.noise_layout = layout_of(mu), layout_of(tensors[1])
         # To the Torch backend: one small block, in the dtype of the arithmetic.

@@ -80,9 +80,14 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
 
 def latents_forward(plan, tensors, noise, stateless=False):
     """`(z, kl, weighted, sums, kept)` of latents, each None where it is not computed: z if there is noise, the normals
-    themselves; the KL, `[]` or `[B]`, unless the call's kind is None; the KL with free bits; no sums, by this backend; and what
-    backward needs of it."""
+    themselves; the KL, `[]`, `[B]` or of each column, unless the call's kind is None; the KL with free bits; the sums of
+    columns over the batch; and what backward needs of it."""
     kind, dtype, per_sample, (mu, logvar) = plan.call.kind, plan.dtype, plan.per_sample, tensors
+    if kind == "column":
+        wide = mu.to(dtype)
+        kl = torch.expm1(logvar.to(dtype)).sub_(logvar).addcmul_(wide, wide).sum(0).mul_(0.5 * plan.kl_weight)
+        sums = (wide.sum(0), wide.square().sum(0)) if plan.call.statistics else None
+        return None, *formula.with_free_bits(plan.call, mu, kl, None, sums)
     if noise is None:
         kl = _divergence(mu, logvar, plan.kl_weight, per_sample, dtype)
         found = (kl, None, None, None) if plan.call.groups is None else formula.with_free_bits(plan.call, mu, kl, None, None)
@@ -109,6 +114,10 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
         grad_z = grad_z.contiguous(memory_format=plan.layout)
     if kept is not None:
         grad_kl, _ = formula.without_free_bits(plan.call, tensors[0], kept, grad_kl, grad_weighted)
+    if plan.call.kind == "column":
+        (mu, logvar), factor = tensors, grad_kl if plan.kl_weight == 1 else grad_kl * plan.kl_weight
+        slopes = torch.expm1(logvar.to(plan.dtype)).mul_(factor * HALF)
+        return torch.mul(mu, factor).to(mu.dtype), slopes.to(logvar.dtype)
     return _latent_gradients(grad_z, *tensors, noise, grad_kl, plan.kl_weight, plan.dtype)
 
 
