@@ -54,6 +54,7 @@ test-integrations: .venv-integrations/.ready
 # cost is measured by `python -m bench.samples --write`; what calls cost on the host is counted by `python -m bench.host`.
 bench: $(READY)
 	$(RUN) -m bench
+	$(RUN) -m bench.likelihoods --write
 
 # What the compiled kernels cost, and that each of them keeps the budget; to be run whenever they change.
 budget: $(READY)

@@ -18,7 +18,7 @@ from conftest import BACKEND
 if BACKEND != "torch":
     pytest.skip("the same for both backends", allow_module_level=True)
 
-from bench import gpu, measure, report
+from bench import gpu, likelihoods, measure, report
 from bench.cases import Case, select
 from bench.conftest import pytest_benchmark_generate_commit_info
 from bench.measure import _check_agreement, count_kernels, device_events, interleaved, peak_bytes
@@ -281,3 +281,21 @@ def test_stages_run_what_there_is(tmp_path, monkeypatch):
         for name in command.arguments:
             if str(name).startswith("--ignore="):
                 assert (ROOT / name.removeprefix("--ignore=")).exists()
+
+
+@pytest.mark.parametrize("name", ("`l1`, 32x3x64x64", "the same, naive without log x!", "`gaussian`, one log scale, 128x784"))
+def test_contenders_of_likelihoods_agree(name):
+    """And what does not is no contender."""
+    torch.manual_seed(0)
+    subject = likelihoods.SUBJECTS[name]()
+    likelihoods.check(subject, False)
+    with pytest.raises(AssertionError):
+        likelihoods.check(subject._replace(known=subject.known + 1e4), False)
+    with pytest.raises(AssertionError):
+        likelihoods.check(subject._replace(naive=lambda: 1.01 * subject.naive()), False)
+
+
+def test_table_of_likelihoods():
+    found = {1: {"a": (1500.0, 2.0), "b": (20.0, 0.9)}, 2: {"a": (750.0, 0.996), "b": (21.0, 1.25)}}
+    rows = likelihoods.table(found).splitlines()[2:]
+    assert rows == ["| a | 2.00 | 1.00 | 1.5 / 0.75 |", "| b | 0.90 ▼ | 1.25 | 0.02 / 0.021 |"]

@@ -94,7 +94,7 @@ class NegativeBinomial(Likelihood):
         if not _is_common(mean, theta, x):
             return None
         values = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
-        index = None if 2 * torch.count_nonzero(x) > x.numel() else x.view(-1).nonzero().squeeze(1)
+        index = None if 4 * torch.count_nonzero(x) > x.numel() else x.view(-1).nonzero().squeeze(1)
         _add_beyond_zero(mean, theta, x, index, values if wants_value else None, to_mean, to_theta)
         return OnePass(values, slopes=(1.0, 1.0))
 
@@ -155,7 +155,7 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         for gradient in (to_mean, to_theta):
             if gradient is not None:
                 gradient.mul_(by_zeros)
-        _add_beyond_zero(mean, theta, x, None if 2 * index.numel() > x.numel() else index, values, to_mean, to_theta)
+        _add_beyond_zero(mean, theta, x, None if 4 * index.numel() > x.numel() else index, values, to_mean, to_theta)
         return OnePass(values, slopes=(1.0, 1.0, 1.0))
 
 

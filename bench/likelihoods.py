@@ -1,0 +1,270 @@
+"""`python -m bench.likelihoods`: every likelihood next to the formula that its users write, on a CPU: forward, backward, and
+the KL of 20 latents in both. Contenders take turns on the same inputs, and agree in value and gradients first."""
+
+import argparse
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import cpuinfo
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastelbo
+from fastelbo import Weighting
+from fastelbo.likelihoods import Categorical, Gaussian, Laplace
+
+KEPT = Path(__file__).parent / "results" / "likelihoods.md"
+EPS = 1e-8  # by which scvi-tools keeps its logarithms from 0
+
+
+class Subject(NamedTuple):
+    """One call: the tensors to differentiate by, and losses of both; `known` is what the naive one lacks, which data decide."""
+
+    leaves: tuple[Tensor, ...]
+    naive: Callable[[], Tensor]
+    fused: Callable[[], Tensor]
+    known: float = 0.0
+
+
+def subject(parameters, x, nll, *, known=0.0, naive_kl=None, **options) -> Subject:
+    """Of a likelihood whose negative log-likelihood users write as `nll(*parameters)`."""
+    parameters = tuple(p.requires_grad_() for p in parameters)
+    mu, logvar = (0.5 * torch.randn(len(x), 20) for _ in range(2))
+    leaves = *parameters, mu.requires_grad_(), logvar.requires_grad_()
+    recon_x = parameters if len(parameters) > 1 else parameters[0]
+
+    def naive() -> Tensor:
+        return nll(*parameters) + (naive_kl or gaussian_kl)(mu, logvar)
+
+    return Subject(leaves, naive, lambda: fastelbo.loss(recon_x, x, mu, logvar, **options).loss, known)
+
+
+def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
+    return -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+
+
+def free_bits(mu: Tensor, logvar: Tensor) -> Tensor:
+    return (-0.5 * (1 + logvar - mu.pow(2) - logvar.exp())).mean(0).clamp(min=0.5).sum() * len(mu)
+
+
+def usual(name: str, *shape: int, weighted: bool = False, **options) -> Subject:
+    """Squared and absolute errors and both kinds of Bernoulli, as `torch.nn.functional` has them."""
+    function = {
+        "bernoulli": F.binary_cross_entropy, "bernoulli_logits": F.binary_cross_entropy_with_logits, "mse": F.mse_loss,
+        "l1": F.l1_loss,
+    }[name]  # fmt: skip
+    x, recon_x = torch.rand(shape), torch.randn(shape)
+    recon_x = recon_x.sigmoid() if name == "bernoulli" else recon_x
+    if not weighted:
+        return subject([recon_x], x, lambda y: function(y, x, reduction="sum"), likelihood=name, **options)
+    mask = (torch.rand(shape) > 0.3).float()
+    return subject([recon_x], x, lambda y: (function(y, x, reduction="none") * mask).sum(), likelihood=name, weight=mask)
+
+
+def learned_scale(make: type, density: type, *scale: int) -> Subject:
+    """As `torch.distributions` writes it."""
+    x, mean, log_scale = torch.randn(128, 784), torch.randn(128, 784), 0.1 * torch.randn(scale)
+    return subject(
+        [mean, log_scale], x, lambda m, s: -density(m, s.exp()).log_prob(x).sum(), likelihood=make(parameter="log_scale")
+    )
+
+
+def counts(share: float, *shape: int) -> Tensor:
+    """Of which this share is above zero."""
+    return (torch.poisson(3 * torch.rand(shape)) + 1) * (torch.rand(shape) < share)
+
+
+def poisson(share: float, constant: bool) -> Subject:
+    """`F.poisson_nll_loss` leaves log x! out, which is a constant of the data."""
+    x = counts(share, 128, 4000)
+    lacking = 0.0 if constant else torch.lgamma(x + 1).sum().item()
+
+    def nll(log_rate: Tensor) -> Tensor:
+        if constant:
+            return -torch.distributions.Poisson(log_rate.exp(), validate_args=False).log_prob(x).sum()
+        return F.poisson_nll_loss(log_rate, x, reduction="sum")
+
+    return subject([torch.randn(128, 4000)], x, nll, known=lacking, likelihood="poisson_log")
+
+
+def scvi_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
+    """A negative binomial's, with the terms that scvi-tools has."""
+    log_theta_mu = torch.log(theta + mu + EPS)
+    log_p = theta * (torch.log(theta + EPS) - log_theta_mu) + x * (torch.log(mu + EPS) - log_theta_mu)
+    return log_p + torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+
+
+def scvi_zero_inflated(x: Tensor, mu: Tensor, theta: Tensor, logits: Tensor) -> Tensor:
+    """Likewise, of its zero-inflated form."""
+    softplus_pi, log_theta_mu = F.softplus(-logits), torch.log(theta + mu + EPS)
+    pi_theta_log = -logits + theta * (torch.log(theta + EPS) - log_theta_mu)
+    at_zero = F.softplus(pi_theta_log) - softplus_pi
+    beyond = -softplus_pi + pi_theta_log + x * (torch.log(mu + EPS) - log_theta_mu)
+    beyond = beyond + torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+    return (x < EPS).float() * at_zero + (x > EPS).float() * beyond
+
+
+def genes(share: float, each: bool = False, inflated: bool = False) -> Subject:
+    """Cells by genes; the dispersion of each gene, or of each gene and cell."""
+    shape, x = (128, 4000), counts(share, 128, 4000)
+    parameters = [torch.randn(shape).exp(), torch.randn(shape if each else shape[1:]).exp()]
+    if inflated:
+        return subject(
+            [*parameters, torch.randn(shape)], x, lambda *p: -scvi_zero_inflated(x, *p).sum(),
+            likelihood="zero_inflated_negative_binomial",
+        )  # fmt: skip
+    return subject(parameters, x, lambda *p: -scvi_log_prob(x, *p).sum(), likelihood="negative_binomial")
+
+
+def multinomial(*shape: int) -> Subject:
+    x = counts(0.05, *shape)
+    return subject([torch.randn(shape)], x, lambda y: -(F.log_softmax(y, -1) * x).sum(), likelihood="multinomial")
+
+
+def labels(shape: tuple[int, ...], dim: int, padded: bool = False) -> Subject:
+    classes = shape[dim]
+    x = torch.randint(0, classes, shape[:dim] + shape[dim:][1:])
+    if padded:
+        x[torch.rand(x.shape) < 0.3] = -100
+
+    def nll(y: Tensor) -> Tensor:
+        if dim == -1:
+            return F.cross_entropy(y.view(-1, classes), x.view(-1), reduction="sum")
+        return F.cross_entropy(y, x, reduction="sum")
+
+    return subject([torch.randn(shape)], x, nll, likelihood=Categorical(dim=dim))
+
+
+def step(*shape: int) -> Subject:
+    """The sample too, and a decoder that is a constant."""
+    x, logits, mu, logvar = torch.rand(shape), torch.randn(shape), torch.randn(shape[0], 20), torch.randn(shape[0], 20)
+    decoder, leaves = 0.1 * torch.randn(20, shape[1]), tuple(t.requires_grad_() for t in (logits, mu, logvar))
+
+    def naive() -> Tensor:
+        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(logvar)
+        recon = F.binary_cross_entropy_with_logits(logits + z @ decoder, x, reduction="sum")
+        return recon + gaussian_kl(mu, logvar)
+
+    def fused() -> Tensor:
+        z, kl = fastelbo.sample_kl(mu, logvar)
+        return fastelbo.loss(logits + z @ decoder, x, kl=kl, likelihood="bernoulli_logits").loss
+
+    return Subject(leaves, naive, fused)
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    **{f"`{name}`, {shape[0]}x784": lambda name=name, shape=shape: usual(name, *shape)
+       for name in ("bernoulli", "bernoulli_logits", "mse") for shape in ((1, 784), (128, 784))},
+    **{f"`sample_kl` + `loss`, `bernoulli_logits`, {b}x784": lambda b=b: step(b, 784) for b in (1, 128)},
+    "`mse` with free bits of dimensions, 128x784": lambda: usual(
+        "mse", 128, 784, naive_kl=free_bits, weighting=Weighting(0.5, "dimension")
+    ),
+    "`bernoulli_logits` with a mask, 128x784": lambda: usual("bernoulli_logits", 128, 784, weighted=True),
+    "`bernoulli_logits` with a mask, 32x3x64x64": lambda: usual("bernoulli_logits", 32, 3, 64, 64, weighted=True),
+    "`mse` with a mask, 128x784": lambda: usual("mse", 128, 784, weighted=True),
+    "`l1`, 32x3x64x64": lambda: usual("l1", 32, 3, 64, 64),
+    "`gaussian`, log scale of each, 128x784": lambda: learned_scale(Gaussian, torch.distributions.Normal, 128, 784),
+    "`gaussian`, one log scale, 128x784": lambda: learned_scale(Gaussian, torch.distributions.Normal),
+    "`laplace`, log scale of each, 128x784": lambda: learned_scale(Laplace, torch.distributions.Laplace, 128, 784),
+    "`categorical`, classes last, [32, 64, 1000]": lambda: labels((32, 64, 1000), -1),
+    "the same, a third of it padding": lambda: labels((32, 64, 1000), -1, padded=True),
+    "`categorical`, [32, 256, 28, 28]": lambda: labels((32, 256, 28, 28), 1),
+    "`multinomial`, 256x8000": lambda: multinomial(256, 8000),
+    "`multinomial`, 500x20108": lambda: multinomial(500, 20108),
+    "`poisson_log`, 128x4000, 10 % above zero": lambda: poisson(0.1, True),
+    "the same, naive without log x!": lambda: poisson(0.1, False),
+    **{f"`negative_binomial`, 128x4000, {kind}, {share:.0%} above zero": lambda each=each, share=share: genes(share, each)
+       for each, kind in ((False, "theta of genes"), (True, "theta of each")) for share in (0.05, 0.1, 0.3, 1.0)},
+    **{f"`zero_inflated_negative_binomial`, 128x4000, {share:.0%} above zero": lambda share=share: genes(share, False, True)
+       for share in (0.05, 0.1, 0.3, 1.0)},
+}  # fmt: skip
+
+
+def check(subject: Subject, is_random: bool) -> None:
+    """Raise unless both agree in value and gradients."""
+    if is_random:
+        return
+    found = []
+    for call, known in ((subject.naive, subject.known), (subject.fused, 0.0)):
+        loss = call()
+        found.append([loss.detach() + known, *torch.autograd.grad(loss, subject.leaves)])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+def ratio(subject: Subject, seconds: float) -> tuple[float, float]:
+    """Microseconds of the naive call, and how many times as fast fastelbo is: medians of pairs in turns."""
+
+    def timed(call: Callable[[], Tensor], repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            for leaf in subject.leaves:
+                leaf.grad = None
+            call().backward()
+        return (time.perf_counter() - start) / repeats
+
+    for call in (subject.naive, subject.fused):
+        timed(call, 3)
+    once = timed(subject.naive, 1)
+    repeats = max(1, math.ceil(0.003 / once))
+    pairs, end = [], time.perf_counter() + seconds
+    while len(pairs) < 5 or time.perf_counter() < end:
+        order = (subject.naive, subject.fused)[:: 1 if len(pairs) % 2 else -1]
+        times = {call: timed(call, repeats) for call in order}
+        pairs.append((times[subject.naive], times[subject.fused]))
+    return 1e6 * statistics.median(a for a, _ in pairs), statistics.median(a / b for a, b in pairs)
+
+
+def measure(names, threads: int, seconds: float) -> dict[str, tuple[float, float]]:
+    torch.set_num_threads(threads)
+    found = {}
+    for name in names:
+        torch.manual_seed(0)
+        made = SUBJECTS[name]()
+        check(made, "sample" in name)
+        found[name] = ratio(made, seconds)
+    return found
+
+
+def table(found: dict[int, dict[str, tuple[float, float]]]) -> str:
+    """Markdown: how many times as fast as the naive code, by threads, and how long that takes."""
+    header = ["", *(f"{n} thread{'s' * (n > 1)}" for n in found), "naive, ms"]
+    rows = [header, ["---"] * len(header)]
+    for name in next(iter(found.values())):
+        cells = [f"{by_name[name][1]:.2f}" + " ▼" * (by_name[name][1] < 0.995) for by_name in found.values()]
+        rows.append([name, *cells, " / ".join(f"{by_name[name][0] / 1000:.3g}" for by_name in found.values())])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def commit() -> str:
+    """With a plus sign where files differ from it."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.likelihoods", description=__doc__.partition(": ")[2])
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each row, and more where five pairs take longer")
+    parser.add_argument("--write", action="store_true", help=f"to bench/results/{KEPT.name}")
+    given = parser.parse_args()
+    text = f"""# Every likelihood on a CPU
+
+How many times as fast as the eager formula that its users write, forward and backward in float32, with the KL of 20 latents in
+both; medians of pairs in turns. ▼ marks where fastelbo loses. {cpuinfo.get_cpu_info()["brand_raw"]}, torch {torch.__version__},
+commit {commit()}. `python -m bench.likelihoods --write`
+
+{table({n: measure(SUBJECTS, n, given.seconds) for n in given.threads})}
+"""
+    print(text)
+    if given.write:
+        KEPT.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
