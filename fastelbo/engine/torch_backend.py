@@ -92,9 +92,13 @@ def latents_forward(plan, tensors, noise, stateless=False):
         kl = _divergence(mu, logvar, plan.kl_weight, per_sample, dtype)
         found = (kl, None, None, None) if plan.call.groups is None else formula.with_free_bits(plan.call, mu, kl, None, None)
         return None, *found
-    if plan.is_whole and noise.dtype == dtype:
-        z = torch.mul(logvar, HALF).exp_().mul_(noise).add_(mu)  # addcmul would round otherwise than the naive code
-        return z, None if kind is None else _divergence(mu, logvar, plan.kl_weight, per_sample, dtype), None, None, None
+    if plan.is_whole and noise.dtype == dtype and (not per_sample or mu.dim() == 2):
+        shift, slope, kl = torch.mul(logvar, HALF).exp_().mul_(noise), None, None
+        if kind is not None:
+            slope = torch.expm1(logvar)
+            kl = torch.sub(slope, logvar).addcmul_(mu, mu).sum(-1 if per_sample else None)
+            kl.mul_(HALF if plan.kl_weight == 1 else 0.5 * plan.kl_weight)
+        return shift + mu, kl, None, None, (shift, slope)  # addcmul would round otherwise than the naive code
     z, parts = torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype)), []
     for rows, m, lv, eps, out in cut_alike(per_sample, mu, logvar, noise, z):
         m, lv, eps = converted("mu", m, dtype), converted("logvar", lv, dtype), converted("noise", eps, dtype)
@@ -112,6 +116,8 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
     there; `kept` is what forward has."""
     if grad_z is not None:
         grad_z = grad_z.contiguous(memory_format=plan.layout)
+    if isinstance(kept, tuple):
+        return _of_kept(grad_z, tensors[0], *kept, grad_kl, plan.kl_weight)
     if kept is not None:
         grad_kl, _ = formula.without_free_bits(plan.call, tensors[0], kept, grad_kl, grad_weighted)
     if plan.call.kind == "column":
@@ -150,6 +156,18 @@ def _kl_sum(mu, logvar, per_sample):
     return terms.sub_(logvar).addcmul_(mu, mu).sum(-1 if per_sample else None).mul_(HALF)
 
 
+def _of_kept(grad_z, mu, shift, slope, factor, weight):
+    """Likewise, from what forward kept of few elements: what the noise moved them by, and the KL's derivative, twice."""
+    if factor is None:
+        return grad_z.clone(), torch.mul(shift, grad_z).mul_(HALF)
+    factor = factor.unsqueeze(1) if factor.dim() == 1 else factor
+    factor = factor * weight if weight != 1 else factor
+    to_logvar = torch.mul(slope, factor * HALF)
+    if grad_z is None:
+        return torch.mul(mu, factor), to_logvar
+    return torch.addcmul(grad_z, mu, factor), to_logvar.addcmul_(shift, grad_z, value=0.5)
+
+
 def _latent_gradients(grad_z, mu, logvar, noise, factor, weight, dtype):
     """Gradients by `mu` and `logvar` of `grad_z . z + factor . weight . KL`; `grad_z` or `factor` may be None."""
     per_sample = factor is not None and factor.dim() == 1
@@ -158,12 +176,8 @@ def _latent_gradients(grad_z, mu, logvar, noise, factor, weight, dtype):
         factor = factor * weight if weight != 1 else factor
         half = factor * HALF
     is_small = mu.numel() <= SMALL and mu.dtype == logvar.dtype == dtype and not (per_sample and mu.dim() != 2)
-    if is_small and factor is not None and (grad_z is None or grad_z.dtype == noise.dtype == dtype):
-        grad_logvar = torch.expm1(logvar).mul_(half)
-        if grad_z is None:
-            return torch.mul(mu, factor), grad_logvar
-        shift = torch.mul(logvar, HALF).exp_().mul_(noise)
-        return torch.addcmul(grad_z, mu, factor), grad_logvar.addcmul_(shift, grad_z, value=0.5)
+    if is_small and grad_z is None:
+        return torch.mul(mu, factor), torch.expm1(logvar).mul_(half)
     grad_mu, grad_logvar = torch.empty_like(mu), torch.empty_like(logvar)
     for rows, m, lv, dz, eps, dm, dlv in cut_alike(per_sample, mu, logvar, grad_z, noise, grad_mu, grad_logvar):
         m, lv = converted("mu", m, dtype), converted("logvar", lv, dtype)

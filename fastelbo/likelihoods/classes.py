@@ -154,7 +154,9 @@ class Categorical(Classes):
             gradient.scatter_(self.dim, index, chosen.sub_(ONE))
         if some:
             values.masked_fill_(ignored, 0)
-            if gradient is not None:
+            if gradient is not None and self.dim in (-1, logits.dim() - 1):  # in whole rows, which is faster
+                gradient.view(-1, logits.shape[-1]).index_fill_(0, ignored.view(-1).nonzero().squeeze(1), 0)
+            elif gradient is not None:
                 gradient.masked_fill_(ignored.unsqueeze(self.dim), 0)
         return OnePass(values, -1.0)
 
