@@ -8,6 +8,7 @@ import argparse
 import copy
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -44,23 +45,13 @@ class Trainer:
         self.name, self.loss, self.model = name, loss, model
         self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
         self.losses: list[Tensor] = []
-        self.seconds: list[float] = []
 
     def step(self, x: Tensor, *arguments) -> None:
-        synchronize(x.device)
-        start = time.perf_counter()
         self.optimizer.zero_grad()
         loss = self.loss(self.model, x, *arguments)
         (loss / len(x)).backward()
         self.optimizer.step()
-        synchronize(x.device)
-        self.seconds.append(time.perf_counter() - start)
         self.losses.append(loss.detach() / len(x))
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def train(options: argparse.Namespace, images: Tensor) -> list[Trainer]:
@@ -80,6 +71,51 @@ def train(options: argparse.Namespace, images: Tensor) -> list[Trainer]:
         means = [torch.stack(t.losses[-steps:]).mean().item() for t in trainers]
         tqdm.write(f"epoch {epoch + 1:3}: loss per digit, naive {means[0]:.6f}, fastelbo {means[1]:.6f}")
     return trainers
+
+
+def times(options: argparse.Namespace, images: Tensor, trainers: list[Trainer]) -> Iterator[str]:
+    """What a step takes, and the loss with its gradients alone: medians of blocks of calls that take turns, after a warm-up."""
+    x, beta, likelihood = images[: options.batch_size], options.beta, options.likelihood
+    eps = torch.randn(len(x), options.latent).to(options.device)
+    twins = [Trainer(t.name, t.loss, copy.deepcopy(t.model), options.learning_rate) for t in trainers]
+    with torch.no_grad():
+        mu, logvar = twins[0].model.encode(x)
+        decoded = twins[0].model.decode(mu)
+    leaves = [t.requires_grad_() for t in (decoded, mu, logvar)]
+    fused = Gaussian(scale=SCALE) if likelihood == "gaussian" else likelihood
+
+    def naive_alone() -> None:
+        loss, _, _ = fastelbo.reference.elbo_loss(decoded, x, mu, logvar, beta, likelihood=likelihood, scale=SCALE)
+        torch.autograd.grad(loss, leaves)
+
+    def fused_alone() -> None:
+        torch.autograd.grad(fastelbo.loss(decoded, x, mu, logvar, beta, likelihood=fused).loss, leaves)
+
+    subjects = {
+        "a step": [lambda twin=twin: twin.step(x, eps, beta, likelihood) for twin in twins],
+        "the loss with its gradients alone": [naive_alone, fused_alone],
+    }
+    for name, calls in subjects.items():
+        found: list[list[float]] = [[], []]
+        for turn in range(41):
+            for which in (0, 1) if turn % 2 else (1, 0):
+                seconds = block(calls[which], options.device)
+                if turn:  # the first is the warm-up
+                    found[which].append(seconds)
+        naive, ours = (1e3 * statistics.median(seconds) for seconds in found)
+        yield f"{name} on {options.device}: naive {naive:.3f} ms, fastelbo {ours:.3f} ms"
+
+
+def block(call: Callable[[], None], device: torch.device, repeats: int = 10) -> float:
+    """Seconds of a call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / repeats
 
 
 @torch.no_grad()
@@ -140,10 +176,10 @@ def main() -> None:
     trainers = train(options, images)
     naive, fused = (torch.stack(t.losses).double().cpu() for t in trainers)
     print(f"largest relative difference of the two losses over {len(naive)} steps: {((fused - naive) / naive).abs().max():.1e}")
-    for trainer in trainers:
-        print(f"median time of a step on {options.device}, {trainer.name}: {1e3 * statistics.median(trainer.seconds):.3f} ms")
     picture(options, images, trainers, options.out)
     print(f"saved {options.out}")
+    for line in times(options, images, trainers):
+        print(line)
 
 
 if __name__ == "__main__":
