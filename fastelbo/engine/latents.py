@@ -93,7 +93,9 @@ def sample(
         call, tensors = check_kl(mu, logvar, posterior, prior, reduction, True)
         return traced.latents(call, tensors, draw(tensors[0], tensors[1], eps, generator))[:2]
     plan, tensors = latents_plan_of(mu, logvar, posterior, prior, reduction, eps, True)
-    if eps is None and plan.backend is not None:
+    if eps is not None and generator is None:
+        noise = eps  # which is checked
+    elif eps is None and plan.backend is not None:
         if generator is not None:
             check_generator(generator, tensors[0])
         noise = plan.backend.draw_noise(tensors[1], plan.noise_layout, generator)

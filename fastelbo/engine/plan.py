@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 from torch.nn import Parameter
 
+from ..basics.arguments import check_noise
 from ..basics.layout import layout_of
 from ..basics.tracing import is_wrapper
 from ..latents.weighting import Weighting
@@ -265,8 +266,6 @@ class LatentsPlan:
         """Likewise, with the noise, or the seed of it, of what was saved: hooks may bring it back with other strides."""
         if noise is not None and noise.is_floating_point():
             noise = noise.contiguous(memory_format=self.layout)
-        if self.is_dense and self.fits(*tensors):
-            return tensors, noise
         return tensors if tuple(map(_stride, tensors)) == self.strides else self.dense(tensors), noise
 
 
@@ -286,24 +285,24 @@ def latents_plan_of(
     """The plan and the tensors of a call from what users pass; of a sample, its KL (unless `reduction` is None), or both, with
     what a `weighting` without capacity makes of the latter."""
     key = None
-    if eps is None and isinstance(mu, Tensor) and (prior is None or type(prior) is tuple):
+    if isinstance(mu, Tensor) and (prior is None or type(prior) is tuple):
         tensors = (mu, logvar) if prior is None else (mu, logvar, *prior)
-        start = posterior, reduction, samples, weighting, len(tensors), torch.is_grad_enabled()
+        given = tensors if eps is None else (*tensors, eps)
+        start = posterior, reduction, samples, weighting, eps is None, len(given), torch.is_grad_enabled()
         try:
             found = _last.get(start)
-            if found is not None and not any(map(_is_nested, tensors)) and found.fits(*tensors):
+            if found is not None and not any(map(_is_nested, given)) and found.fits(*given):
                 return found, tensors
-            key = (
-                *start,
-                *map(type, tensors), *map(_of_shapes, tensors), *map(_is_neg, tensors), *map(_stride, tensors),
-            )  # fmt: skip
+            key = *start, *map(type, given), *map(_of_shapes, given), *map(_is_neg, given), *map(_stride, given)
             found = _plans.get(key)
         except (AttributeError, TypeError, RuntimeError):  # not tensors, none with strides, or options that are none
             key = found = None
         if found is not None:
-            _again(start, found, tensors)
+            _again(start, found, given)
             return found, tensors
     call, tensors = check_kl(mu, logvar, posterior, prior, reduction, samples, weighting)
+    if eps is not None:
+        check_noise(eps, None, tensors[0])
     plan = latents_plan(call, tensors, eps)
     if key is not None and all(p.shape == mu.shape for p in prior or ()):  # which need not be expanded
         keep(_plans, key, plan)
