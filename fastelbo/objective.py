@@ -16,7 +16,7 @@ from .engine.call import Objective
 from .engine.divergence import Statistics, divergence_terms, kl_of, times
 from .engine.latents import run, sample
 from .engine.loss import ELBOTerms, composed_terms, loss_terms, planned_terms, record_reconstruction, traced_terms
-from .engine.plan import find_objective, latents_plan_of
+from .engine.plan import find_objective, is_little, latents_plan_of
 from .latents.posterior import LOGVAR, Latents, Posterior, check_latents
 from .latents.weighting import ALL, Weighting, check_beta, check_weighting, shares_of
 from .likelihoods import Likelihood
@@ -143,7 +143,7 @@ def elbo(
 ) -> ELBOTerms:
     """Negative ELBO of a VAE around its decoder: sample z, decode it, and return `loss(decoder(z), x, mu, logvar, beta)`.
 
-    z and the KL come from one read of the latents, as from `sample_kl`. Gradients reach `mu`, `logvar`, `x`, `beta`, and every
+    z and the KL are those of `sample_kl`, from one read of the latents where they are many. Gradients reach `mu`, `logvar`, `x`, `beta`, and every
     parameter and other tensor that the decoder uses.
 
     `bound=ELBO(n)` has the mean reconstruction of n samples of z. `bound=IWAE(n)` has the tighter, importance-weighted bound;
@@ -192,12 +192,16 @@ def elbo(
     each = isinstance(beta, Tensor) and beta.dim() > 0
     # What can be checked before the decoder runs, which may draw noise and move statistics.
     if (weighting is None or weighting is ALL) and monitor is None and not each and objective.is_sum:
-        z, kl = sample(mu, logvar, posterior, prior, objective.kl_reduction, eps, generator, surrounded)
+        # Of few latents on a CPU, the Function of the loss has the KL: one for the sample would cost more than it saves.
+        inside = objective.is_direct and prior is None and not surrounded and is_little(mu, logvar)
+        reduction_of_kl = None if inside else objective.kl_reduction
+        z, kl = sample(mu, logvar, posterior, prior, reduction_of_kl, eps, generator, surrounded)
         _check_target(x, z)
         given = decoder(z)
         given = _parameters(given, objective.likelihood) if isinstance(given, tuple | list) else (given,)
-        tensors = (*given, x, kl) if weight is None else (*given, x, weight, kl)
-        return loss_terms("decoder(z)", objective, tensors, len(given), weight is not None, 1, beta)
+        behind = (mu, logvar) if inside else (kl,)
+        tensors = (*given, x, *behind) if weight is None else (*given, x, weight, *behind)
+        return loss_terms("decoder(z)", objective, tensors, len(given), weight is not None, len(behind), beta)
     _check_sources(mu, logvar, None, objective, prior, weighting, reduction, monitor)
     latents, tensors = check_latents(mu, logvar, posterior, prior)
     _check_target(x, tensors[0])

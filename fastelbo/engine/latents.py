@@ -10,6 +10,7 @@ from torch.autograd import Function
 from ..basics.arguments import check_generator, check_noise
 from ..basics.layout import layout_of
 from ..basics.tracing import is_surrounded, is_traced, needs_formula, never_compiled
+from ..likelihoods.base import HALF
 from . import formula, traced
 from .backend import backend_for
 from .call import KLCall, check_kl
@@ -101,6 +102,8 @@ def sample(
         noise = plan.backend.draw_noise(tensors[1], plan.noise_layout, generator)
     else:
         noise = draw(tensors[0], tensors[1], eps, generator)
+    if plan.is_by_autograd and noise.dtype == plan.dtype:
+        return tensors[0] + torch.exp(tensors[1] * HALF) * noise, None
     return run(plan, tensors, noise)[:2]
 
 

@@ -230,12 +230,20 @@ def loss_plan(
     return plan
 
 
+def is_little(mu, logvar) -> bool:
+    """Whether autograd samples these latents at less cost than a Function of the Torch backend does, and as exactly."""
+    if not isinstance(mu, Tensor) or not isinstance(logvar, Tensor) or mu.device.type != "cpu" or mu.numel() > SMALL:
+        return False
+    is_exact = mu.dtype == logvar.dtype and mu.dtype in (torch.float32, torch.float64)
+    return is_exact and backend_for(mu.device) is torch_backend
+
+
 class LatentsPlan:
     """What is known of a sample or a KL before its values are."""
 
     __slots__ = (
-        "backend", "call", "dtype", "fits", "is_dense", "is_plain", "is_whole", "kl_weight", "latents_launches", "layout",
-        "noise_layout", "per_sample", "strides", "wants",
+        "backend", "call", "dtype", "fits", "is_by_autograd", "is_dense", "is_plain", "is_whole", "kl_weight",
+        "latents_launches", "layout", "noise_layout", "per_sample", "strides", "wants",
     )  # fmt: skip
 
     def __init__(self, call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None, grad_mode: bool) -> None:
@@ -253,6 +261,8 @@ class LatentsPlan:
         self.layout, self.noise_layout = layout_of(mu), layout_of(tensors[1])
         # To the Torch backend: one small block, in the dtype of the arithmetic.
         self.is_whole = mu.numel() <= SMALL and mu.dtype == tensors[1].dtype == call.dtype
+        # A sample alone of few elements, for which autograd costs less than a Function.
+        self.is_by_autograd = self.backend is torch_backend and call.kind is None and self.is_whole
         dense = self.dense(tensors)
         self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))
         self.strides = tuple(map(_stride, dense))
