@@ -143,8 +143,8 @@ def elbo(
 ) -> ELBOTerms:
     """Negative ELBO of a VAE around its decoder: sample z, decode it, and return `loss(decoder(z), x, mu, logvar, beta)`.
 
-    z and the KL are those of `sample_kl`, from one read of the latents where they are many. Gradients reach `mu`, `logvar`, `x`, `beta`, and every
-    parameter and other tensor that the decoder uses.
+    z and the KL are those of `sample_kl`, from one read of the latents where they are many. Gradients reach `mu`, `logvar`,
+    `x`, `beta`, and every parameter and other tensor that the decoder uses.
 
     `bound=ELBO(n)` has the mean reconstruction of n samples of z. `bound=IWAE(n)` has the tighter, importance-weighted bound;
     its `recon` and `kl` are the ELBO's terms of the same samples, without gradient, which show how much tighter it is. Memory
