@@ -88,6 +88,22 @@ def test_the_form_is_taken(name, weighted, monkeypatch):
     loss(parameters, x, case.likelihood, "sum", weight).backward()
 
 
+@pytest.mark.parametrize("name", [name for name in HAVE_A_FORM if len(CASES[name].make()[0]) > 1])
+def test_each_parameter_alone(name):
+    """Wants a gradient, and gets what it gets among the others; also where algorithms have to be deterministic."""
+    parameters, x = CASES[name].make(torch.float32, torch.device("cpu"))
+    likelihood = CASES[name].likelihood
+    together = gradients(loss(parameters, x, likelihood, "sum", None), *parameters)
+    for i, expected in enumerate(together):
+        alone = [p.detach().requires_grad_(i == j) for j, p in enumerate(parameters)]
+        torch.use_deterministic_algorithms(True)
+        try:
+            (found,) = gradients(loss(alone, x, likelihood, "sum", None), alone[i])
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert torch.equal(found, expected)
+
+
 RARE = {
     "poisson": ("poisson", (torch.tensor([0.0, 0.0, 1e-32, 3.0, 1e30]),), [0.0, 2.0, 1.0, 5000.0, 1.0]),
     "poisson, fractions": ("poisson", (torch.tensor([0.5, 2.0]),), [0.5, 1e-3]),
