@@ -72,6 +72,50 @@ def test_blocks(name, size, reduction, weights, monkeypatch):
     same(loss(parameters, x, case.likelihood, reduction, weight), expected, parameters, wide, 100)
 
 
+@pytest.mark.parametrize("size", (1, 12, 24))
+@pytest.mark.parametrize("shape", ((6,), (1, 6), (5, 1), (1, 1), (), (5, 6)), ids=str)
+@pytest.mark.parametrize("likelihood", (Gaussian(), Laplace(), "negative_binomial"), ids=str)
+def test_a_parameter_that_rows_share(likelihood, shape, size, monkeypatch):
+    """Its gradient is the sum over all blocks, also over one of a single row, which has the shape of such a parameter."""
+    monkeypatch.setattr(blocks, "BLOCK", size)
+    monkeypatch.setattr(blocks, "THREAD", 1)
+    x = torch.poisson(2 * torch.rand(5, 6))
+    parameters = [(0.5 + torch.rand(s)).requires_grad_() for s in ((5, 6), shape)]
+    expected, wide = truth(parameters, x, likelihood, "sum", None)
+    same(loss(parameters, x, likelihood, "sum", None), expected, parameters, wide, 1)
+
+
+OVERFLOWN = {
+    "log scale": (Gaussian(parameter="log_scale"), ([1e-3, 1.0], [-50.0, 0.0]), [0.0, 0.0]),
+    "scale": (Gaussian(), ([1e-7, 1.0], [1e-25, 1.0]), [0.0, 0.0]),
+    "rate": ("poisson", ([2e-30, 1.0],), [1e9, 1.0]),
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWN)
+def test_a_derivative_that_overflows_where_the_weight_is_0(name):
+    """Is 0 there, in the first backward as in another."""
+    likelihood, values, x = OVERFLOWN[name]
+    weight = torch.tensor([[0.0, 1.0]])
+    usual = [torch.ones(1, 2, requires_grad=True) for _ in values]
+    loss(usual, torch.tensor([x]), likelihood, "sum", weight).backward()  # after which the factor that arrives is known
+    parameters = [torch.tensor([v], requires_grad=True) for v in values]
+    value = loss(parameters, torch.tensor([x]), likelihood, "sum", weight)
+    first = gradients(value, *parameters, retain_graph=True)
+    second = gradients(value, *parameters)
+    for a, b in zip(first, second, strict=True):
+        assert a[0, 0] == b[0, 0] == 0 and a[0, 1].isfinite()
+        torch.testing.assert_close(a, b)
+
+
+def test_counts_too_small_to_be_any():
+    """Are zeros to the zero-inflated likelihood, beside many that are not."""
+    x, mean = torch.tensor([[5e-9, 1.0, 2.0, 0.0]]), torch.tensor([[1e-9, 1.0, 1.0, 1.0]])
+    parameters = [p.requires_grad_() for p in (mean, torch.ones(1, 4), torch.zeros(1, 4))]
+    expected, wide = truth(parameters, x, "zero_inflated_negative_binomial", "sum", None)
+    same(loss(parameters, x, "zero_inflated_negative_binomial", "sum", None), expected, parameters, wide, 1)
+
+
 @pytest.mark.parametrize("weighted", (False, True), ids=("", "weighted"))
 @pytest.mark.parametrize("name", HAVE_A_FORM)
 def test_the_form_is_taken(name, weighted, monkeypatch):

@@ -73,6 +73,8 @@ def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
         factor = by if slope == 1 else by * slope
         if isinstance(factor, Tensor) or factor != 1:
             gradient.mul_(factor if isinstance(factor, Tensor) else _number(factor))
+        if weight is not None and not torch.isfinite(gradient.sum()):  # a derivative may have overflown where a weight is 0
+            return _by_formula(plan, parameters, x, weight, by, out, wants_sum, per_sample)
     return total, out
 
 
@@ -197,7 +199,11 @@ def _in_rows(plan, tensors, by, wants, wants_sum):
         w = None if weight is None else of_rows(weight, rows).to(dtype)
         f = by[rows].reshape(-1, *[1] * (len(shape) - 1)) if isinstance(by, Tensor) and by.dim() else by
         places = [of_rows(t, rows) for t in totals]
-        out = [t if t is None or t.shape == given[0].shape else torch.empty_like(given[0]) for t in places]
+        # Not by the shape of a place, which a block of one row may have in common with a parameter that all rows share.
+        out = [
+            place if total is None or total.shape == shape else torch.empty_like(given[0])
+            for place, total in zip(places, totals, strict=True)
+        ]
         total, gradients = _block(plan, given, target, w, f, out, wants_sum, per_sample)
         parts.append((rows, total))
         for place, gradient in zip(places, gradients, strict=True):

@@ -155,7 +155,9 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         for gradient in (to_mean, to_theta):
             if gradient is not None:
                 gradient.mul_(by_zeros)
-        _add_beyond_zero(mean, theta, x, None if 4 * index.numel() > x.numel() else index, values, to_mean, to_theta)
+        if 4 * index.numel() > x.numel() and index.numel() == torch.count_nonzero(x):
+            index = None  # of all, since a count of exactly 0 adds nothing
+        _add_beyond_zero(mean, theta, x, index, values, to_mean, to_theta)
         return OnePass(values, slopes=(1.0, 1.0, 1.0))
 
 
