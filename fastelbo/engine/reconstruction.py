@@ -1,6 +1,7 @@
 """The reconstruction in Torch: value and gradients in one pass, a block at a time, for parameters and weights of any shape."""
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
         if constant:
             counted = values.numel() / max(total.numel(), 1) if weight is None else _sum(weight.expand_as(values), per_sample)
             total.add_(constant * counted)
-        if weight is not None and not torch.isfinite(total).all():
+        if weight is not None and not math.isfinite(total.sum().item()):
             found = None
     if found is None:
         return _by_formula(plan, parameters, x, weight, by, out, wants_sum, per_sample)
@@ -73,7 +74,8 @@ def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
         factor = by if slope == 1 else by * slope
         if isinstance(factor, Tensor) or factor != 1:
             gradient.mul_(factor if isinstance(factor, Tensor) else _number(factor))
-        if weight is not None and not torch.isfinite(gradient.sum()):  # a derivative may have overflown where a weight is 0
+        # A derivative may have overflown where a weight is 0.
+        if weight is not None and not math.isfinite(gradient.sum().item()):
             return _by_formula(plan, parameters, x, weight, by, out, wants_sum, per_sample)
     return total, out
 
