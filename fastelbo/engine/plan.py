@@ -225,8 +225,8 @@ def loss_plan(
         call = check_loss(name, objective, tensors, parameters, weighted, latents)
         types = *start, *map(type, tensors), *map(_of_types, tensors), *map(_is_neg, tensors)
         path = _paths.get(types) or keep(_paths, types, LossPath(call, tensors, beta, grad_mode))
-        plan = keep(_plans, key, LossPlan(path, call, tensors))
-    _again(start, plan, tensors)
+        return keep(_plans, key, LossPlan(path, call, tensors))
+    _again(start, plan, tensors)  # not of a shape that may never come again, of which no memory is to stay
     return plan
 
 
