@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.distributions import Distribution
 
 from .basics.arguments import REALS, check_batch, check_device, check_number, check_reals
@@ -13,12 +14,13 @@ from .bounds.records import ELBO, ONE_SAMPLE, check_bound
 from .bounds.samples import many_samples
 from .diagnostics import Monitor
 from .engine.call import Objective
+from .engine.compiled import in_graph
 from .engine.divergence import Statistics, divergence_terms, kl_of, times
 from .engine.latents import run, sample
 from .engine.loss import ELBOTerms, composed_terms, loss_terms, planned_terms, record_reconstruction, traced_terms
 from .engine.plan import find_objective, is_little, latents_plan_of
 from .latents.posterior import LOGVAR, Latents, Posterior, check_latents
-from .latents.weighting import ALL, Weighting, check_beta, check_weighting, shares_of
+from .latents.weighting import ALL, Weighting, check_beta, check_weighting, is_of_each, shares_of
 from .likelihoods import Likelihood
 
 Reduction = str | tuple[str, str]
@@ -85,12 +87,19 @@ def loss(
             passes. On a GPU, looking would need a sync, and a tracer sees no values. There a target of a Bernoulli likelihood
             outside [0, 1], and counts of a multinomial below 0, give a loss that means nothing; the others give NaN.
     """
+    if is_dynamo_compiling() and monitor is None:
+        values = {
+            "recon_x": recon_x, "x": x, "mu": mu, "logvar": logvar, "beta": beta, "kl": kl, "prior": prior, "weight": weight,
+        }  # fmt: skip
+        found = in_graph(loss, values, likelihood=likelihood, posterior=posterior, weighting=weighting, reduction=reduction)
+        if found is not None:
+            return found
     surrounded = is_surrounded()
     objective = (Objective.of if surrounded else find_objective)(likelihood, posterior, reduction)
     given = tuple(recon_x) if isinstance(recon_x, tuple | list) else (recon_x,)
     if type(beta) is not float:
         beta = _checked_beta(beta, x)
-    each = isinstance(beta, Tensor) and beta.dim() > 0
+    each = type(beta) is not float and is_of_each(beta)
     if objective.is_direct and (weighting is None or weighting is ALL) and prior is None and monitor is None and not each:
         latents: tuple[Tensor, ...] = ()
         if kl is None and isinstance(mu, Tensor) and logvar is not None:
@@ -180,6 +189,15 @@ def elbo(
     """
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
+    if is_dynamo_compiling() and bound is None and weighting is None and monitor is None and generator is None:
+        if isinstance(reduction, str) and not is_of_each(beta):
+            values: dict[str, Any] = {"x": x, "mu": mu, "logvar": logvar, "prior": prior, "eps": eps}
+            found = in_graph(_before_decoder, values, posterior=posterior, reduction=reduction)
+            if found is not None:
+                z, kl = found
+                values = {"prediction": decoder(z), "x": x, "beta": beta, "weight": weight, "kl": kl}
+                found = in_graph(_behind_decoder, values, likelihood=likelihood, reduction=reduction)
+                return _behind_decoder(**values, likelihood=likelihood, reduction=reduction) if found is None else found
     surrounded = is_surrounded()
     objective = (Objective.of if surrounded else find_objective)(likelihood, posterior, reduction)
     if bound is not None and (bound := check_bound(bound)) is not ONE_SAMPLE:
@@ -189,7 +207,7 @@ def elbo(
         )  # fmt: skip
     if type(beta) is not float:
         beta = _checked_beta(beta, x)
-    each = isinstance(beta, Tensor) and beta.dim() > 0
+    each = type(beta) is not float and is_of_each(beta)
     # What can be checked before the decoder runs, which may draw noise and move statistics.
     if (weighting is None or weighting is ALL) and monitor is None and not each and objective.is_sum:
         # Of few latents on a CPU, the Function of the loss has the KL: one for the sample would cost more than it saves.
@@ -211,6 +229,23 @@ def elbo(
     return _with_kl("decoder(z)", objective, given, x, weight, kl, beta, weighted, monitor, statistics)
 
 
+def _before_decoder(
+    x: Any, mu: Any, logvar: Any, prior: Any, eps: Any, *, posterior: Any, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """What `elbo` computes before the decoder runs, and behind it, where torch.compile takes each whole."""
+    z, kl = sample(mu, logvar, posterior, prior, reduction, eps, None)
+    _check_target(x, z)
+    return z, kl
+
+
+def _behind_decoder(
+    prediction: Any, x: Any, beta: Any, weight: Any, kl: Tensor, *, likelihood: Any, reduction: str
+) -> ELBOTerms:
+    objective = Objective.of(likelihood, LOGVAR, reduction)
+    given = _parameters(prediction, objective.likelihood)
+    return _with_kl("decoder(z)", objective, given, x, weight, kl, _checked_beta(beta, x), None, None)
+
+
 def _parameters(prediction: Any, likelihood: Likelihood) -> tuple[Tensor, ...]:
     """The tensors of a decoder's output."""
     if not isinstance(prediction, tuple | list):
@@ -225,7 +260,7 @@ def _parameters(prediction: Any, likelihood: Likelihood) -> tuple[Tensor, ...]:
 
 def _checked_beta(beta: Any, x: Any) -> float | Tensor:
     """A number as a float; a tensor as it is, which for each latent dimension is checked with the latents."""
-    if isinstance(beta, Tensor) and beta.dim() > 0:
+    if is_of_each(beta):
         return beta
     check_reals("x", x)
     return check_number("beta", beta, x)
@@ -270,12 +305,12 @@ def _divergence(
     reduction, mu = objective.kl_reduction, tensors[0]
     beta = check_beta(beta, mu)
     weighting = check_weighting(weighting, mu, latents.prior is not None, beta, reduction)
-    if weighting == ALL and monitor is None and not (isinstance(beta, Tensor) and beta.dim() > 0):
+    if weighting == ALL and monitor is None and not is_of_each(beta):
         return kl_of(latents, tensors, reduction), beta, None, None
     kl, weighted, statistics = divergence_terms(
         latents, tensors, weighting=weighting, beta=beta, reduction=reduction, statistics=monitor is not None
     )
-    return kl, 1.0 if isinstance(beta, Tensor) and beta.dim() > 0 else beta, weighted, statistics
+    return kl, 1.0 if is_of_each(beta) else beta, weighted, statistics
 
 
 def _with_kl(

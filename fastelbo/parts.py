@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.distributions import Distribution
 
 from .basics.arguments import (
@@ -18,6 +19,7 @@ from .basics.arguments import (
 )
 from .basics.tracing import is_surrounded
 from .engine.call import check_kl
+from .engine.compiled import in_graph
 from .engine.latents import latents_terms, run, sample
 from .engine.log_ratio import draw_rows, log_density, log_ratio
 from .engine.plan import latents_plan_of
@@ -59,6 +61,10 @@ def reparameterize(
     Raises:
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or both `eps` and `generator` came.
     """
+    if is_dynamo_compiling() and generator is None:
+        found = in_graph(reparameterize, {"mu": mu, "logvar": logvar, "eps": eps}, posterior=posterior)
+        if found is not None:
+            return found
     return sample(mu, logvar, posterior, None, None, eps, generator)[0]
 
 
@@ -86,6 +92,11 @@ def sample_kl(
     Raises:
         TypeError, ValueError: as `reparameterize`; also if `prior` does not fit, or `reduction` is unknown.
     """
+    if is_dynamo_compiling() and generator is None:
+        values = {"mu": mu, "logvar": logvar, "prior": prior, "eps": eps}
+        found = in_graph(sample_kl, values, posterior=posterior, reduction=reduction)
+        if found is not None:
+            return found
     if reduction is None:
         check_reduction(reduction)
     return tuple.__new__(SampleKL, sample(mu, logvar, posterior, prior, reduction, eps, generator))
@@ -120,6 +131,11 @@ def kl_divergence(
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or has an unknown name; or a pair is
             the prior of a Normal.
     """
+    if is_dynamo_compiling():
+        values = {"mu": mu, "logvar": logvar, "prior": prior}
+        found = in_graph(kl_divergence, values, posterior=posterior, reduction=reduction)
+        if found is not None:
+            return found
     if is_surrounded():
         kl: Tensor = latents_terms(*check_kl(mu, logvar, posterior, prior, reduction, False))[1]
     else:

@@ -1,5 +1,6 @@
 """torch.compile: one graph forward and backward, results as eager, and no more compilations than inputs differ in kind."""
 
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastelbo
 from conftest import INTERPRETED
+from fastelbo import Weighting
 from fastelbo.likelihoods import BernoulliLogits, DiscretizedLogistic, Gaussian
 from support import LIKELIHOODS, gradients, make_inputs, options
 
@@ -359,3 +361,98 @@ def test_errors_name_the_argument(device):
     recon_x, x, mu, logvar = make_inputs("mse", (5, 9), (5, 3), device=device)
     with pytest.raises(ValueError, match="x must have the shape of"):
         compiled(recon_x, x[:, :8], mu, logvar)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="kernels do not look at values")
+def test_errors_of_values():
+    """Where what Dynamo has found runs as it is, values are seen."""
+    _, x, mu, logvar = make_inputs("bernoulli", (5, 9), (5, 3))
+    compiled = Counted(lambda recon_x: fastelbo.loss(recon_x, x, mu, logvar).loss, backend="eager")
+    compiled(x)
+    with pytest.raises(ValueError, match="recon_x must lie in"):
+        compiled(x + 2)
+
+
+CALLS = {
+    "loss": lambda r, x, mu, logvar, **chosen: fastelbo.loss(r, x, mu, logvar, 0.5, **chosen),
+    "sample_kl": lambda r, x, mu, logvar, **chosen: fastelbo.sample_kl(mu, logvar),
+    "reparameterize": lambda r, x, mu, logvar, **chosen: (fastelbo.reparameterize(mu, logvar),),
+    "kl_divergence": lambda r, x, mu, logvar, **chosen: (fastelbo.kl_divergence(mu, logvar, (logvar, mu)),),
+    "elbo": lambda r, x, mu, logvar, **chosen: fastelbo.elbo(lambda z: r, x, mu, logvar, 0.5, **chosen),
+}
+
+
+@pytest.mark.parametrize("likelihood", ("mse", Gaussian(scale=0.3)), ids=("name", "record"))
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_is_one_node(call, likelihood, device):
+    """Dynamo does not go through the code of this library: what it meets is checked before each run, in Python's time."""
+    counter = CompileCounterWithBackend("aot_eager")
+    tensors = make_inputs("mse", (5, 9), (5, 3), device=device)
+    compiled = torch.compile(
+        lambda *t: sum(map(torch.sum, CALLS[call](*t, likelihood=likelihood))), fullgraph=True, backend=counter
+    )
+    compiled(*tensors).backward()
+    (graph,) = counter.graphs
+    ours = [n for n in graph.graph.nodes if n.op == "call_function" and n.target.__module__.startswith("fastelbo")]
+    assert len(ours) == (2 if call == "elbo" else 1)
+    results = {"loss": 3, "elbo": 3, "sample_kl": 2}.get(call, 1)
+    assert counter.op_count <= len(ours) + 4 * results + 2  # the rest takes results apart, and sums them up
+
+
+def test_options_made_inside(device):
+    """A record that compiled code makes has its own fields, and one that changes is noticed."""
+    recon_x, x, mu, logvar = make_inputs("mse", (5, 9), (5, 3), device=device)
+
+    def inside(scale):
+        return fastelbo.loss(
+            recon_x, x, mu, logvar, likelihood=Gaussian(scale=scale), weighting=Weighting(free_bits=scale)
+        ).loss
+
+    compiled = Counted(inside)
+    for scale in (0.3, 2.0):
+        torch.testing.assert_close(compiled(scale), inside(scale))
+
+    def outside(likelihood):
+        return fastelbo.loss(recon_x, x, mu, logvar, likelihood=likelihood).loss
+
+    compiled = Counted(outside)
+    for scale in (0.3, 2.0, 0.3):
+        torch.testing.assert_close(compiled(Gaussian(scale=scale)), outside(Gaussian(scale=scale)))
+    assert compiled.compilations <= 2
+
+
+def test_own_likelihood(device):
+    """One that a user wrote, of the same name as another."""
+    recon_x, x, mu, logvar = make_inputs("mse", (5, 9), (5, 3), device=device)
+
+    def made(factor):
+        class Own(Gaussian):
+            def nll(self, parameters, x):
+                return factor * (parameters[0] - x).square()
+
+        return Own()
+
+    for factor in (1.0, 3.0):
+        own = made(factor)
+
+        def call(own=own):
+            return fastelbo.loss(recon_x, x, mu, logvar, likelihood=own).recon
+
+        torch.testing.assert_close(Counted(call)(), call())
+
+
+def test_graphs_are_kept_on_disk(tmp_path):
+    """Torch keeps what it compiled for the next process only if it knows each function in the graph."""
+    code = """
+import torch, fastelbo
+x = torch.rand(4, 9)
+torch.compile(lambda r: fastelbo.loss(r, x, x, x).loss)(torch.rand(4, 9, requires_grad=True)).backward()
+print(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
+"""
+    found = []
+    for _ in range(2):
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "0"}
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert run.returncode == 0, run.stderr
+        found.append(int(run.stdout))
+    assert found == [0, 1]

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastelbo
@@ -296,14 +298,15 @@ def test_large_calls_reach_the_kernels(likelihood, device, monkeypatch):
     """From as many bytes on as a formula would move: small ones are the formula, for Inductor to fuse."""
     found = []
 
-    def backend(graph, _):
+    def compiler(graph, _):
         found.append(graph.code)
-        return graph.forward
+        return make_boxed_func(graph.forward)
 
     parameters, x = CASES[likelihood].make(dtype=SINGLE, device=device)
     moved = find_likelihood(likelihood).compiled_passes * parameters[0].numel() * 4
     for least in (moved, moved + 1):
         monkeypatch.setattr(traced, "KERNELS_PAY", least)
         torch.compiler.reset()
+        backend = aot_autograd(fw_compiler=compiler)
         torch.compile(lambda: fastelbo.loss(parameters, x, kl=torch.zeros(()), likelihood=likelihood).loss, backend=backend)()
     assert ["fastelbo" in code for code in found] == [True, False]

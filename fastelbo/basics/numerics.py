@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tracing import is_seen, is_transformed, never_compiled
+from .tracing import is_compiling, is_seen, is_transformed, never_compiled
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def with_derivative(function: Callable[[Tensor], Tensor], derivative: Callable[[
             return tangent * derivative(*ctx.saved_tensors)
 
     def call(x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return function(x)
         if is_transformed():
             return Transformed.apply(x)

@@ -10,6 +10,12 @@ from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_co
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, type(None)))
 
 
+def is_compiling() -> bool:
+    """Whether torch.compile or torch.export traces a call: in Dynamo, or behind it, where Torch 2.11's own function does not
+    say so."""
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+
+
 def is_surrounded() -> bool:
     """Whether torch.compile or a dispatch mode (fake tensors, counters) traces a call, torch.func transforms it, or it carries
     forward-mode tangents."""

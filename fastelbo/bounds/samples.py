@@ -30,7 +30,7 @@ from ..engine.divergence import divergence_terms, times
 from ..engine.log_ratio import Held, draw_rows, log_ratio
 from ..engine.loss import ELBOTerms, composed_terms
 from ..latents.posterior import Latents, check_latents
-from ..latents.weighting import ALL, check_beta, check_weighting
+from ..latents.weighting import ALL, check_beta, check_weighting, is_of_each
 from .graph import decoder_leaves
 from .records import ELBO, IWAE
 from .replay import CHANGED, Modules, Replay, autocast_without_cache
@@ -100,7 +100,7 @@ def many_samples(
         value, recon = value.sum() / divisor, recon.sum() / divisor
     if call.is_weighted:
         return ELBOTerms(value, recon, kl)
-    each = isinstance(kl_beta, Tensor) and kl_beta.dim() > 0
+    each = is_of_each(kl_beta)
     return ELBOTerms(value + times(1.0 if each else kl_beta, kl_term.to(dtype)), value, kl)
 
 

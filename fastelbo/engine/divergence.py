@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..basics.arguments import factor_of, result_dtype
 from ..latents.posterior import Latents
-from ..latents.weighting import ALL, Weighting, shares_of
+from ..latents.weighting import ALL, Weighting, is_of_each, shares_of
 from .call import KINDS, KLCall, weighted_call
 from .formula import reduced
 from .latents import latents_terms
@@ -39,7 +39,7 @@ def divergence_terms(
     reduction "sum", over D with "mean"; with "none" it is one value a sample. It has a beta for each dimension in it, and no
     other.
     """
-    each = isinstance(beta, Tensor) and beta.dim() > 0
+    each = is_of_each(beta)
     if weighting.capacity is None and not each:
         call = weighted_call(latents, result_dtype(*tensors), weighting, reduction)
         return _in_one_pass(call, tensors, weighting, statistics)

@@ -10,13 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
-from ..basics.tracing import is_transformed, is_wrapper
+from ..basics.tracing import is_compiling, is_transformed, is_wrapper
 from ..likelihoods import code_of
 from . import formula
 from .backend import has_kernels
 from .call import KLCall, LossCall
 from .operators import encoded, ops
+
+TRACERS = FakeTensor, FunctionalTensor
 
 # An operator costs the host some 100 us a step more than what Inductor launches, and its kernels move less memory. They pay
 # from so many bytes on that the formula would move: at 3 TB/s these take 180 us, more than the host needs for a step.
@@ -27,11 +30,11 @@ OF_LATENTS = 10  # passes over mu that the formula of a sample and its KL, and t
 def _goes_to_kernels(passes: int, *values) -> bool:
     """Whether Triton computes for the first of these, which a compiled formula passes over so often, and an operator may stand
     for it."""
-    if is_transformed() or any(is_wrapper(v) for v in values if not isinstance(v, FakeTensor)):
+    if is_transformed() or any(is_wrapper(v) for v in values if not isinstance(v, TRACERS)):
         return False
     if not has_kernels(values[0].device) or torch.compiler.is_exporting():
         return False
-    return not torch.compiler.is_compiling() or passes * values[0].numel() * values[0].dtype.itemsize >= KERNELS_PAY
+    return not is_compiling() or passes * values[0].numel() * values[0].dtype.itemsize >= KERNELS_PAY
 
 
 def loss(call: LossCall, beta: float | Tensor, tensors: Sequence[Tensor], divisor: float | Tensor | None = None):

@@ -111,7 +111,7 @@ def check_weighting(weighting, mu: Tensor, has_prior: bool, beta: float | Tensor
     if not isinstance(weighting, Weighting):
         raise TypeError(f"weighting must be a Weighting, got {type(weighting).__name__}")
     check_reduction(reduction)
-    each = isinstance(beta, Tensor) and beta.dim() > 0
+    each = is_of_each(beta)
     if weighting.free_bits is not None:
         per = weighting.free_bits_per
         if each and per not in ("element", "dimension"):
@@ -131,9 +131,14 @@ def check_weighting(weighting, mu: Tensor, has_prior: bool, beta: float | Tensor
     return weighting
 
 
+def is_of_each(beta) -> bool:
+    """Whether it has a weight for each latent dimension."""
+    return isinstance(beta, Tensor) and beta.dim() > 0
+
+
 def check_beta(beta, mu: Tensor) -> float | Tensor:
     """A number, a 0-d tensor, or a tensor that broadcasts to `mu.shape[1:]`: one for each latent dimension or group of them."""
-    if not isinstance(beta, Tensor) or beta.dim() == 0:
+    if not is_of_each(beta):
         return check_number("beta", beta, mu)
     check_reals("beta", beta)
     check_device("beta", beta, "mu", mu)
