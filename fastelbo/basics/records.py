@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from typing_extensions import dataclass_transform
 
+from .tracing import is_compiling
+
 Kind = TypeVar("Kind", bound=type)
 
 _made: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
@@ -21,7 +23,7 @@ class Record(type):
 
     def __call__(cls, *args, **options):
         new = super().__call__(*args, **options)
-        if torch.compiler.is_compiling():  # no state: compiled code compares values
+        if is_compiling():  # no state: compiled code compares values
             return new
         try:
             return _made.setdefault((cls, *((type(value), value) for value in vars(new).values())), new)

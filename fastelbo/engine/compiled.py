@@ -18,7 +18,8 @@ from ..basics.records import Record
 from ..basics.tracing import constant_when_compiled, is_compiling
 from .backend import VARIABLE
 
-_calls: dict[str, Callable] = {}
+_functions: dict[str, Callable] = {}
+_kinds: dict[str, Record] = {}
 
 
 def in_graph(function: Callable, values: dict[str, Any], **options) -> Any:
@@ -28,48 +29,56 @@ def in_graph(function: Callable, values: dict[str, Any], **options) -> Any:
     """
     if any(isinstance(value, Distribution) for value in values.values()):
         return None
-    name = _named(function, **options)
-    return None if name is None else _call(name, **values)
+    _make_known(function)
+    described: dict[str, Any] = {}
+    for key, option in options.items():
+        described[key] = option
+        if not isinstance(option, str | tuple | list | None):
+            fields = _fields(type(option))
+            if fields is None:
+                return None
+            described[key] = {KIND: type(option).__name__, **{field: getattr(option, field) for field in fields}}
+    return _call(function.__name__, **values, **described)
 
 
-@constant_when_compiled
-def _named(function: Callable, **options) -> str | None:
-    """The name by which `_call` finds a function with its options, which are spelled out in it; None if they cannot be."""
-    if not all(map(_is_spelled_out, options.values())):
-        return None
-    name = f"{function.__name__}({', '.join(f'{key}={value!r}' for key, value in options.items())})"
-    if name not in _calls:
-        # All this brings the compiler, and so has to wait until there is one. A graph with a function in it that Torch does not
-        # know would not be cached on disk.
-        torch.compiler.allow_in_graph(_call)
-        torch._inductor.config.unsafe_marked_cacheable_functions[f"{__name__}.{_call.__name__}"] = _version()
-        _calls[name] = functools.partial(function, **options)
-    return name
+KIND = "kind"
 
 
-def _call(name: str, **values):
+def _call(name: str, **arguments):
+    for key, value in arguments.items():
+        if isinstance(value, dict):  # a record, of which a graph can hold the fields
+            fields = dict(value)
+            arguments[key] = _kinds[fields.pop(KIND)](**fields)
     try:
-        return _calls[name](**values)
+        return _functions[name](**arguments)
     except (TypeError, ValueError):
         if is_compiling():
             return None
         raise
 
 
-def _is_spelled_out(option) -> bool:
-    """Whether its repr is all of it: not of a record that is made in compiled code, which has no fields while that is traced,
-    or whose class is the user's."""
-    if isinstance(type(option), Record):
-        is_ours = type(option).__module__.startswith(__name__.partition(".")[0] + ".")
-        return is_ours and all(name in vars(option) and _is_spelled_out(vars(option)[name]) for name in option.field_names)
-    if isinstance(option, tuple | list):
-        return all(map(_is_spelled_out, option))
-    return isinstance(option, str | float | int | None)
+@constant_when_compiled
+def _make_known(function: Callable) -> None:
+    """Of the compiler, which has to be there already, since this brings it."""
+    if function.__name__ not in _functions:
+        _functions[function.__name__] = function
+        torch.compiler.allow_in_graph(_call)
+        # Or a graph with this function in it would not be kept on disk.
+        torch._inductor.config.unsafe_marked_cacheable_functions[f"{__name__}.{_call.__name__}"] = _version()
+
+
+@constant_when_compiled
+def _fields(kind: type) -> tuple[str, ...] | None:
+    """Those of a record of this library's, which its class's name stands for."""
+    if not isinstance(kind, Record) or not kind.__module__.startswith(__name__.partition(".")[0] + "."):
+        return None
+    _kinds[kind.__name__] = kind
+    return kind.field_names
 
 
 @functools.cache
 def _version() -> str:
-    """Changes with all that a cached graph depends on."""
+    """Changes with all that a graph on disk depends on."""
     code = hashlib.sha256(os.environ.get(VARIABLE, "").encode())
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(path.read_bytes())
