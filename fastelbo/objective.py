@@ -87,14 +87,14 @@ def loss(
             passes. On a GPU, looking would need a sync, and a tracer sees no values. There a target of a Bernoulli likelihood
             outside [0, 1], and counts of a multinomial below 0, give a loss that means nothing; the others give NaN.
     """
-    if is_dynamo_compiling() and monitor is None:
+    surrounded = is_surrounded()
+    if surrounded and monitor is None and is_dynamo_compiling():
         values = {
             "recon_x": recon_x, "x": x, "mu": mu, "logvar": logvar, "beta": beta, "kl": kl, "prior": prior, "weight": weight,
         }  # fmt: skip
         found = in_graph(loss, values, likelihood=likelihood, posterior=posterior, weighting=weighting, reduction=reduction)
         if found is not None:
             return found
-    surrounded = is_surrounded()
     objective = (Objective.of if surrounded else find_objective)(likelihood, posterior, reduction)
     given = tuple(recon_x) if isinstance(recon_x, tuple | list) else (recon_x,)
     if type(beta) is not float:
@@ -189,8 +189,9 @@ def elbo(
     """
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
-    if is_dynamo_compiling() and bound is None and weighting is None and monitor is None and generator is None:
-        if isinstance(reduction, str) and not is_of_each(beta):
+    surrounded = is_surrounded()
+    if surrounded and bound is None and weighting is None and monitor is None and generator is None:
+        if is_dynamo_compiling() and isinstance(reduction, str) and not is_of_each(beta):
             values: dict[str, Any] = {"x": x, "mu": mu, "logvar": logvar, "prior": prior, "eps": eps}
             found = in_graph(_before_decoder, values, posterior=posterior, reduction=reduction)
             if found is not None:
@@ -198,7 +199,6 @@ def elbo(
                 values = {"prediction": decoder(z), "x": x, "beta": beta, "weight": weight, "kl": kl}
                 found = in_graph(_behind_decoder, values, likelihood=likelihood, reduction=reduction)
                 return _behind_decoder(**values, likelihood=likelihood, reduction=reduction) if found is None else found
-    surrounded = is_surrounded()
     objective = (Objective.of if surrounded else find_objective)(likelihood, posterior, reduction)
     if bound is not None and (bound := check_bound(bound)) is not ONE_SAMPLE:
         return many_samples(

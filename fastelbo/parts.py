@@ -61,11 +61,12 @@ def reparameterize(
     Raises:
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or both `eps` and `generator` came.
     """
-    if is_dynamo_compiling() and generator is None:
+    surrounded = is_surrounded()
+    if surrounded and generator is None and is_dynamo_compiling():
         found = in_graph(reparameterize, {"mu": mu, "logvar": logvar, "eps": eps}, posterior=posterior)
         if found is not None:
             return found
-    return sample(mu, logvar, posterior, None, None, eps, generator)[0]
+    return sample(mu, logvar, posterior, None, None, eps, generator, surrounded)[0]
 
 
 def sample_kl(
@@ -92,14 +93,15 @@ def sample_kl(
     Raises:
         TypeError, ValueError: as `reparameterize`; also if `prior` does not fit, or `reduction` is unknown.
     """
-    if is_dynamo_compiling() and generator is None:
+    surrounded = is_surrounded()
+    if surrounded and generator is None and is_dynamo_compiling():
         values = {"mu": mu, "logvar": logvar, "prior": prior, "eps": eps}
         found = in_graph(sample_kl, values, posterior=posterior, reduction=reduction)
         if found is not None:
             return found
     if reduction is None:
         check_reduction(reduction)
-    return tuple.__new__(SampleKL, sample(mu, logvar, posterior, prior, reduction, eps, generator))
+    return tuple.__new__(SampleKL, sample(mu, logvar, posterior, prior, reduction, eps, generator, surrounded))
 
 
 def kl_divergence(
@@ -131,12 +133,12 @@ def kl_divergence(
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or has an unknown name; or a pair is
             the prior of a Normal.
     """
-    if is_dynamo_compiling():
+    if is_surrounded():
         values = {"mu": mu, "logvar": logvar, "prior": prior}
-        found = in_graph(kl_divergence, values, posterior=posterior, reduction=reduction)
+        options = {"posterior": posterior, "reduction": reduction}
+        found = in_graph(kl_divergence, values, **options) if is_dynamo_compiling() else None
         if found is not None:
             return found
-    if is_surrounded():
         kl: Tensor = latents_terms(*check_kl(mu, logvar, posterior, prior, reduction, False))[1]
     else:
         kl = run(*latents_plan_of(mu, logvar, posterior, prior, reduction, None, False), None)[1]

@@ -419,3 +419,11 @@ def test_meta_tensors_pass():
     """They have shapes and dtypes only: Torch computes these, whatever is forced."""
     terms = fastelbo.loss(*(t.to("meta") for t in GOOD.values()), reduction="none")
     assert [(t.device.type, tuple(t.shape), t.dtype) for t in terms] == [("meta", (4,), torch.float32)] * 3
+
+
+@pytest.mark.parametrize("reduction", ("sum", "none"))
+def test_meta_tensors_have_gradients(reduction):
+    tensors = [t.to("meta").requires_grad_(name != "x") for name, t in GOOD.items()]
+    for _ in range(2):
+        fastelbo.loss(*tensors, reduction=reduction).loss.sum().backward()
+    assert all(t.grad is None if t is tensors[1] else t.grad.shape == t.shape for t in tensors)

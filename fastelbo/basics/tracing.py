@@ -13,7 +13,9 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, type(None)))
 def is_compiling() -> bool:
     """Whether torch.compile or torch.export traces a call: in Dynamo, or behind it, where Torch 2.11's own function does not
     say so."""
-    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 and torch._guards.TracingContext.try_get() is not None
 
 
 def is_surrounded() -> bool:

@@ -53,22 +53,16 @@ def scratch(name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
     return memory.as_strided(like.shape, like.stride())
 
 
-def spare(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two buffers of the shape of `like`, likewise."""
-    if like.numel() <= SMALL:
-        return torch.empty_like(like, dtype=dtype), torch.empty_like(like, dtype=dtype)
-    if like.device.type != "cpu" or (found := _memory.pairs.get(dtype)) is None or found.shape[1] < like.numel():
-        return _made_pair(like, dtype)
+def spare(like: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Two buffers of the shape of `like`, likewise; None where new ones cost no more."""
+    if like.numel() <= SMALL or like.device.type != "cpu":
+        return None, None
+    found = _memory.pairs.get(dtype)
+    if found is None or found.shape[1] < like.numel():
+        with torch.inference_mode(False):
+            found = _memory.pairs[dtype] = torch.empty(2, max(block_size(), like.numel()), dtype=dtype, device=like.device)
     shape, stride = like.shape, like.stride()
     return found.as_strided(shape, stride), found.as_strided(shape, stride, found.shape[1])
-
-
-def _made_pair(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if like.device.type != "cpu":
-        return torch.empty_like(like, dtype=dtype), torch.empty_like(like, dtype=dtype)
-    with torch.inference_mode(False):  # what is made in inference mode cannot be written outside of it
-        _memory.pairs[dtype] = torch.empty(2, max(block_size(), like.numel()), dtype=dtype, device=like.device)
-    return spare(like, dtype)
 
 
 def block_size() -> int:

@@ -19,11 +19,12 @@ class Guess:
     """The factor of calls that are alike. It is replaced and never written again, and is only used on the stream that wrote it,
     so no launch can see it change."""
 
-    __slots__ = ("known",)
+    __slots__ = "known", "number"
 
     def __init__(self, rows: int, dtype: torch.dtype, device: torch.device, like: "Guess | None" = None) -> None:
         """At first it is 1, or what it is for calls that are nearly alike."""
         self.known: tuple[int, Tensor] | None = None if like is None else like.known
+        self.number = 1.0 if like is None else like.number  # where it is looked at without a sync
         if self.known is None and device.type == "cpu":
             self.known = 0, _ones(rows, dtype, device)
 
@@ -43,11 +44,13 @@ class Guess:
             known = self.known = stream, _ones(rows, dtype, device)
         return known[1]
 
-    def remember(self, factor: Tensor) -> None:
+    def remember(self, factor: Tensor | float) -> None:
         """Guess `factor` next time. Not while a graph is captured: each replay would write the tensor again."""
-        if factor.device.type == "cpu":
+        if isinstance(factor, float):
+            self.number = factor
+        elif factor.device.type == "cpu":
             self.known = 0, factor
-        elif not _is_capturing():
+        elif factor.device.type == "cuda" and not _is_capturing():
             self.known = _raw_stream(factor.device.index), factor
 
 

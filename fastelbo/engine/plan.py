@@ -187,7 +187,7 @@ class LossPlan:
         parameters, x, weight, _ = self.call.split(tensors)
         return self.call.divisor(parameters[0], x, weight)
 
-    def remember(self, factor: Tensor) -> None:
+    def remember(self, factor: Tensor | float) -> None:
         """The upstream factor that the last backward saw, which the next forward guesses."""
         self.guess.remember(factor)
         if not self.per_sample:

@@ -17,7 +17,7 @@ def reconstruct(plan, tensors, divisor, factor, wants, wants_sum):
     if tensors[0].shape[0] != x.shape[0]:
         return _of_samples(plan, tensors, divisor, factor, wants, wants_sum)
     if factor is not None:
-        by = factor.unsqueeze(1) if plan.per_sample else factor.item() if x.device.type == "cpu" else factor.squeeze(0)
+        by = factor.unsqueeze(1) if plan.per_sample else factor
         by = by / divisor if divides else by
     if plan.is_whole:
         weight = tensors[n + 1] if plan.weight_shape is not None else None

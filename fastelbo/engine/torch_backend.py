@@ -30,13 +30,14 @@ def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
     - `stateless`: keep nothing on the device for later calls; this backend never does.
 
     Returns `(loss, recon, kl, stored, sums, used)`: three results, `[]` or `[B]`, None where there is no KL; of each parameter
-    its gradient times the factor `used`, or None. `sums`, of small parameters, are none of this backend's.
+    its gradient times the factor `used`, or None, and behind them, if there are few latents, what the KL's gradient is made of.
+    `sums`, of small parameters, are none of this backend's.
     """
     n, dtype, used = plan.count, plan.dtype, None
     x = tensors[n]
     # Elsewhere than on a CPU nothing could look at the guess in backward without a sync: it computes the gradient there.
     if True in wants and x.device.type == "cpu":
-        used = plan.guess.known[1] if known is None else known
+        used = known if known is not None else plan.guess.known[1] if plan.per_sample else plan.guess.number
     recon, stored = reconstruct(plan, tensors, divisor, used, wants, True)
     latents = plan.latents
     if latents == 0:
@@ -44,7 +45,9 @@ def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
     if latents == 1:
         kl = tensors[-1].to(dtype, copy=True)
     else:
-        kl = _divergence(tensors[-2], tensors[-1], plan.kl_weight, plan.per_sample, dtype)
+        kl, slope = _divergence(tensors[-2], tensors[-1], plan.kl_weight, plan.per_sample, dtype)
+        if used is not None and slope is not None:
+            stored.append(slope)
     if isinstance(beta, Tensor):
         return recon + beta.to(dtype) * kl, recon, kl, stored, None, used
     return torch.add(recon, kl, alpha=beta), recon, kl, stored, None, used
@@ -54,27 +57,30 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
     """Gradients by the tensors in `needs`, among which x and the weight never are.
 
     `upstreams`: the gradients that arrived at loss, reconstruction and KL, each `[]`, `[B]` or None. `stored` is what forward
-    stored with the factor `used`, or both are None: handed on where the factor was right, computed anew where it was wrong.
+    stored with the factor `used`, or `used` is None: handed on where the factor was right, computed anew where it was wrong.
 
-    Returns the gradients, a list, and the upstream factor of the reconstruction, `[B]` or `[1]`, for the next forward to guess.
+    Returns the gradients, a list, and the upstream factor of the reconstruction, a number or `[B]`, for the next forward to
+    guess.
     """
     n, grads, seen = plan.count, [None] * len(tensors), None
     grad_loss, grad_recon, grad_kl = upstreams
-    wants = needs[:n]
+    wants, slope = needs[:n], stored[n] if stored is not None and len(stored) > n else None
     if True in wants and not (grad_loss is None and grad_recon is None):
-        seen = added(grad_loss, grad_recon).reshape(-1)
-        if stored is not None and torch.equal(seen, used):  # a NaN equals nothing
-            seen = used
-        else:
-            seen = seen.to(plan.dtype, copy=True)  # whoever passed it in may write to it
+        seen = added(grad_loss, grad_recon)
+        is_number = not plan.per_sample and seen.device.type == "cpu"
+        if is_number:
+            seen = seen.item()
+        if used is None or not (seen == used if is_number else torch.equal(seen, used)):  # a NaN equals nothing
+            if not is_number:
+                seen = seen.to(plan.dtype, copy=True)  # whoever passed it in may write to it
             _, stored = reconstruct(plan, tensors, divisor, seen, wants, False)
-        grads[:n] = stored
+        grads[:n] = stored[:n]
     if True in needs[n:] and not (grad_loss is None and grad_kl is None):
         factor = added(grad_loss, grad_kl, beta)
         if plan.latents == 1:
             grads[-1] = factor.to(tensors[-1].dtype, copy=True)
         else:
-            grads[-2:] = _latent_gradients(None, *tensors[-2:], None, factor, plan.kl_weight, plan.dtype)
+            grads[-2:] = _latent_gradients(None, *tensors[-2:], None, factor, plan.kl_weight, plan.dtype, slope)
     return grads, seen
 
 
@@ -89,7 +95,7 @@ def latents_forward(plan, tensors, noise, stateless=False):
         sums = (wide.sum(0), wide.square().sum(0)) if plan.call.statistics else None
         return None, *formula.with_free_bits(plan.call, mu, kl, None, sums)
     if noise is None:
-        kl = _divergence(mu, logvar, plan.kl_weight, per_sample, dtype)
+        kl, _ = _divergence(mu, logvar, plan.kl_weight, per_sample, dtype)
         found = (kl, None, None, None) if plan.call.groups is None else formula.with_free_bits(plan.call, mu, kl, None, None)
         return None, *found
     if plan.is_whole and noise.dtype == dtype and (not per_sample or mu.dim() == 2):
@@ -140,14 +146,15 @@ def added(grad_loss: Tensor | None, own: Tensor | None, beta: float | Tensor = 1
 
 
 def _divergence(mu, logvar, weight, per_sample, dtype):
-    """KL(N(mu, exp(logvar)) || N(0, 1)), reduced."""
+    """KL(N(mu, exp(logvar)) || N(0, 1)), reduced; and of few latents twice its derivative by each of `logvar`."""
     if mu.dtype == logvar.dtype == dtype and mu.numel() <= SMALL and (not per_sample or mu.dim() == 2):
-        kl = torch.expm1(logvar).sub_(logvar).addcmul_(mu, mu).sum(-1 if per_sample else None)
-        return kl.mul_(HALF) if weight == 1 else kl.mul_(0.5 * weight)
+        slope = torch.expm1(logvar)
+        kl = torch.sub(slope, logvar).addcmul_(mu, mu).sum(-1 if per_sample else None)
+        return kl.mul_(HALF) if weight == 1 else kl.mul_(0.5 * weight), slope
     parts = []
     for rows, m, lv in cut_alike(per_sample, mu, logvar):
         parts.append((rows, _kl_sum(converted("mu", m, dtype), converted("logvar", lv, dtype), per_sample)))
-    return added_up(parts, mu, weight, per_sample, dtype)
+    return added_up(parts, mu, weight, per_sample, dtype), None
 
 
 def _kl_sum(mu, logvar, per_sample):
@@ -168,8 +175,9 @@ def _of_kept(grad_z, mu, shift, slope, factor, weight):
     return torch.addcmul(grad_z, mu, factor), to_logvar.addcmul_(shift, grad_z, value=0.5)
 
 
-def _latent_gradients(grad_z, mu, logvar, noise, factor, weight, dtype):
-    """Gradients by `mu` and `logvar` of `grad_z . z + factor . weight . KL`; `grad_z` or `factor` may be None."""
+def _latent_gradients(grad_z, mu, logvar, noise, factor, weight, dtype, slope=None):
+    """Gradients by `mu` and `logvar` of `grad_z . z + factor . weight . KL`; `grad_z` or `factor` may be None. `slope`: the
+    KL's, from `_divergence`, which nobody else has."""
     per_sample = factor is not None and factor.dim() == 1
     if factor is not None:
         factor = factor.unsqueeze(1) if per_sample else factor
@@ -177,7 +185,7 @@ def _latent_gradients(grad_z, mu, logvar, noise, factor, weight, dtype):
         half = factor * HALF
     is_small = mu.numel() <= SMALL and mu.dtype == logvar.dtype == dtype and not (per_sample and mu.dim() != 2)
     if is_small and grad_z is None:
-        return torch.mul(mu, factor), torch.expm1(logvar).mul_(half)
+        return torch.mul(mu, factor), (torch.expm1(logvar) if slope is None else slope).mul_(half)
     grad_mu, grad_logvar = torch.empty_like(mu), torch.empty_like(logvar)
     for rows, m, lv, dz, eps, dm, dlv in cut_alike(per_sample, mu, logvar, grad_z, noise, grad_mu, grad_logvar):
         m, lv = converted("mu", m, dtype), converted("logvar", lv, dtype)

@@ -7,10 +7,12 @@ from torch import Tensor
 from ..basics.numerics import log_ratio_to_tanh, nan_unless, softplus
 from ..basics.records import canonical, record
 from ..basics.scalars import check_real
+from ..basics.tracing import is_seen
 from .base import ONE, Likelihood, OnePass, check_given_once
 from .values import BITS, UNIT
 
-FEW = 2**14  # elements, up to which calls cost more than passes
+# Elements up to which calls cost more than passes: for Torch's own function, whose logarithms are not vectorized, and others.
+VERY_FEW, FEW = 2**10, 2**14
 
 DENOMINATOR = 9.999999960041972e-13  # 1e-12 in float32, which Torch clamps by in every dtype
 
@@ -43,14 +45,21 @@ class Bernoulli(Likelihood):
     def one_pass(self, parameters, x, wants_value, out, spare):
         # As in Torch: logarithms clamped at -100.
         (p,), (gradient,), values = parameters, out, None
+        if p.numel() <= VERY_FEW and is_seen(p):
+            try:
+                values = F.binary_cross_entropy(p, x, reduction="none")
+                if gradient is not None:
+                    torch.ops.aten.binary_cross_entropy_backward.grad_input(ONE, p, x, None, 0, grad_input=gradient)
+                return OnePass(values)
+            except RuntimeError:  # of what lies outside [0, 1]
+                pass
         if gradient is not None:
             denominator = torch.sub(ONE, p, out=spare[1]).mul_(p).clamp_(min=DENOMINATOR)
             torch.sub(p, x, out=gradient).div_(denominator)
         if wants_value:
-            a, b = spare
-            torch.log(p, out=a).clamp_(min=-100)
-            torch.neg(p, out=b).log1p_().clamp_(min=-100)
-            values = torch.lerp(b, a, x, out=b)
+            of_one = torch.log(p, out=spare[0]).clamp_(min=-100)
+            of_zero = torch.neg(p, out=spare[1]).log1p_().clamp_(min=-100)
+            values = torch.lerp(of_zero, of_one, x, out=of_zero)
         return OnePass(values, -1.0)
 
 
@@ -112,10 +121,9 @@ class BernoulliLogits(Likelihood):
             # The same in fewer calls: softplus(y, -1) is -log1p(exp(-y)).
             values = torch.clamp_min(logit, 0).addcmul_(logit, x, value=-1).sub_(F.softplus(torch.abs(logit), -1))
         elif wants_value:
-            a, b = spare
-            positive = torch.clamp_min(logit, 0, out=a)
-            torch.sub(logit, positive, alpha=2, out=b).sigmoid_().neg_().log1p_()
-            values = positive.addcmul_(logit, x, value=-1).sub_(b)
+            positive = torch.clamp_min(logit, 0, out=spare[0])
+            remainder = torch.sub(logit, positive, alpha=2, out=spare[1]).sigmoid_().neg_().log1p_()
+            values = positive.addcmul_(logit, x, value=-1).sub_(remainder)
         if gradient is not None:
             torch.sigmoid(logit, out=gradient).sub_(x)
         return OnePass(values)

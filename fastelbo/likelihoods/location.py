@@ -35,6 +35,8 @@ class MSE(Likelihood):
 def _squares(y: Tensor, x: Tensor, wants_value: bool, difference: Tensor | None, spare: Sequence[Tensor]) -> Tensor | None:
     """The squares of differences, if they are wanted, and the differences."""
     if difference is None:
+        if spare[0] is None:
+            return F.mse_loss(y, x, reduction="none")
         return torch.ops.aten.mse_loss.out(y, x, 0, out=spare[0])  # not reduced; a pass less than below
     torch.sub(y, x, out=difference)
     # torch.dot would be one pass less, but is off by 2e-4 for half a million elements.
