@@ -209,7 +209,10 @@ LEAST_COLUMNS = 512
 class Pass:
     """A launch of the kernel for tensors of one kind: how it reads its operands, the rows that it sees, and its constants."""
 
-    __slots__ = "columns", "launch", "lays", "like", "numbers", "operands", "options", "order", "programs", "rows"
+    __slots__ = (
+        "columns", "launch", "lays", "like", "numbers", "operands", "options", "order", "programs", "recon", "results", "rows",
+        "smaller",
+    )  # fmt: skip
 
     def __init__(self, parameters, x, weight, wants, family: Family, per_sample, dtype) -> None:
         first = parameters[0]
@@ -244,6 +247,21 @@ class Pass:
             "THREADS": THREADS, "FINISH": FINISH,
         }  # fmt: skip
         self.options = family.soft_min or 0.0, family.target_scale, family.constant
+        # Where the results go: the place, whether it is among the sums, shape, strides and dtype. Smaller parameters have the
+        # whole sum there, that of each row, or a derivative for each element.
+        shape = (rows,) if per_sample or rows > 1 else ()
+        self.recon, self.results, self.smaller = (shape, (1,) * len(shape), dtype), [], []
+        for i, parameter in enumerate(parameters):
+            if not wants or not wants[i]:
+                continue
+            if i == 0 or parameter.shape == first.shape:
+                self.results.append((i, False, *self.like, parameter.dtype))
+                continue
+            is_whole = rows == parameter.numel() == 1 and not per_sample
+            of_rows = is_whole or self.operands[i - 1].mode == ROW
+            shape = (1,) * parameter.dim() if is_whole else (rows,)
+            self.results.append((i, True, shape, (1,) * len(shape), dtype) if of_rows else (i, False, *self.like, dtype))
+            self.smaller.append((i, is_whole))
         self.launch = Launch(reconstruction_kernel, first.device, constants, options_of(first.device))
 
     def run(self, parameters, x, weight, divisor, factor, used, seen, gradients, sums, stateless=False) -> None:
@@ -289,14 +307,12 @@ class Reconstruction:
         self._passes: dict[tuple, Pass] = {}  # by which gradients are wanted
 
     def _pass(self, parameters, x, weight, wants) -> Pass:
-        wants = tuple(wants)
-        found = self._passes.get(wants)
-        if found is None:
-            found = self._passes[wants] = Pass(parameters, x, weight, wants, *self._kind)
-        return found
+        made = self._passes[wants] = Pass(parameters, x, weight, wants, *self._kind)
+        return made
 
     def forward(self, parameters, x, weight, divisor, guess, wants, stateless=False):
-        """The weighted negative log-likelihood, added up and over `divisor`; its derivatives by the `parameters` in `wants`.
+        """The weighted negative log-likelihood, added up and over `divisor`; its derivatives by the `parameters` in `wants`, a
+        tuple.
 
         `guess`, `[B]` or `[1]`, is the upstream factor to store gradients with, None where no gradient of a large parameter is
         wanted.
@@ -306,28 +322,18 @@ class Reconstruction:
         `per_sample`.
         """
         first, (_, per_sample, dtype) = parameters[0], self._kind
-        launch = self._pass(parameters, x, weight, wants)
+        launch = self._passes.get(wants) or self._pass(parameters, x, weight, wants)
         gradients, sums, empty = [None] * 3, [None] * 3, allocator(self.device)
-        for i, (parameter, wanted) in enumerate(zip(parameters, wants, strict=False)):
-            if wanted and (i == 0 or parameter.shape == first.shape):
-                gradients[i] = empty(*launch.like, parameter.dtype)
-            elif wanted and launch.rows == parameter.numel() == 1 and not per_sample:  # the sum as it is
-                sums[i] = empty((1,) * parameter.dim(), (1,) * parameter.dim(), dtype)
-            elif wanted and launch.operands[i - 1].mode == ROW:
-                sums[i] = empty((launch.rows,), (1,), dtype)
-            elif wanted:
-                gradients[i] = empty(*launch.like, dtype)
-        shape = (launch.rows,) if per_sample or launch.rows > 1 else ()
-        recon = sums[0] = empty(shape, (1,) * len(shape), dtype)
+        for i, is_sum, *kind in launch.results:
+            (sums if is_sum else gradients)[i] = empty(*kind)
+        recon = sums[0] = empty(*launch.recon)
         launch.run(parameters, x, weight, divisor, guess, None, None, gradients, sums, stateless)
-        for i, parameter in enumerate(parameters[1:], 1):
-            if not wants[i] or parameter.shape == first.shape:
-                continue
-            if launch.rows == parameter.numel() == 1 and not per_sample:
+        for i, is_whole in launch.smaller:
+            if is_whole:
                 gradients[i] = sums[i]
             else:
                 found = gradients[i] if sums[i] is None else launch.spread(sums[i], first)
-                gradients[i] = _summed(found, parameter, first, per_sample)
+                gradients[i] = _summed(found, parameters[i], first, per_sample)
         batch = first.shape[0] if per_sample else 1
         if launch.rows != batch:  # no view is handed out
             recon = recon.view(batch, -1).sum(1 if per_sample else None, dtype=torch.float64).to(dtype)
@@ -340,7 +346,7 @@ class Reconstruction:
         Returns `(gradients, seen)`, `seen` a copy of the factor, `[B]` or `[1]`.
         """
         first, (_, per_sample, dtype), empty = parameters[0], self._kind, allocator(self.device)
-        launch = self._pass(parameters, x, weight, (False,) * len(parameters))
+        launch = self._passes.get(()) or self._pass(parameters, x, weight, ())
         if used is None:
             large = [wanted and p.shape == first.shape for p, wanted in zip(parameters, wants, strict=True)]
             gradients = [empty(*launch.like, p.dtype) if at else None for p, at in zip(parameters, large, strict=True)]

@@ -82,7 +82,7 @@ def _loss(first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, 
     if plan.backend is None:
         _, recon, kl = formula.terms(plan.call, 1.0, 1.0, tensors)
     else:
-        wants = [False] * plan.call.parameters
+        wants = (False,) * plan.call.parameters
         _, recon, kl, *_ = plan.backend.loss_forward(plan, 1.0, tensors, 1.0, None, wants, stateless=True)
     return recon, recon.new_zeros(recon.shape) if kl is None else kl
 
@@ -115,7 +115,7 @@ def _loss_backward(
     if grad_kl is not None:
         needs[-2:] = True, True
     upstreams = None, grad_recon, grad_kl
-    grads, _ = plan.backend.loss_backward(plan, 1.0, tensors, 1.0, upstreams, None, None, None, needs)
+    grads, _ = plan.backend.loss_backward(plan, 1.0, tensors, 1.0, upstreams, None, None, None, tuple(needs))
     promised = zip(grads, given, needs, strict=True)
     return [gradient.contiguous(memory_format=layout_of(t)) for gradient, t, need in promised if need]
 

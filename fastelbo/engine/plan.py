@@ -6,6 +6,7 @@ each time: tracers and transformations, streams, capture, the upstream gradients
 that a launch writes to.
 """
 
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from operator import attrgetter
 from types import ModuleType
@@ -95,7 +96,7 @@ class LossPlan:
 
     __slots__ = (
         "backend", "call", "count", "divisor", "dtype", "fits", "guess", "is_dense", "is_elementwise", "is_of_classes",
-        "is_whole", "kl_weight", "latents", "latents_launches", "latents_layout", "layout", "likelihood", "looks",
+        "is_whole", "kl_weight", "large", "latents", "latents_launches", "latents_layout", "layout", "likelihood", "looks",
         "loss_launches", "options", "path", "per_sample", "rows", "scaling", "strides", "support", "weight_shape",
     )  # fmt: skip
 
@@ -109,6 +110,7 @@ class LossPlan:
     backend: ModuleType | None
     divisor: float | None  # of the reconstruction's sum; None: it depends on values
     kl_weight: float
+    large: tuple[bool, ...]  # of the parameters, whether one is as large as the first
     rows: int  # results; 1 for a sum
     layout: torch.memory_format  # of what is as large as the first parameter
     latents_layout: torch.memory_format
@@ -134,6 +136,7 @@ class LossPlan:
         self.likelihood, self.dtype, self.per_sample = likelihood, call.dtype, call.per_sample
         self.count, self.latents = call.parameters, call.latents
         self.rows = first.shape[0] if call.per_sample else 1
+        self.large = tuple(p.shape == first.shape for p in parameters)
         self.guess = Guess(self.rows, call.dtype, first.device, path.guess)
         by_values = call.reduction == "mean" and (weight is not None or likelihood.counts_by_values(first, x))
         self.divisor = None if by_values else call.divisor(first, x, None)
@@ -149,7 +152,7 @@ class LossPlan:
         self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))
         self.strides = tuple(map(_stride, dense))
         dtype = call.dtype
-        self.is_elementwise = likelihood.dim is None and all(t.shape == first.shape for t in parameters)
+        self.is_elementwise = likelihood.dim is None and all(self.large)
         self.is_of_classes = likelihood.dim is not None and likelihood.one_pass is not None
         same = self.scaling == (1.0, 0.0) and all(t.dtype == dtype for t in (*parameters, x, *([weight] * call.weighted)))
         small = first.numel() <= BLOCK and (first.dim() == 2 or not call.per_sample)
@@ -181,6 +184,10 @@ class LossPlan:
         if self.is_dense and self.fits(*tensors):
             return tensors
         return tensors if tuple(map(_stride, tensors)) == self.strides else self.dense(tensors)
+
+    def large_of(self, wants: tuple[bool, ...]) -> tuple[bool, ...]:
+        """Which of the wanted gradients are as large as the first parameter."""
+        return wants if self.is_elementwise else tuple(map(operator.and_, wants, self.large))
 
     def divisor_of(self, tensors: Sequence[Tensor]) -> float | Tensor:
         """What the sum is divided by, where it depends on values."""

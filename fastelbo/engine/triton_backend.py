@@ -29,12 +29,11 @@ def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
         return (loss, recon, kl, [gradient], None, used) if plan.latents else (None, recon, None, [gradient], None, used)
     call = plan.call
     parameters, x, weight, latents = call.split(tensors)
-    large = _are_large(parameters, wants)
+    large = plan.large_of(wants)
     if True in large:
         used = plan.guess.factor(plan.rows, call.dtype, x.device) if known is None else known
     recon, gradients = _reconstruct(plan, parameters, x, weight, divisor, used, wants, stateless)
-    stored, sums = _apart(gradients, large)
-    sums = None if large == list(wants) else sums
+    stored, sums = (gradients, None) if large == wants else _apart(gradients, large)
     if not latents:
         return None, recon, None, stored, sums, used
     if call.latents == 1:
@@ -67,10 +66,11 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
     call = plan.call
     parameters, x, weight, latents = call.split(tensors)
     if wants_recon:
-        upstream, large = added(grad_loss, grad_recon), _are_large(parameters, needs)
-        if sums is None and large != list(needs[:n]):  # those that forward did not keep, as an operator's: all in one launch
+        wants = needs[:n]
+        upstream, large = added(grad_loss, grad_recon), plan.large_of(wants)
+        if sums is None and large != wants:  # those that forward did not keep, as an operator's: all in one launch
             seen = upstream.reshape(-1).to(call.dtype)
-            found = _reconstruct(plan, parameters, x, weight, divisor, seen, needs[:n], True)[1]
+            found = _reconstruct(plan, parameters, x, weight, divisor, seen, wants, True)[1]
             grads[:n], sums = _apart(found, large)
         elif True in large:
             grads[:n], seen = _correct(plan, parameters, x, weight, divisor, upstream, stored, used, large)
@@ -150,11 +150,6 @@ def _ratio(call) -> dict:
     return _gaussian(call.latents) | {"samples": call.samples, "dtype": call.dtype}
 
 
-def _are_large(parameters, wants) -> list[bool]:
-    """Which of the wanted gradients are as large as the target."""
-    return [want and p.shape == parameters[0].shape for p, want in zip(parameters, wants, strict=False)]
-
-
 def _apart(gradients, large):
     """The gradients of large parameters, and the sums of the others."""
     stored = [g if at else None for g, at in zip(gradients, large, strict=True)]
@@ -232,7 +227,7 @@ def _reconstruct(plan, parameters, x, weight, divisor, factor, wants, stateless)
         return recon, [gradient]
     operands, missing = _operands(plan, parameters)
     launches = plan.loss_launches or _reconstruction(plan, operands, x)
-    wants = *wants, *[False] * len(missing)
+    wants = (*wants, False) if missing else wants
     recon, gradients = launches.forward(operands, x, weight, divisor, factor, wants, stateless)
     return recon, gradients[: len(parameters)]
 
@@ -244,7 +239,7 @@ def _correct(plan, parameters, x, weight, divisor, upstream, stored, used, large
         gradient, seen = launches.backward(*tensors, divisor, upstream, stored and stored[0], used)
         return [gradient], seen
     operands, missing = _operands(plan, parameters)
-    wants = *large, *[False] * len(missing)
+    wants = (*large, False) if missing else large
     launches = plan.loss_launches or _reconstruction(plan, operands, x)
     stored = stored and [*stored, *missing]
     gradients, seen = launches.backward(operands, x, weight, divisor, upstream, stored, used, wants)
