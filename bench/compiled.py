@@ -125,7 +125,7 @@ def reconstruction(
     if isinstance(weight, torch.dtype):
         weight = torch.zeros_like(x, dtype=weight)
     dtype = torch.float64 if torch.float64 in parameters else torch.float32
-    rows, wants = 128 if per_sample else 1, [True] * len(tensors)
+    rows, wants = 128 if per_sample else 1, (True,) * len(tensors)
     family = kernels.Family(likelihood, scale)
     launches = kernels.Reconstruction(family=family, per_sample=per_sample, dtype=dtype, device=x.device)
     factor = torch.ones(rows, dtype=dtype)
@@ -185,6 +185,13 @@ def sample_forward(latent, *, seeded=True, per_sample=False, features=20, wants_
     mu, noise, dtype = _latents(latent, seeded, features)
     launches = kernels.Sample(mu, mu, kl_weight=1.0, per_sample=per_sample, dtype=dtype)
     return record(lambda: launches.forward(mu, mu.clone(), noise, wants_kl))
+
+
+def total(latent, *, per_sample=False, features=20):
+    mu, _, dtype = _latents(latent, True, features)
+    recon = torch.ones(len(mu) if per_sample else (), dtype=dtype)
+    launches = kernels.Sample(mu, mu, kl_weight=1.0, per_sample=per_sample, dtype=dtype)
+    return record(lambda: launches.total(mu, mu.clone(), recon, 0.5))
 
 
 def sample_backward(latent, *, seeded=True):

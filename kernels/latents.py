@@ -160,15 +160,16 @@ def sample_backward_tile(
 
 @triton.jit
 def forward(
-    mu, logvar, prior_mu, prior_second, noise, z, kl_out, weighted_out, partials, arrived, kl_weight, floor,
-    latents, columns, programs,
+    mu, logvar, prior_mu, prior_second, noise, z, kl_out, weighted_out, partials, arrived, recon, loss_out, beta,
+    beta_value, kl_weight, floor, latents, columns, programs,
     POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr,
     ELEMENTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     THREADS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """A kernel's whole work. `kl_out`: the KL of each row or, with ELEMENTS, of each element, without the weight.
-    `weighted_out`: that of each row, with the floor. Any of `z` and these may be None."""
+    `weighted_out`: that of each row, with the floor. `loss_out`: `recon` of each row and `beta` times its KL. Any of `z` and
+    these may be None."""
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
     base, end = row_bounds(row, latents, ALIGNED, WIDE)
@@ -200,7 +201,10 @@ def forward(
             tl.store(floored_partials + tl.program_id(0), tl.sum(floored_sums.to(tl.float64)))
         if arrive_last(partials, arrived, row, programs, tl.sum(sums.to(tl.float64))):
             first = row * programs
-            tl.store(kl_out + row, (ordered_sum(partials + first, programs, FINISH) * kl_weight).to(DTYPE))
+            kl = (ordered_sum(partials + first, programs, FINISH) * kl_weight).to(DTYPE)
+            tl.store(kl_out + row, kl)
+            if loss_out is not None:
+                tl.store(loss_out + row, tl.load(recon + row) + scalar(beta, beta_value, DTYPE) * kl)
             if weighted_out is not None:
                 total = ordered_sum(floored_partials + first, programs, FINISH)
                 tl.store(weighted_out + row, (total * kl_weight).to(DTYPE))
@@ -248,7 +252,7 @@ def backward(
             )  # fmt: skip
 
 
-# Two entries to each: every argument of a launch costs the host time, and most calls need few.
+# Several entries to each: every argument of a launch costs the host time, and most calls need few.
 
 
 @triton.jit(do_not_specialize=["latents", "programs"])
@@ -258,7 +262,22 @@ def sample_fwd_kernel(
     FINISH: tl.constexpr,
 ):  # fmt: skip
     forward(
-        mu, logvar, None, None, noise, z, kl_out, None, partials, arrived, kl_weight, 0.0, latents, latents, programs,
+        mu, logvar, None, None, noise, z, kl_out, None, partials, arrived, None, None, None,
+        1.0, kl_weight, 0.0, latents, latents, programs,
+        logvar_posterior, None, None, None, False, False, False, DTYPE, ALIGNED, WIDE, BLOCK, THREADS, FINISH,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["latents", "programs"])
+def total_kernel(
+    mu, logvar, recon, kl_out, loss_out, beta, partials, arrived,
+    beta_value: tl.float64, kl_weight: tl.float64, latents: tl.int64, programs: tl.int32,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
+    FINISH: tl.constexpr,
+):  # fmt: skip
+    forward(
+        mu, logvar, None, None, None, None, kl_out, None, partials, arrived, recon, loss_out, beta,
+        beta_value, kl_weight, 0.0, latents, latents, programs,
         logvar_posterior, None, None, None, False, False, False, DTYPE, ALIGNED, WIDE, BLOCK, THREADS, FINISH,
     )  # fmt: skip
 
@@ -286,8 +305,8 @@ def divergence_fwd_kernel(
     THREADS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     forward(
-        mu, logvar, prior_mu, prior_second, noise, z, kl_out, weighted_out, partials, arrived, kl_weight, floor,
-        latents, columns, programs,
+        mu, logvar, prior_mu, prior_second, noise, z, kl_out, weighted_out, partials, arrived, None, None, None,
+        1.0, kl_weight, floor, latents, columns, programs,
         POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, ELEMENTS, DTYPE, ALIGNED, WIDE, BLOCK, THREADS, FINISH,
     )  # fmt: skip
 
@@ -321,7 +340,7 @@ class Sample:
     `mu` and `logvar` are of one shape `[B, ...]` and dense layout. The KL is times `kl_weight`, `[]` or `[B]`.
     """
 
-    __slots__ = "_backward", "_forward", "_like", "_result", "device", "numbers", "programs", "rows", "z_dtype"
+    __slots__ = "_backward", "_forward", "_like", "_result", "_total", "device", "numbers", "programs", "rows", "z_dtype"
 
     def __init__(self, mu, logvar, *, kl_weight, per_sample, dtype) -> None:
         self.rows = mu.shape[0] if per_sample else 1
@@ -334,7 +353,9 @@ class Sample:
         self.programs = self.rows * segment.programs
         self.numbers = kl_weight, segment.columns, segment.programs
         constants = {"DTYPE": TRITON_DTYPE[dtype], "ALIGNED": segment.aligned, "WIDE": segment.wide, "BLOCK": tile}
-        self._forward = Launch(sample_fwd_kernel, self.device, constants | {"THREADS": THREADS, "FINISH": FINISH}, options)
+        summed = constants | {"THREADS": THREADS, "FINISH": FINISH}
+        self._forward = Launch(sample_fwd_kernel, self.device, summed, options)
+        self._total = Launch(total_kernel, self.device, summed, options)
         self._backward = [
             Launch(sample_bwd_kernel, self.device, {"HAS_KL": has_kl} | constants, options) for has_kl in (False, True)
         ]
@@ -351,6 +372,15 @@ class Sample:
             partials, arrived = scratch(self.device, self.rows, self.programs, stateless)
         self._forward(self.programs, (mu, logvar, noise, z, kl, partials, arrived), self.numbers)
         return z, kl
+
+    def total(self, mu, logvar, recon, beta, stateless=False):
+        """The KL, and the loss that it makes of a reconstruction, `[]` or `[B]`: `(kl, recon + beta * kl)`."""
+        empty = allocator(self.device)
+        kl, loss = empty(*self._result), empty(*self._result)
+        partials, arrived = scratch(self.device, self.rows, self.programs, stateless)
+        pointer, value = pointer_and_value(beta)
+        self._total(self.programs, (mu, logvar, recon, kl, loss, pointer, partials, arrived), (value, *self.numbers))
+        return kl, loss
 
     def backward(self, grad_z, mu, logvar, noise, beta, upstreams):
         """Gradients by `mu` and `logvar`: `grad_z` arrived at z, `upstreams` at a loss, in which the KL is times `beta`, and at

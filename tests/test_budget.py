@@ -46,6 +46,8 @@ VARIANTS = {
     "given eps": lambda: compiled.sample_forward(F32, seeded=False),
     "no kl": lambda: compiled.sample_forward(F32, wants_kl=False),
     "sample rows, ragged": lambda: compiled.sample_forward(F32, per_sample=True),
+    "loss of a reconstruction": lambda: compiled.total(F32),
+    "losses of rows, ragged": lambda: compiled.total(F64, per_sample=True),
     "backward of given eps": lambda: compiled.sample_backward(F32, seeded=False),
     "a log scale for all": lambda: compiled.reconstruction("gaussian", F32, F32, scale="log_scale", shapes=((),)),
     "a log scale a feature": lambda: compiled.reconstruction("gaussian", F32, F32, scale="log_scale", shapes=((784,),)),

@@ -36,11 +36,11 @@ def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
     stored, sums = (gradients, None) if large == wants else _apart(gradients, large)
     if not latents:
         return None, recon, None, stored, sums, used
-    if call.latents == 1:
-        kl = latents[0].to(call.dtype, copy=True)
-    else:
+    if call.latents == 2:
         launches = plan.latents_launches or _sample(plan, *latents)
-        _, kl = launches.forward(*latents, None, True, stateless)
+        kl, loss = launches.total(*latents, recon, beta, stateless)
+        return loss, recon, kl, stored, sums, used
+    kl = latents[0].to(call.dtype, copy=True)
     loss = recon + beta.to(call.dtype) * kl if isinstance(beta, Tensor) else torch.add(recon, kl, alpha=beta)
     return loss, recon, kl, stored, sums, used
 
