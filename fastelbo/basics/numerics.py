@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -152,6 +152,31 @@ def log_ratio_to_tanh(x: Tensor) -> Tensor:
     near = math.log(2) + s * (1 / 12 + s * (-7 / 1440 + s * (31 / 90720 + s * (-127 / 4838400 + s * (73 / 34214400)))))
     far = torch.where(small, 1.0, x.abs())
     return torch.where(small, near, far.log() + softplus(-far) - log1mexp(far))
+
+
+def log_ratio_to_tanh_and_derivative(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with its derivative, 1 / x - 1 / sinh(x), which is odd."""
+    size = x.abs()
+    least = 0.1 if x.dtype == torch.float64 else 0.5
+    s = torch.mul(x, x)
+    small = size < least
+    near = _polynomial(s, (math.log(2), 1 / 12, -7 / 1440, 31 / 90720, -127 / 4838400, 73 / 34214400))
+    near_slope = _polynomial(s, (1 / 6, -7 / 360, 31 / 15120, -127 / 604800, 73 / 3421440)).mul_(x)
+    size.clamp_(min=least)
+    e = torch.neg(size).exp_()
+    twice = torch.add(e, e).div_(1 - e)  # 2 e / (1 - e), and 1 / tanh(x / 2) is 1 more
+    slope = torch.reciprocal(size).sub_(torch.div(twice, e.add_(1))).copysign_(x)
+    value = torch.log(size).add_(twice.log1p_())
+    return torch.where(small, near, value), torch.where(small, near_slope, slope)
+
+
+def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """From the constant upwards."""
+    *rest, last = coefficients
+    total = torch.mul(x, last)
+    for coefficient in reversed(rest[1:]):
+        total.add_(coefficient).mul_(x)
+    return total.add_(rest[0])
 
 
 def log_gamma_ratio_and_derivative(a: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:

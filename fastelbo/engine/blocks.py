@@ -33,7 +33,7 @@ def converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 class _Memory(threading.local):
     def __init__(self) -> None:
         self.buffers: dict[tuple, Tensor] = {}
-        self.pairs: dict[torch.dtype, Tensor] = {}
+        self.spares: dict[torch.dtype, Tensor] = {}
 
 
 _memory = _Memory()
@@ -53,16 +53,30 @@ def scratch(name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
     return memory.as_strided(like.shape, like.stride())
 
 
-def spare(like: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """Two buffers of the shape of `like`, likewise; None where new ones cost no more."""
+SPARES = 6  # buffers that `spare` has
+
+
+class _Spare:
+    __slots__ = "layout", "memory"
+
+    def __init__(self, memory: Tensor, like: Tensor) -> None:
+        self.memory, self.layout = memory, (like.shape, like.stride())
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.memory.as_strided(*self.layout, i * self.memory.shape[1])
+
+
+def spare(like: Tensor, dtype: torch.dtype) -> _Spare | tuple[None, ...]:
+    """Buffers of the shape of `like`, likewise, of which those that are written to take memory; None where new ones cost no
+    more."""
     if like.numel() <= SMALL or like.device.type != "cpu":
-        return None, None
-    found = _memory.pairs.get(dtype)
-    if found is None or found.shape[1] < like.numel():
+        return (None,) * SPARES
+    memory = _memory.spares.get(dtype)
+    if memory is None or memory.shape[1] < like.numel():
         with torch.inference_mode(False):
-            found = _memory.pairs[dtype] = torch.empty(2, max(block_size(), like.numel()), dtype=dtype, device=like.device)
-    shape, stride = like.shape, like.stride()
-    return found.as_strided(shape, stride), found.as_strided(shape, stride, found.shape[1])
+            size = max(block_size(), like.numel())
+            memory = _memory.spares[dtype] = torch.empty(SPARES, size, dtype=dtype, device=like.device)
+    return _Spare(memory, like)
 
 
 def block_size() -> int:

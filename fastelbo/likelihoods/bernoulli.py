@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..basics.numerics import log_ratio_to_tanh, nan_unless, softplus
+from ..basics.numerics import log_ratio_to_tanh, log_ratio_to_tanh_and_derivative, nan_unless, softplus
 from ..basics.records import canonical, record
 from ..basics.scalars import check_real
 from ..basics.tracing import is_seen
@@ -114,7 +114,7 @@ class BernoulliLogits(Likelihood):
 
     def one_pass(self, parameters, x, wants_value, out, spare):
         if len(parameters) > 1 or self.pos_weight is not None:
-            return None
+            return self._weighted_in_one_pass(parameters, x, wants_value, out, spare)
         # max(l, 0) - x l + log1p(exp(-|l|)); the last term is -log(1 - q) with q = sigmoid(-|l|), which is cheaper than exp.
         (logit,), (gradient,), values = parameters, out, None
         if wants_value and logit.numel() <= FEW:
@@ -127,6 +127,27 @@ class BernoulliLogits(Likelihood):
         if gradient is not None:
             torch.sigmoid(logit, out=gradient).sub_(x)
         return OnePass(values)
+
+    def _weighted_in_one_pass(self, parameters, x, wants_value, out, spare):
+        # (1 - x) softplus(l) + w x softplus(-l), of which each is a maximum and log1p(exp(-|l|)): no two terms cancel.
+        (logit, *given), (to_logit, *to_weight), values = parameters, out, None
+        weight, to_weight = given[0] if given else None, to_weight[0] if to_weight else None
+        number = 1.0 if self.pos_weight is None else self.pos_weight  # where there is no tensor
+        if wants_value or to_weight is not None:
+            values = torch.clamp_min(logit, 0, out=spare[0])
+            remainder = torch.sub(logit, values, alpha=2, out=spare[1]).sigmoid_().neg_().log1p_()
+            positive = torch.sub(values, logit, out=spare[2] if to_weight is None else to_weight).sub_(remainder).mul_(x)
+            values.sub_(remainder)
+            values.addcmul_(values, x, value=-1)
+            values = values.add_(positive, alpha=number) if weight is None else values.addcmul_(positive, weight)
+        if to_logit is not None:
+            p = torch.sigmoid(logit, out=to_logit)
+            if weight is None:
+                p.addcmul_(p, x, value=number - 1).sub_(x, alpha=number)
+            else:
+                weighted = torch.mul(x, weight, out=spare[1])
+                p.addcmul_(p, torch.sub(weighted, x, out=spare[2])).sub_(weighted)
+        return OnePass(values, slopes=(1.0,) * len(parameters))
 
     def function(self, parameters):
         return self.kernel if parameters == 1 else "bernoulli_logits_weighted"
@@ -151,6 +172,19 @@ class ContinuousBernoulli(Likelihood):
         p = torch.where(p < eps, eps, torch.where(p > 1 - eps, 1 - eps, p))  # as clamp, but that the gradient by NaN is not 0
         return _continuous_nll(torch.log(p) - torch.log1p(-p), x)
 
+    def one_pass(self, parameters, x, wants_value, out, spare):
+        (p,), (gradient,), eps = parameters, out, torch.finfo(parameters[0].dtype).eps
+        if not is_seen(p):
+            return None
+        lowest, highest = torch.aminmax(p)
+        if not (lowest >= eps and highest <= 1 - eps):
+            return None
+        logit = torch.log(p, out=spare[4]).sub_(torch.neg(p, out=spare[5]).log1p_())
+        values = _continuous_in_one_pass(logit, x, wants_value, gradient, spare)
+        if gradient is not None:
+            gradient.div_(torch.addcmul(p, p, p, value=-1))
+        return OnePass(values)
+
 
 @record
 class ContinuousBernoulliLogits(Likelihood):
@@ -166,6 +200,21 @@ class ContinuousBernoulliLogits(Likelihood):
     def nll(self, parameters, x):
         return _continuous_nll(parameters[0], x)
 
+    def one_pass(self, parameters, x, wants_value, out, spare):
+        return OnePass(_continuous_in_one_pass(parameters[0], x, wants_value, out[0], spare))
+
 
 def _continuous_nll(logit: Tensor, x: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logit, x, reduction="none") - log_ratio_to_tanh(logit)
+
+
+def _continuous_in_one_pass(logit: Tensor, x: Tensor, wants_value: bool, gradient: Tensor | None, spare) -> Tensor | None:
+    """The negative log-likelihood of each, if it is wanted, and its derivative by the logit."""
+    log_ratio, slope = log_ratio_to_tanh_and_derivative(logit)
+    if gradient is not None:
+        torch.sigmoid(logit, out=gradient).sub_(x).sub_(slope)
+    if not wants_value:
+        return None
+    positive = torch.clamp_min(logit, 0, out=spare[0])
+    remainder = torch.sub(logit, positive, alpha=2, out=spare[1]).sigmoid_().neg_().log1p_()
+    return positive.addcmul_(logit, x, value=-1).sub_(remainder).sub_(log_ratio)

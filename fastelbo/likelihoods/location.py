@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,25 +102,23 @@ class Scaled(Likelihood):
         log_scale = {"scale": torch.log, "log_scale": lambda t: t, "logvar": lambda t: 0.5 * t}[self.parameter](given)
         return self.bounded(log_scale)
 
-    def simple_inverse(self, given: Tensor) -> Tensor | None:
-        """The reciprocal of the scale where no branch is needed for it."""
-        if self.soft_min is not None:
+    def spread(self, given: Tensor, spare) -> "Spread | None":
+        """What a one-pass form needs of the scale, in `spare[2]` and the next; None where a branch would be needed for it."""
+        number = {"scale": 1.0, "log_scale": 1.0, "logvar": 0.5}[self.parameter]
+        if self.parameter == "scale" and not (is_seen(given) and given.min() > 0):
             return None
+        logarithm = torch.log(given, out=_like(spare[3], given)) if self.parameter == "scale" else given
+        if self.soft_min is None and self.parameter == "scale":
+            inverse = torch.reciprocal(given, out=_like(spare[2], given))
+            return Spread(inverse, logarithm, number, inverse, number)
+        if self.soft_min is None:
+            return Spread(torch.mul(given, -number, out=_like(spare[2], given)).exp_(), logarithm, number, None, number)
+        above = torch.mul(logarithm, number, out=_like(spare[3], given)).sub_(self.soft_min)
+        slope = torch.sigmoid(above, out=_like(spare[4], given))
         if self.parameter == "scale":
-            return torch.reciprocal(given) if is_seen(given) and given.min() > 0 else None
-        return torch.mul(given, -1.0 if self.parameter == "log_scale" else -0.5).exp_()
-
-    def with_logarithm(self, values: Tensor, given: Tensor, times: float) -> Tensor:
-        """Values with so many logarithms of the scale added, in place."""
-        if self.parameter == "scale":
-            return values.add_(torch.log(given), alpha=times)
-        return values.add_(given, alpha=times if self.parameter == "log_scale" else 0.5 * times)
-
-    def slope_of_scale(self, by_logarithm: Tensor, inverse: Tensor) -> float:
-        """From a derivative by the logarithm that by the parameter, in place but for a number that is returned."""
-        if self.parameter == "scale":
-            by_logarithm.mul_(inverse)
-        return 0.5 if self.parameter == "logvar" else 1.0
+            slope.div_(given)
+        logarithm = torch.ops.aten.softplus.out(above, out=above).add_(self.soft_min)
+        return Spread(torch.neg(logarithm, out=_like(spare[2], given)).exp_(), logarithm, 1.0, slope, number)
 
     def bounded(self, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         """Likewise, from a logarithm that has no bound yet."""
@@ -130,6 +128,28 @@ class Scaled(Likelihood):
 
     def constants(self, parameters, x):
         return super().constants(parameters, x) | {"scale": self.parameter, "soft_min": self.soft_min}
+
+
+def _like(buffer: Tensor | None, given: Tensor) -> Tensor | None:
+    """A buffer for what a parameter alone decides, which may be smaller than the others."""
+    return buffer if buffer is None or buffer.shape == given.shape else None
+
+
+class Spread(NamedTuple):
+    """A scale: its reciprocal; its logarithm, which is `times` a tensor; the derivative of that by what was given for it, which
+    is `number` times a tensor, None for 1."""
+
+    inverse: Tensor
+    logarithm: Tensor
+    times: float
+    slope: Tensor | None
+    number: float
+
+    def chained(self, by_logarithm: Tensor) -> float:
+        """From a derivative by the logarithm that by what was given, in place but for the number that is returned."""
+        if self.slope is not None:
+            by_logarithm.mul_(self.slope)
+        return self.number
 
 
 @record
@@ -230,17 +250,16 @@ class Gaussian(Located):
         if len(parameters) == 1:
             squares, precision = _squares(parameters[0], x, wants_value, out[0], spare), 0.5 / self.fixed**2
             return OnePass(squares, precision, math.log(self.fixed) + HALF_LOG_2PI, (2 * precision,))
-        (mean, given), (to_mean, to_given) = parameters, out
-        inverse, slope = self.simple_inverse(given), 1.0
-        if inverse is None:
+        (mean, given), (to_mean, to_given), slope = parameters, out, 1.0
+        if (scale := self.spread(given, spare)) is None:
             return None
-        errors = torch.sub(mean, x, out=spare[0]).mul_(inverse)
+        errors = torch.sub(mean, x, out=spare[0]).mul_(scale.inverse)
         squares = torch.mul(errors, errors, out=spare[1])
         if to_mean is not None:
-            torch.mul(errors, inverse, out=to_mean)
+            torch.mul(errors, scale.inverse, out=to_mean)
         if to_given is not None:
-            slope = self.slope_of_scale(torch.sub(ONE, squares, out=to_given), inverse)
-        values = self.with_logarithm(squares, given, 2.0) if wants_value else None
+            slope = scale.chained(torch.sub(ONE, squares, out=to_given))
+        values = squares.add_(scale.logarithm, alpha=2 * scale.times) if wants_value else None
         return OnePass(values, 0.5, HALF_LOG_2PI, (1.0, slope))
 
 
@@ -282,17 +301,16 @@ class Laplace(Located):
         if not given:
             distances = _distances(mean, x, wants_value, out[0], spare)
             return OnePass(distances, 1 / self.scale, math.log(2 * self.scale), (1 / self.scale,))
-        (given,), (to_mean, to_given) = given, out
-        inverse, slope = self.simple_inverse(given), 1.0
-        if inverse is None:
+        (given,), (to_mean, to_given), slope = given, out, 1.0
+        if (scale := self.spread(given, spare)) is None:
             return None
         difference = torch.sub(mean, x, out=spare[0])
-        errors = torch.abs(difference, out=spare[1]).mul_(inverse)
+        errors = torch.abs(difference, out=spare[1]).mul_(scale.inverse)
         if to_mean is not None:
-            torch.sign(difference, out=to_mean).mul_(inverse)
+            torch.sign(difference, out=to_mean).mul_(scale.inverse)
         if to_given is not None:
-            slope = self.slope_of_scale(torch.sub(ONE, errors, out=to_given), inverse)
-        values = self.with_logarithm(errors, given, 1.0) if wants_value else None
+            slope = scale.chained(torch.sub(ONE, errors, out=to_given))
+        values = errors.add_(scale.logarithm, alpha=scale.times) if wants_value else None
         return OnePass(values, 1.0, math.log(2), (1.0, slope))
 
 
@@ -333,7 +351,33 @@ class StudentT(Located):
         mean, *scale = parameters
         log_scale, inverse = self.log_and_inverse(scale[0]) if scale else (math.log(self.scale), 1 / self.scale)
         tail = torch.log1p(((x - mean) * inverse).square() / self.df)
-        return 0.5 * (self.df + 1) * tail + (log_scale + 0.5 * math.log(math.pi * self.df) - _log_gamma_beyond(self.df / 2))
+        return 0.5 * (self.df + 1) * tail + (log_scale + self.normalizer)
+
+    def one_pass(self, parameters, x, wants_value, out, spare):
+        mean, *given = parameters
+        to_mean, to_given = (*out, None)[:2]
+        factor, slope = 0.5 * (self.df + 1), 1.0
+        fixed = Spread(torch.tensor(1 / self.scale, device=x.device), ONE, math.log(self.scale), None, 1.0)
+        scale = self.spread(given[0], spare) if given else fixed
+        if scale is None:
+            return None
+        errors = torch.sub(mean, x, out=spare[0]).mul_(scale.inverse)
+        squares = torch.mul(errors, errors, out=spare[1])
+        if to_mean is not None or to_given is not None:
+            share = torch.add(squares, self.df, out=spare[5]).reciprocal_()
+            if to_mean is not None:
+                torch.mul(errors, scale.inverse, out=to_mean).mul_(share)
+            if to_given is not None:
+                slope = scale.chained(torch.mul(squares, share, out=to_given).mul_(-2 * factor).add_(1))
+        values = None
+        if wants_value:
+            values = squares.div_(self.df).log1p_()
+            values.add_(scale.logarithm, alpha=scale.times / factor)
+        return OnePass(values, factor, self.normalizer, (2 * factor, slope)[: len(parameters)])
+
+    @property
+    def normalizer(self) -> float:
+        return 0.5 * math.log(math.pi * self.df) - _log_gamma_beyond(self.df / 2)
 
 
 def _log_gamma_beyond(a: float) -> float:
