@@ -158,16 +158,23 @@ def log_ratio_to_tanh_and_derivative(x: Tensor) -> tuple[Tensor, Tensor]:
     """The same with its derivative, 1 / x - 1 / sinh(x), which is odd."""
     size = x.abs()
     least = 0.1 if x.dtype == torch.float64 else 0.5
-    s = torch.mul(x, x)
-    small = size < least
+    is_small = torch.lt(size, least, out=torch.empty_like(x))
+    t = torch.clamp(x, -least, least)
+    s = torch.mul(t, t)
     near = _polynomial(s, (math.log(2), 1 / 12, -7 / 1440, 31 / 90720, -127 / 4838400, 73 / 34214400))
-    near_slope = _polynomial(s, (1 / 6, -7 / 360, 31 / 15120, -127 / 604800, 73 / 3421440)).mul_(x)
+    near_slope = _polynomial(s, (1 / 6, -7 / 360, 31 / 15120, -127 / 604800, 73 / 3421440)).mul_(t)
     size.clamp_(min=least)
     e = torch.neg(size).exp_()
     twice = torch.add(e, e).div_(1 - e)  # 2 e / (1 - e), and 1 / tanh(x / 2) is 1 more
     slope = torch.reciprocal(size).sub_(torch.div(twice, e.add_(1))).copysign_(x)
     value = torch.log(size).add_(twice.log1p_())
-    return torch.where(small, near, value), torch.where(small, near_slope, slope)
+    return choose(is_small, near, value), choose(is_small, near_slope, slope)
+
+
+def choose(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """`one` where a mask of the same dtype is 1, `other` where it is 0, both finite, in the place of `other`. On a CPU
+    `torch.where` takes ten times as long: it jumps."""
+    return torch.lerp(other, one, mask, out=other)
 
 
 def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:

@@ -191,9 +191,8 @@ def _in_rows(plan, tensors, by, wants, wants_sum):
     def of_rows(value, rows):
         return value[rows] if value is not None and value.shape[0] == batch else value
 
-    height = (
-        batch if likelihood.one_pass is None or likelihood.dim is not None else max(1, block_size() // max(1, x[0].numel()))
-    )
+    in_blocks = likelihood.one_pass is not None and likelihood.dim is None
+    height = max(1, block_size() // max(1, x[0].numel())) if in_blocks else batch
     for i in range(0, batch, height):
         rows = slice(i, i + height)
         given = [of_rows(p, rows).to(dtype) for p in aligned]
@@ -202,9 +201,10 @@ def _in_rows(plan, tensors, by, wants, wants_sum):
         f = by[rows].reshape(-1, *[1] * (len(shape) - 1)) if isinstance(by, Tensor) and by.dim() else by
         places = [of_rows(t, rows) for t in totals]
         # Not by the shape of a place, which a block of one row may have in common with a parameter that all rows share.
+        own = [total is None or total.shape == shape for total in totals]
         out = [
-            place if total is None or total.shape == shape else torch.empty_like(given[0])
-            for place, total in zip(places, totals, strict=True)
+            place if is_own else scratch(f"slope {k}", given[0], dtype) if in_blocks else torch.empty_like(given[0])
+            for k, (place, is_own) in enumerate(zip(places, own, strict=True))
         ]
         total, gradients = _block(plan, given, target, w, f, out, wants_sum, per_sample)
         parts.append((rows, total))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..basics.numerics import log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative, softplus
+from ..basics.numerics import choose, log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative, softplus
 from ..basics.records import record
 from ..basics.tracing import is_seen
 from .base import ONE, Likelihood, OnePass
@@ -94,7 +94,7 @@ class NegativeBinomial(Likelihood):
         if not _is_common(mean, theta, x):
             return None
         values = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
-        index = None if 4 * torch.count_nonzero(x) > x.numel() else x.view(-1).nonzero().squeeze(1)
+        index = None if 4 * torch.sign(x, out=spare[0]).sum() > x.numel() else x.view(-1).nonzero().squeeze(1)
         _add_beyond_zero(mean, theta, x, index, values if wants_value else None, to_mean, to_theta)
         return OnePass(values, slopes=(1.0, 1.0))
 
@@ -136,14 +136,19 @@ class ZeroInflatedNegativeBinomial(Likelihood):
             _add_beyond_zero(mean, theta, x, None, values, to_mean, to_theta)
             return OnePass(values, slopes=(1.0, 1.0, 1.0))
         # p(0) = inflated + (1 - inflated) exp(-zeros), of which neither term is negative; and 1 - p(0), where that is small.
-        inflated, chance = torch.sigmoid(logits), torch.exp(-zeros)
-        other = 1 - inflated
-        missed = torch.expm1(-zeros).mul_(other).neg_()
-        by_zeros = chance.mul_(other)
+        inflated = torch.sigmoid(logits, out=spare[2])
+        other = torch.sub(ONE, inflated, out=spare[3])
+        by_zeros = torch.neg(zeros, out=spare[0])
+        missed = torch.expm1(by_zeros, out=spare[4]).mul_(other).neg_()
+        by_zeros.exp_().mul_(other)
         p = torch.add(inflated, by_zeros, out=other)
         if not p.min() > 1e-30:  # whose logarithm has lost its digits, or NaN
             return None
-        values = torch.where(missed < 0.5, torch.log1p(-missed), torch.log(p)).neg_() if wants_value else None
+        values = None
+        if wants_value:
+            is_small = torch.lt(missed, 0.5, out=torch.empty_like(missed) if spare[5] is None else spare[5])
+            near = torch.clamp(missed, max=0.5, out=spare[6]).neg_().log1p_()
+            values = choose(is_small, near, torch.log(p, out=spare[7])).neg_()
         by_zeros.div_(p)
         if to_logits is not None:
             torch.mul(inflated, missed, out=to_logits).div_(p).neg_()
@@ -155,7 +160,7 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         for gradient in (to_mean, to_theta):
             if gradient is not None:
                 gradient.mul_(by_zeros)
-        if 4 * index.numel() > x.numel() and index.numel() == torch.count_nonzero(x):
+        if 4 * index.numel() > x.numel() and index.numel() == torch.sign(x, out=spare[5]).sum():
             index = None  # of all, since a count of exactly 0 adds nothing
         _add_beyond_zero(mean, theta, x, index, values, to_mean, to_theta)
         return OnePass(values, slopes=(1.0, 1.0, 1.0))
@@ -199,9 +204,12 @@ def _add_beyond_zero(mean, theta, x, index, values, to_mean, to_theta) -> None:
     if index is None:
         _beyond_zero_of(mean, theta, x, values, to_mean, to_theta, lambda total, part: total.add_(part))
         return
+    own = theta.shape
+    while own[:1] == (1,):
+        own = own[1:]
     if theta.numel() == 1:
         t = theta.reshape(())
-    elif theta.shape == x.shape[x.dim() - theta.dim() :]:
+    elif own == x.shape[x.dim() - len(own) :]:
         t = theta.reshape(-1).index_select(0, index if theta.numel() == x.numel() else index % theta.numel())
     else:
         t = theta.expand_as(x).reshape(-1).index_select(0, index)
