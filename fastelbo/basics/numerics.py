@@ -97,6 +97,44 @@ def log_bin(lower: Tensor, upper: Tensor, width: Tensor, log_width: Tensor, lowe
     return log_p + torch.where(lowest | highest, 0.0, _log_mass(width, log_width))
 
 
+# A bound that is this far away is none: what it adds is below the least number of float32.
+NO_LOWER, NO_UPPER = torch.tensor(-104.0, device="cpu"), torch.tensor(104.0, device="cpu")
+
+
+def bin_in_one_pass(
+    x: Tensor, centered: Tensor, inverse: Tensor, half: float, buffers: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`-log_bin` of the bins from `centered - half` to `centered + half` times `inverse`, which have no bound where x is at an
+    end of [-1, 1]; its derivatives by what is taken from `centered`, over `inverse`, and by the logarithm of the scale.
+
+    Seven buffers, to be written to, or None. None where x is outside, or widths overflow or underflow: `log_bin` is for that.
+    """
+    (low, high), (narrowest, widest) = torch.aminmax(x), torch.aminmax(inverse)
+    if not (low.item() >= -1 - half and high.item() <= 1 + half and narrowest.item() * half > 1e-30 and widest.item() < 1e30):
+        return None
+    upper = torch.add(centered, half, out=buffers[0]).mul_(inverse)
+    lower = torch.sub(centered, half, out=buffers[1]).mul_(inverse)
+    at_end = torch.gt(x, 1 - half, out=torch.empty_like(x))
+    upper.lerp_(NO_UPPER, at_end.expand_as(upper))
+    at_start = torch.lt(x, half - 1, out=torch.empty_like(x))
+    lower.lerp_(NO_LOWER, at_start.expand_as(lower))
+    between = at_end.add_(at_start).neg_().add_(1)
+    width = torch.mul(inverse, 2 * half, out=fitting(buffers[2], inverse))
+    mass = torch.neg(width, out=fitting(buffers[3], inverse)).expm1_().neg_().log_()
+    below, above = torch.neg(upper, out=buffers[4]), torch.sigmoid(lower, out=buffers[5])
+    values = torch.ops.aten.softplus.out(below, out=torch.empty_like(below) if buffers[6] is None else buffers[6])
+    below.sigmoid_()
+    by_scale = upper.mul_(below).addcmul_(above, lower, value=-1)
+    by_scale.addcmul_(between, width.div_(torch.expm1(width)))
+    values.add_(torch.ops.aten.softplus.out(lower, out=lower)).addcmul_(between, mass, value=-1)
+    return values, below.sub_(above), by_scale
+
+
+def fitting(buffer: Tensor | None, like: Tensor) -> Tensor | None:
+    """A buffer for what has the shape of `like`, which may be smaller."""
+    return buffer if buffer is None or buffer.shape == like.shape else None
+
+
 def _log_mass(width: Tensor, log_width: Tensor) -> Tensor:
     """log(1 - exp(-width)), in which a width that underflows keeps its logarithm."""
     if is_seen(width) and (width > 1e-30).all():

@@ -53,7 +53,7 @@ def scratch(name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
     return memory.as_strided(like.shape, like.stride())
 
 
-SPARES = 8  # buffers that `spare` has
+SPARES = 10  # buffers that `spare` has
 
 
 class _Spare:

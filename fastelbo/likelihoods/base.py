@@ -141,7 +141,7 @@ class Likelihood(metaclass=Record):
     """`one_pass(parameters, x, wants_value, out, spare)`: value and derivatives of each element, without branches.
 
     All tensors have one shape and dtype, `x` as `target` makes it. The derivative by each parameter goes into the tensor of
-    `out` at its place, unless that is None. `spare[0]` to `spare[7]` are buffers of that shape, to be written to, or None, as
+    `out` at its place, unless that is None. `spare[0]` to `spare[9]` are buffers of that shape, to be written to, or None, as
     `out=` takes both; the values may lie there.
     It returns None where some of the input needs `nll`, as one whose derivatives overflow does, and where it would have to look
     for that but cannot without a sync (`is_seen`). None: there is no such form, and autograd differentiates `nll`.

@@ -46,16 +46,13 @@ class Classes(Likelihood):
         (logits,), (gradient,), dim = parameters, out, self.dim or 0
         if not is_seen(x):
             return None
-        p = torch.softmax(logits, dim, out=spare[0] if gradient is None else gradient)
-        total = x.sum(dim, keepdim=True)
-        # log p is what a logit lacks of the highest, and the logarithm of the highest p: two terms of one sign.
-        below = torch.sub(logits, logits.amax(dim, keepdim=True), out=spare[1]).mul_(x)
-        values = torch.addcmul(below.sum(dim), total.squeeze(dim), p.amax(dim).log_())
+        log_p = torch.log_softmax(logits, dim, out=spare[0])
+        values = torch.mul(log_p, x, out=spare[1]).sum(dim)
         if not torch.isfinite(values).all():
             return None
-        if gradient is not None:
-            gradient.mul_(total).sub_(x)
-        return OnePass(values, -1.0)
+        if gradient is not None:  # x - p times the sum of x
+            torch.ops.aten._log_softmax_backward_data.out(x, log_p, dim, x.dtype, out=gradient)
+        return OnePass(values, -1.0, 0.0, (-1.0,))
 
 
 @record

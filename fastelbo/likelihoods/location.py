@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..basics.numerics import positive, softplus
+from ..basics.numerics import fitting, positive, softplus
 from ..basics.records import canonical, check_choice, record
 from ..basics.scalars import check_real
 from ..basics.tracing import is_seen
@@ -107,18 +107,18 @@ class Scaled(Likelihood):
         number = {"scale": 1.0, "log_scale": 1.0, "logvar": 0.5}[self.parameter]
         if self.parameter == "scale" and not (is_seen(given) and given.min() > 0):
             return None
-        logarithm = torch.log(given, out=_like(spare[3], given)) if self.parameter == "scale" else given
+        logarithm = torch.log(given, out=fitting(spare[3], given)) if self.parameter == "scale" else given
         if self.soft_min is None and self.parameter == "scale":
-            inverse = torch.reciprocal(given, out=_like(spare[2], given))
+            inverse = torch.reciprocal(given, out=fitting(spare[2], given))
             return Spread(inverse, logarithm, number, inverse, number)
         if self.soft_min is None:
-            return Spread(torch.mul(given, -number, out=_like(spare[2], given)).exp_(), logarithm, number, None, number)
-        above = torch.mul(logarithm, number, out=_like(spare[3], given)).sub_(self.soft_min)
-        slope = torch.sigmoid(above, out=_like(spare[4], given))
+            return Spread(torch.mul(given, -number, out=fitting(spare[2], given)).exp_(), logarithm, number, None, number)
+        above = torch.mul(logarithm, number, out=fitting(spare[3], given)).sub_(self.soft_min)
+        slope = torch.sigmoid(above, out=fitting(spare[4], given))
         if self.parameter == "scale":
             slope.div_(given)
         logarithm = torch.ops.aten.softplus.out(above, out=above).add_(self.soft_min)
-        return Spread(torch.neg(logarithm, out=_like(spare[2], given)).exp_(), logarithm, 1.0, slope, number)
+        return Spread(torch.neg(logarithm, out=fitting(spare[2], given)).exp_(), logarithm, 1.0, slope, number)
 
     def bounded(self, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         """Likewise, from a logarithm that has no bound yet."""
@@ -128,11 +128,6 @@ class Scaled(Likelihood):
 
     def constants(self, parameters, x):
         return super().constants(parameters, x) | {"scale": self.parameter, "soft_min": self.soft_min}
-
-
-def _like(buffer: Tensor | None, given: Tensor) -> Tensor | None:
-    """A buffer for what a parameter alone decides, which may be smaller than the others."""
-    return buffer if buffer is None or buffer.shape == given.shape else None
 
 
 class Spread(NamedTuple):

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..basics.numerics import log_bin, positive
+from ..basics.numerics import bin_in_one_pass, log_bin, positive
 from ..basics.records import canonical, record
 from ..basics.scalars import check_integer
+from ..basics.tracing import is_seen
 from . import mixture
-from .base import Likelihood, check_labelled_dim, check_own_dim
+from .base import Likelihood, OnePass, check_labelled_dim, check_own_dim
 from .location import Scaled
 from .values import Range
 
@@ -75,6 +76,22 @@ class DiscretizedLogistic(Scaled, Steps):
         log_p = log_bin(lower, upper, 2 * half * inverse, log_width, x < half - 1, x > 1 - half)
         return torch.where(x.abs() > 1 + half, torch.nan, -log_p)
 
+    def one_pass(self, parameters, x, wants_value, out, spare):
+        (mean, given), (to_mean, to_given), slope = parameters, out, 1.0
+        if not is_seen(x) or (scale := self.spread(given, spare)) is None:
+            return None
+        buffers = spare[0], spare[1], spare[5], spare[6], spare[7], spare[8], spare[9]
+        centered = torch.sub(x, mean, out=spare[9])
+        found = bin_in_one_pass(x, centered, scale.inverse, 1 / (self.levels - 1), buffers)
+        if found is None:
+            return None
+        values, by_mean, by_scale = found
+        if to_mean is not None:
+            torch.mul(by_mean, scale.inverse, out=to_mean)
+        if to_given is not None:
+            slope = scale.chained(to_given.copy_(by_scale))
+        return OnePass(values, 1.0, 0.0, (1.0, slope))
+
     @property
     def constant(self):
         return 1 / (self.levels - 1)
@@ -127,6 +144,12 @@ class DiscretizedLogisticMixture(Steps):
 
     def nll(self, parameters, x):
         return mixture.nll(parameters[0], x, levels=self.levels, dim=self.dim)
+
+    def one_pass(self, parameters, x, wants_value, out, spare):
+        if not is_seen(x):
+            return None
+        values = mixture.in_one_pass(parameters[0], x, out[0], levels=self.levels, dim=self.dim)
+        return values if values is None else OnePass(values)
 
     def constants(self, parameters, x):
         dim = self.dim % x.dim()

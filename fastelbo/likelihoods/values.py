@@ -57,7 +57,7 @@ def check_values(plan, name: str, tensors: Sequence[Tensor], recon: Tensor) -> N
         if support is None or not support.silent or x.dtype == torch.bool or x.numel() == 0:
             return
         # A NaN hides the others, and may have the weight 0.
-        low, high = _bounds(x, factor)
+        low, high = _bounds(x, factor, support.high < math.inf)
         if low >= support.low and high <= support.high:
             return
     counts = None if plan.weight_shape is None else others[0].reshape(plan.weight_shape) != 0
@@ -81,10 +81,13 @@ class Span(NamedTuple):
         return f"{self.low:g} to {self.high:g}"
 
 
-def _bounds(x: Tensor, factor: float) -> tuple[float, float]:
-    """The lowest and the highest of a target, in one pass; NaN if one is."""
+def _bounds(x: Tensor, factor: float, has_high: bool = True) -> tuple[float, float]:
+    """The lowest and the highest of a target, in one pass; NaN if one is. The highest counts only if `has_high`."""
     if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which have no minimum in Torch
         x = x.double()
+    if not has_high and factor >= 0:
+        low = torch.amin(x.detach()).item() * factor
+        return low, low
     lowest, highest = torch.aminmax(x.detach())
     low, high = lowest.item() * factor, highest.item() * factor
     return (low, high) if factor >= 0 else (high, low)
