@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..basics.tracing import is_surrounded, needs_formula, never_compiled
-from ..likelihoods.values import check_values
+from ..likelihoods.values import check_values, is_well
 from . import formula, traced
 from .call import Objective, check_loss
 from .plan import LossPlan, loss_plan
@@ -60,7 +60,7 @@ def planned_terms(
         terms = _apply(plan, beta, divisor, known, *tensors)
     else:
         terms = plan.backend.loss_forward(plan, beta, tensors, divisor, None, plan.path.stores)[:3]
-    if plan.looks:
+    if plan.looks and not is_well(plan.silent, tensors[plan.count], terms[1]):
         check_values(plan, name, tensors, terms[1])
     return tuple.__new__(ELBOTerms, terms)
 

@@ -22,7 +22,7 @@ from ..basics.layout import layout_of
 from ..basics.tracing import is_wrapper
 from ..latents.weighting import Weighting
 from ..likelihoods import Likelihood
-from ..likelihoods.values import Range, support_to_check
+from ..likelihoods.values import Range, silent_range, support_to_check
 from . import torch_backend
 from .backend import backend_for
 from .blocks import BLOCK, SMALL
@@ -97,7 +97,8 @@ class LossPlan:
     __slots__ = (
         "backend", "call", "count", "divisor", "dtype", "fits", "guess", "is_dense", "is_elementwise", "is_of_classes",
         "is_whole", "kl_weight", "large", "latents", "latents_launches", "latents_layout", "layout", "likelihood", "looks",
-        "loss_launches", "options", "path", "per_sample", "rows", "scaling", "strides", "support", "weight_shape",
+        "loss_launches", "options", "path", "per_sample", "rows", "scaling", "silent", "strides", "support",
+        "weight_shape",
     )  # fmt: skip
 
     path: LossPath
@@ -122,6 +123,7 @@ class LossPlan:
     scaling: tuple[float, float]  # of the target
     looks: bool  # at values
     support: Range | None
+    silent: tuple[float, float] | None  # where the target must lie, of which the loss tells nothing
     options: dict  # of the likelihood's kernel
     weight_shape: torch.Size | None
     guess: Guess
@@ -144,6 +146,7 @@ class LossPlan:
         self.weight_shape = None if weight is None else call.weight_shape(weight, first, x)
         self.backend = path.backend if first.numel() and all(t.numel() for t in latents) else None
         self.support = support_to_check(likelihood, first, x)
+        self.silent = silent_range(self.support, likelihood.target_scale, x)
         self.looks = x.device.type == "cpu" and (self.support is not None or any(likelihood.ranges))
         self.options, self.scaling = likelihood.constants(parameters, x), likelihood.scaling(x)
         self.layout = torch.contiguous_format if likelihood.dim is not None else layout_of(first)

@@ -11,8 +11,7 @@ from ..basics.tracing import is_seen
 from .base import ONE, Likelihood, OnePass, check_given_once
 from .values import BITS, UNIT
 
-# Elements up to which calls cost more than passes: for Torch's own function, whose logarithms are not vectorized, and others.
-VERY_FEW, FEW = 2**10, 2**14
+VERY_FEW, QUITE_FEW, FEW = 2**10, 2**13, 2**14  # elements, up to which calls cost more than passes
 
 DENOMINATOR = 9.999999960041972e-13  # 1e-12 in float32, which Torch clamps by in every dtype
 
@@ -43,24 +42,24 @@ class Bernoulli(Likelihood):
         return F.binary_cross_entropy(p, x, reduction="none") + invalid
 
     def one_pass(self, parameters, x, wants_value, out, spare):
-        # As in Torch: logarithms clamped at -100.
-        (p,), (gradient,), values = parameters, out, None
-        if p.numel() <= VERY_FEW and is_seen(p):
-            try:
+        # As in Torch: logarithms clamped at -100. Its own functions take fewer calls, but their logarithms are not vectorized.
+        (p,), (gradient,), values, scale = parameters, out, None, 1.0
+        seen = p.numel() <= QUITE_FEW and is_seen(p)
+        try:
+            if wants_value and seen and p.numel() <= VERY_FEW:
                 values = F.binary_cross_entropy(p, x, reduction="none")
-                if gradient is not None:
-                    torch.ops.aten.binary_cross_entropy_backward.grad_input(ONE, p, x, None, 0, grad_input=gradient)
-                return OnePass(values)
-            except RuntimeError:  # of what lies outside [0, 1]
-                pass
-        if gradient is not None:
+        except RuntimeError:  # of what lies outside [0, 1]
+            pass
+        if gradient is not None and seen:
+            torch.ops.aten.binary_cross_entropy_backward.grad_input(ONE, p, x, None, 0, grad_input=gradient)
+        elif gradient is not None:
             denominator = torch.sub(ONE, p, out=spare[1]).mul_(p).clamp_(min=DENOMINATOR)
             torch.sub(p, x, out=gradient).div_(denominator)
-        if wants_value:
+        if wants_value and values is None:
             of_one = torch.log(p, out=spare[0]).clamp_(min=-100)
             of_zero = torch.neg(p, out=spare[1]).log1p_().clamp_(min=-100)
-            values = torch.lerp(of_zero, of_one, x, out=of_zero)
-        return OnePass(values, -1.0)
+            values, scale = torch.lerp(of_zero, of_one, x, out=of_zero), -1.0
+        return OnePass(values, scale)
 
 
 @record

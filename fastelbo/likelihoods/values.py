@@ -42,6 +42,34 @@ def support_to_check(likelihood, first: Tensor, x: Tensor) -> Range | None:
     return None if support is not None and support.integers and x.is_floating_point() else support
 
 
+def silent_range(support: Range | None, factor: float, x: Tensor) -> tuple[float, float] | None:
+    """Where a target has to lie, whose loss may be finite outside, before it is multiplied by `factor`; None: anywhere. Nothing
+    lies in an empty one, for which `check_values` has to look closely."""
+    if support is not None and -math.inf < support.low < 0:  # it warns of a target that lies inside
+        return math.inf, -math.inf
+    if support is None or not support.silent or x.dtype == torch.bool or x.numel() == 0:
+        return None
+    if x.dtype in (torch.uint16, torch.uint32, torch.uint64) or not factor > 0 or x.requires_grad:
+        return math.inf, -math.inf
+    factor = 1.0 if support.unscaled else factor
+    return support.low / factor, support.high / factor
+
+
+def is_well(silent: tuple[float, float] | None, x: Tensor, recon: Tensor) -> bool:
+    """Whether `check_values` has nothing to look for."""
+    if not math.isfinite((recon.sum() if recon.dim() else recon).item()):
+        return False
+    if silent is None:
+        return True
+    low, high = silent
+    if high == math.inf:
+        return torch.amin(x).item() >= low
+    if high < low:
+        return False
+    lowest, highest = torch.aminmax(x)
+    return lowest.item() >= low and highest.item() <= high
+
+
 def check_values(plan, name: str, tensors: Sequence[Tensor], recon: Tensor) -> None:
     """Raise for a value that made the reconstruction NaN or infinite, or finite and meaningless.
 
@@ -57,7 +85,7 @@ def check_values(plan, name: str, tensors: Sequence[Tensor], recon: Tensor) -> N
         if support is None or not support.silent or x.dtype == torch.bool or x.numel() == 0:
             return
         # A NaN hides the others, and may have the weight 0.
-        low, high = _bounds(x, factor, support.high < math.inf)
+        low, high = _bounds(x, factor)
         if low >= support.low and high <= support.high:
             return
     counts = None if plan.weight_shape is None else others[0].reshape(plan.weight_shape) != 0
@@ -81,13 +109,10 @@ class Span(NamedTuple):
         return f"{self.low:g} to {self.high:g}"
 
 
-def _bounds(x: Tensor, factor: float, has_high: bool = True) -> tuple[float, float]:
-    """The lowest and the highest of a target, in one pass; NaN if one is. The highest counts only if `has_high`."""
+def _bounds(x: Tensor, factor: float) -> tuple[float, float]:
+    """The lowest and the highest of a target, in one pass; NaN if one is."""
     if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which have no minimum in Torch
         x = x.double()
-    if not has_high and factor >= 0:
-        low = torch.amin(x.detach()).item() * factor
-        return low, low
     lowest, highest = torch.aminmax(x.detach())
     low, high = lowest.item() * factor, highest.item() * factor
     return (low, high) if factor >= 0 else (high, low)
