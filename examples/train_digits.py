@@ -33,8 +33,9 @@ def naive_loss(model: VAE, x: Tensor, eps: Tensor, beta: float, likelihood: str)
 
 def fused_loss(model: VAE, x: Tensor, eps: Tensor, beta: float, likelihood: str) -> Tensor:
     mu, logvar = model.encode(x)
+    z = mu + torch.exp(0.5 * logvar) * eps
     fused = Gaussian(scale=SCALE) if likelihood == "gaussian" else likelihood
-    loss, _, _ = fastelbo.elbo(model.decode, x, mu, logvar, beta, likelihood=fused, eps=eps)
+    loss, _, _ = fastelbo.loss(model.decode(z), x, mu, logvar, beta, likelihood=fused)
     return loss
 
 
@@ -151,7 +152,7 @@ def picture(options: argparse.Namespace, images: Tensor, trainers: list[Trainer]
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--latent", type=int, default=16, help="dimensions of z")
     parser.add_argument("--beta", type=float, default=1.0, help="weight of the KL")
     parser.add_argument("--likelihood", choices=("bernoulli", "bernoulli_logits", "mse", "gaussian"), default="bernoulli")

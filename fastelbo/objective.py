@@ -17,7 +17,7 @@ from .engine.call import Objective
 from .engine.compiled import in_graph
 from .engine.divergence import Statistics, divergence_terms, kl_of, times
 from .engine.latents import run, sample
-from .engine.loss import ELBOTerms, composed_terms, loss_terms, planned_terms, record_reconstruction, traced_terms
+from .engine.loss import ELBOTerms, composed_terms, planned_terms, record_reconstruction, traced_terms
 from .engine.plan import find_objective, is_little, latents_plan_of
 from .latents.posterior import LOGVAR, Latents, Posterior, check_latents
 from .latents.weighting import ALL, Weighting, check_beta, check_weighting, is_of_each, shares_of
@@ -219,7 +219,8 @@ def elbo(
         given = _parameters(given, objective.likelihood) if isinstance(given, tuple | list) else (given,)
         behind = (mu, logvar) if inside else (kl,)
         tensors = (*given, x, *behind) if weight is None else (*given, x, weight, *behind)
-        return loss_terms("decoder(z)", objective, tensors, len(given), weight is not None, len(behind), beta)
+        compute = traced_terms if surrounded else planned_terms
+        return compute("decoder(z)", objective, tensors, len(given), weight is not None, len(behind), beta)
     _check_sources(mu, logvar, None, objective, prior, weighting, reduction, monitor)
     latents, tensors = check_latents(mu, logvar, posterior, prior)
     _check_target(x, tensors[0])

@@ -6,6 +6,7 @@ each time: tracers and transformations, streams, capture, the upstream gradients
 that a launch writes to.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from operator import attrgetter
@@ -242,10 +243,14 @@ def loss_plan(
 
 def is_little(mu, logvar) -> bool:
     """Whether autograd samples these latents at less cost than a Function of the Torch backend does, and as exactly."""
-    if not isinstance(mu, Tensor) or not isinstance(logvar, Tensor) or mu.device.type != "cpu" or mu.numel() > SMALL:
+    if not isinstance(mu, Tensor) or not isinstance(logvar, Tensor) or not mu.is_cpu or mu.numel() > SMALL:
         return False
-    is_exact = mu.dtype == logvar.dtype and mu.dtype in (torch.float32, torch.float64)
-    return is_exact and backend_for(mu.device) is torch_backend
+    return mu.dtype == logvar.dtype and mu.dtype in (torch.float32, torch.float64) and _is_torch_on_cpu()
+
+
+@functools.cache
+def _is_torch_on_cpu() -> bool:
+    return backend_for(torch.device("cpu")) is torch_backend
 
 
 class LatentsPlan:
