@@ -98,7 +98,7 @@ def log_bin(lower: Tensor, upper: Tensor, width: Tensor, log_width: Tensor, lowe
 
 
 # A bound that is this far away is none: what it adds is below the least number of float32.
-NO_LOWER, NO_UPPER = torch.tensor(-104.0, device="cpu"), torch.tensor(104.0, device="cpu")
+_FAR = {dtype: torch.tensor(104.0, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
 def bin_in_one_pass(
@@ -115,9 +115,9 @@ def bin_in_one_pass(
     upper = torch.add(centered, half, out=buffers[0]).mul_(inverse)
     lower = torch.sub(centered, half, out=buffers[1]).mul_(inverse)
     at_end = torch.gt(x, 1 - half, out=torch.empty_like(x))
-    upper.lerp_(NO_UPPER, at_end.expand_as(upper))
+    upper.lerp_(_FAR[x.dtype], at_end.expand_as(upper))
     at_start = torch.lt(x, half - 1, out=torch.empty_like(x))
-    lower.lerp_(NO_LOWER, at_start.expand_as(lower))
+    lower.lerp_(-_FAR[x.dtype], at_start.expand_as(lower))
     between = at_end.add_(at_start).neg_().add_(1)
     width = torch.mul(inverse, 2 * half, out=fitting(buffers[2], inverse))
     mass = torch.neg(width, out=fitting(buffers[3], inverse)).expm1_().neg_().log_()
