@@ -10,7 +10,7 @@ import fastelbo
 from conftest import BACKEND
 from fastelbo.basics.numerics import log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative
 from fastelbo.engine import blocks, formula
-from fastelbo.likelihoods import Gaussian, Laplace, find_likelihood
+from fastelbo.likelihoods import BernoulliLogits, Gaussian, Laplace, StudentT, find_likelihood
 from likelihood_cases import CASES, recon_x
 from support import gradients
 
@@ -170,6 +170,36 @@ RARE = {
     "masked items": ("multinomial", (torch.tensor([[0.0, 1.0, -math.inf], [3.0, 2.0, 90.0]]),), [[2.0, 1, 0], [1, 0, 0]]),
     "shifted items": ("multinomial", (torch.tensor([[1e4, 1e4 + 1, 1e4 - 2]]),), [[2.0, 1.0, 7.0]]),
     "l1": ("l1", (torch.tensor([1.0, 2.0, -1e30]),), [1.0, -2.0, 1e30]),
+    "confident positives": (
+        BernoulliLogits(pos_weight=3.0), (torch.tensor([30.0, -30.0, 200.0, -200.0, 0.0, 20.0]),),
+        [1.0, 0.0, 1.0, 0.0, 1.0, 0.3],
+    ),
+    "weights of positives": (
+        "bernoulli_logits", (torch.tensor([30.0, -30.0, 2.0]), torch.tensor([3.0, 0.5, 0.0])), [1.0, 0.0, 0.3],
+    ),
+    "soft bound": (
+        Gaussian(parameter="log_scale", soft_min=-6.0), (torch.tensor([1.0, 2.0, 0.0]), torch.tensor([-50.0, 30.0, -6.0])),
+        [1.0, 2.5, 0.0],
+    ),
+    "soft bound of a variance": (
+        Laplace(parameter="logvar", soft_min=-2.0), (torch.tensor([1.0, 2.0]), torch.tensor([-50.0, 30.0])), [1.0, 2.5],
+    ),
+    "far outlier": (StudentT(df=3.0), (torch.tensor([1e10, 0.0]), torch.tensor([1e-3, 2.0])), [0.0, 1e-20]),
+    "continuous": (
+        "continuous_bernoulli_logits", (torch.tensor([0.0, 1e-20, 0.49, -0.51, 90.0, -200.0]),),
+        [0.5, 0.0, 1.0, 0.2, 1.0, 0.0],
+    ),
+    "continuous, ends": ("continuous_bernoulli", (torch.tensor([1e-6, 0.5, 1 - 1e-6, 0.49999]),), [0.0, 0.5, 1.0, 0.2]),
+    "bins": (
+        "discretized_logistic",
+        (torch.tensor([-1.0, 1.0, 0.0, 3.0, -3.0, 0.2, 0.0]), torch.tensor([-4.0, -4.0, -20.0, -3.0, 1.0, 10.0, -6.0])),
+        [-1.0, 1.0, 0.0, 1.0, -1.0, 0.2, 1.0],
+    ),
+    "bins without a width": ("discretized_logistic", (torch.tensor([0.0]), torch.tensor([80.0])), [0.0]),
+    "mixture": (
+        "discretized_logistic_mixture",
+        (torch.linspace(-9, 3, 40).reshape(1, 20, 1, 2),), torch.tensor([-1.0, 0.3, 1.0, 0.0, -0.2, 1.0]).reshape(1, 3, 1, 2),
+    ),
 }  # fmt: skip
 
 
@@ -177,8 +207,9 @@ RARE = {
 def test_rare_inputs(name):
     likelihood, parameters, x = RARE[name]
     rows = lambda t: t if t.dim() != 1 else t.reshape(1, -1)  # noqa: E731
+    x = x if isinstance(x, torch.Tensor) else torch.tensor(x)
     parameters = [(p if likelihood == "categorical" else rows(p)).clone().requires_grad_() for p in parameters]
-    x = torch.tensor(x) if likelihood == "categorical" else rows(torch.tensor(x))
+    x = x if likelihood == "categorical" else rows(x)
     expected, wide = truth(parameters, x, likelihood, "sum", None)
     got = loss(parameters, x, likelihood, "sum", None)
     terms = 1 + torch.lgamma(x.double() + 1).sum().item()  # of counts, which cancel
