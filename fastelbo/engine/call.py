@@ -151,6 +151,11 @@ class KLCall(NamedTuple):
         return self.is_simple and self.kind in (None, "sum", "row")
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all of the KL counts alike, of a posterior without clamp."""
+        return self.latents.posterior.clamp is self.floor is self.shares is self.groups is None and not self.statistics
+
+    @property
     def is_simple(self) -> bool:
         """Whether it is of N(mu, exp(logvar)) from N(0, I), and no element differs from the others."""
         posterior, prior = self.latents

@@ -257,27 +257,27 @@ class LatentsPlan:
     """What is known of a sample or a KL before its values are."""
 
     __slots__ = (
-        "backend", "call", "dtype", "fits", "is_by_autograd", "is_dense", "is_plain", "is_whole", "kl_weight",
-        "latents_launches", "layout", "noise_layout", "per_sample", "strides", "wants",
+        "backend", "call", "dtype", "fits", "is_by_autograd", "is_dense", "is_plain", "is_simple", "is_whole",
+        "kl_weight", "latents_launches", "layout", "noise_layout", "per_sample", "strides", "wants",
     )  # fmt: skip
 
     def __init__(self, call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None, grad_mode: bool) -> None:
         mu, self.call, self.latents_launches, self.fits = tensors[0], call, None, _unlike
         self.dtype, self.per_sample, self.kl_weight = call.dtype, call.kind == "row", call.scale(mu)
-        self.is_plain = call.is_plain
+        self.is_plain, self.is_simple = call.is_plain, call.is_simple
         self.wants = grad_mode and any(t.requires_grad for t in tensors)
         strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or (
             noise is not None and (is_wrapper(noise) or noise.is_neg())
         )
         seldom = noise is not None and grad_mode and noise.requires_grad
         self.backend = None if strange or seldom or not mu.numel() else backend_for(mu.device)
-        if self.backend is torch_backend and not call.is_simple:
+        if self.backend is torch_backend and not self.is_simple and not (mu.device.type == "cpu" and call.is_whole):
             self.backend = None
         self.layout, self.noise_layout = layout_of(mu), layout_of(tensors[1])
         # To the Torch backend: one small block, in the dtype of the arithmetic.
         self.is_whole = mu.numel() <= SMALL and mu.dtype == tensors[1].dtype == call.dtype
         # A sample alone of few elements, for which autograd costs less than a Function.
-        self.is_by_autograd = self.backend is torch_backend and call.kind is None and self.is_whole
+        self.is_by_autograd = self.backend is torch_backend and call.kind is None and self.is_simple and self.is_whole
         dense = self.dense(tensors)
         self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))
         self.strides = tuple(map(_stride, dense))

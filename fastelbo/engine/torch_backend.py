@@ -7,9 +7,12 @@ in cache, and gradients come from the same pass.
 Tensors come as the plan's `dense` lays them out. A `beta` is a float, or a 0-d tensor on the device.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from ..latents.gaussian import Slope, kl_elements, kl_in_one_pass, sample_in_one_pass
 from ..likelihoods.base import HALF
 from . import formula
 from .blocks import SMALL, added_up, converted, cut_alike, scratch
@@ -88,6 +91,8 @@ def latents_forward(plan, tensors, noise, stateless=False):
     """`(z, kl, weighted, sums, kept)` of latents, each None where it is not computed: z if there is noise, the normals
     themselves; the KL, `[]`, `[B]` or of each column, unless the call's kind is None; the KL with free bits; the sums of
     columns over the batch; and what backward needs of it."""
+    if not plan.is_simple:
+        return _any_latents(plan, tensors, noise)
     kind, dtype, per_sample, (mu, logvar) = plan.call.kind, plan.dtype, plan.per_sample, tensors
     if kind == "column":
         wide = mu.to(dtype)
@@ -122,6 +127,8 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
     there; `kept` is what forward has."""
     if grad_z is not None:
         grad_z = grad_z.contiguous(memory_format=plan.layout)
+    if isinstance(kept, Slopes):
+        return _of_slopes(plan, tensors, needs, grad_z, grad_kl, kept)
     if isinstance(kept, tuple):
         return _of_kept(grad_z, tensors[0], *kept, grad_kl, plan.kl_weight)
     if kept is not None:
@@ -131,6 +138,58 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
         slopes = torch.expm1(logvar.to(plan.dtype)).mul_(factor * HALF)
         return torch.mul(mu, factor).to(mu.dtype), slopes.to(logvar.dtype)
     return _latent_gradients(grad_z, *tensors, noise, grad_kl, plan.kl_weight, plan.dtype)
+
+
+class Slopes(NamedTuple):
+    """What backward needs of latents that `_any_latents` computed: derivatives of the KL, of z by the second tensor."""
+
+    of_kl: list[Slope]
+    of_z: Slope | None
+
+
+def _any_latents(plan, tensors, noise):
+    """`latents_forward` of any posterior and prior, with the derivatives that backward needs."""
+    call, dtype = plan.call, plan.dtype
+    wide = [t.to(dtype) for t in tensors]
+    kl, z, slopes, of_z = None, None, [], None
+    if noise is not None:
+        z, of_z = sample_in_one_pass(call.latents.posterior.parameter, *wide[:2], noise.to(dtype))
+        z = z.to(torch.promote_types(tensors[0].dtype, tensors[1].dtype))
+    if call.kind is not None:
+        found = kl_in_one_pass(call.latents, *wide[:2], wide[2:])
+        if found is None:
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_() for t in wide]
+                values = kl_elements(call.latents, *leaves)
+                slopes = [Slope(t, 1.0) for t in torch.autograd.grad(values.sum(), leaves)]
+            values = 2 * values.detach()
+        else:
+            values, slopes = found
+        summed = {"element": values, "column": values.sum(0)} if call.kind in ("element", "column") else {}
+        kl = summed.get(call.kind)
+        kl = formula.reduced(values, "none" if call.kind == "row" else "sum") if kl is None else kl
+        kl.mul_(0.5 * plan.kl_weight)
+    return z, kl, None, None, Slopes(slopes, of_z)
+
+
+def _of_slopes(plan, tensors, needs, grad_z, grad_kl, kept):
+    """`latents_backward` of these."""
+    found, mu = [None] * len(tensors), tensors[0]
+    if grad_kl is not None:
+        factor = grad_kl.reshape([-1, *[1] * (mu.dim() - 1)]) if plan.call.kind == "row" else grad_kl
+        factor = factor if plan.kl_weight == 1 else factor * plan.kl_weight
+        for i, (tensor, number) in enumerate(kept.of_kl):
+            if needs[i]:
+                found[i] = torch.mul(tensor, factor if number == 1 else factor * number)
+    if grad_z is not None:
+        wide = grad_z.to(plan.dtype)
+        tensor, number = kept.of_z
+        if needs[0]:
+            found[0] = wide.clone() if found[0] is None else found[0].add_(wide)
+        if needs[1]:
+            moved = torch.mul(tensor, wide)
+            found[1] = moved.mul_(number) if found[1] is None else found[1].add_(moved, alpha=number)
+    return [g if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
 
 
 log_ratio_forward = None  # the formula is as good, and autograd differentiates it

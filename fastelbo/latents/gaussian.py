@@ -4,6 +4,8 @@ The device functions of the same names are in `kernels/posteriors.py`.
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +79,65 @@ def kl_elements(latents: Latents, mu: Tensor, second: Tensor, *prior: Tensor | N
     else:
         beyond = excess_of_logvar(log_variance(raw, parameter) - log_variance(prior_raw, kind))
     return 0.5 * (distance.square() + beyond)
+
+
+class Slope(NamedTuple):
+    """A derivative of each element: a number times a tensor."""
+
+    tensor: Tensor
+    number: float
+
+    def by_log_variance(self, raw: Tensor, parameter: str) -> "Slope":
+        """That by the parameter, from that by the logarithm of the variance."""
+        if parameter in ("std", "var"):
+            return Slope(self.tensor / raw, self.number * (2.0 if parameter == "std" else 1.0))
+        return Slope(self.tensor, self.number * (2.0 if parameter == "log_std" else 1.0))
+
+
+def kl_in_one_pass(latents: Latents, mu: Tensor, raw: Tensor, prior: Sequence[Tensor]) -> tuple[Tensor, list[Slope]] | None:
+    """Twice the KL of each element of a posterior without clamp, and the derivatives of the KL by all tensors, which come in
+    one dtype; None where a deviation or variance is not positive, which `kl_elements` is for."""
+    parameter, kind = latents.posterior.parameter, latents.prior
+    if parameter in ("std", "var") and not raw.min() > 0:
+        return None
+    if kind in ("std", "var") and not prior[1].min() > 0:
+        return None
+    distance = by_mu = mu
+    if kind is not None:
+        prior_mu, prior_raw = prior
+        inverse = inverse_std(prior_raw, kind)
+        distance = torch.sub(mu, prior_mu)
+        distance = distance.div_(prior_raw) if kind == "std" else distance.mul_(inverse)
+        by_mu = distance * inverse
+    if parameter == "var" and kind in (None, "var"):
+        ratio = raw if kind is None else raw / prior_raw
+        slope = ratio - 1
+        values = torch.sub(slope, torch.log(ratio))
+    elif parameter in ("std", "var") and kind in (None, "std"):
+        ratio = std(raw, parameter) if kind is None else std(raw, parameter) / prior_raw
+        slope = (ratio - 1).mul_(ratio + 1)
+        values = torch.sub(slope, torch.log(ratio), alpha=2)
+    else:
+        difference = log_variance(raw, parameter)
+        difference = difference if kind is None else difference - log_variance(prior_raw, kind)
+        slope = torch.expm1(difference)
+        values = torch.sub(slope, difference)
+    squares = distance * distance
+    slopes = [Slope(by_mu, 1.0), Slope(slope, 0.5).by_log_variance(raw, parameter)]
+    if kind is not None:
+        slopes += [Slope(by_mu, -1.0), Slope(squares + slope, -0.5).by_log_variance(prior_raw, kind)]
+    return values.add_(squares), slopes
+
+
+def sample_in_one_pass(parameter: str, mu: Tensor, raw: Tensor, eps: Tensor) -> tuple[Tensor, Slope]:
+    """z, and its derivative by the second parameter."""
+    if parameter == "std" and not raw.min() >= 0:
+        eps = not_negative(raw) * 0 + eps
+    sigma = std(raw, parameter)
+    moved = torch.mul(sigma, eps)
+    if parameter in ("logvar", "log_std"):
+        return moved + mu, Slope(moved, 0.5 if parameter == "logvar" else 1.0)
+    return moved + mu, Slope(eps, 1.0) if parameter == "std" else Slope(eps / sigma, 0.5)
 
 
 def sample(posterior: Posterior, mu: Tensor, second: Tensor, eps: Tensor, dtype: torch.dtype) -> Tensor:

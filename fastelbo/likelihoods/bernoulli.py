@@ -44,7 +44,7 @@ class Bernoulli(Likelihood):
     def one_pass(self, parameters, x, wants_value, out, spare):
         # As in Torch: logarithms clamped at -100. Its own functions take fewer calls, but their logarithms are not vectorized.
         (p,), (gradient,), values, scale = parameters, out, None, 1.0
-        seen = p.numel() <= QUITE_FEW and is_seen(p)
+        seen = p.numel() <= QUITE_FEW and p.dtype == torch.float32 and is_seen(p)
         try:
             if wants_value and seen and p.numel() <= VERY_FEW:
                 values = F.binary_cross_entropy(p, x, reduction="none")
@@ -141,11 +141,9 @@ class BernoulliLogits(Likelihood):
             values = values.add_(positive, alpha=number) if weight is None else values.addcmul_(positive, weight)
         if to_logit is not None:
             p = torch.sigmoid(logit, out=to_logit)
-            if weight is None:
-                p.addcmul_(p, x, value=number - 1).sub_(x, alpha=number)
-            else:
-                weighted = torch.mul(x, weight, out=spare[1])
-                p.addcmul_(p, torch.sub(weighted, x, out=spare[2])).sub_(weighted)
+            p.addcmul_(p, x, value=-1)
+            other = torch.neg(logit, out=spare[1]).sigmoid_().mul_(x)
+            p.sub_(other, alpha=number) if weight is None else p.addcmul_(other, weight, value=-1)
         return OnePass(values, slopes=(1.0,) * len(parameters))
 
     def function(self, parameters):

@@ -352,7 +352,7 @@ class StudentT(Located):
         mean, *given = parameters
         to_mean, to_given = (*out, None)[:2]
         factor, slope = 0.5 * (self.df + 1), 1.0
-        fixed = Spread(torch.tensor(1 / self.scale, device=x.device), ONE, math.log(self.scale), None, 1.0)
+        fixed = Spread(torch.tensor(1 / self.scale, dtype=x.dtype, device=x.device), ONE, math.log(self.scale), None, 1.0)
         scale = self.spread(given[0], spare) if given else fixed
         if scale is None:
             return None
