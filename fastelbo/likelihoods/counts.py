@@ -198,11 +198,19 @@ def _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare) -> Tensor:
     return values.mul_(theta)
 
 
+CHUNK = 2**17  # elements
+
+
 def _add_beyond_zero(mean, theta, x, index, values, to_mean, to_theta) -> None:
     """Add what a negative binomial's -log p(x) is more than -log p(0), and the derivatives: of the elements in `index`, which
     the others are zeros beside, or of all if it is None."""
-    if index is None:
-        _beyond_zero_of(mean, theta, x, values, to_mean, to_theta, lambda total, part: total.add_(part))
+    if index is None:  # some rows at a time, since a dozen tensors of their size are needed
+        height = max(1, CHUNK // max(1, x[0].numel()))
+        for i in range(0, x.shape[0], height):
+            rows = slice(i, i + height)
+            own = theta[rows] if theta.dim() == x.dim() and theta.shape[0] == x.shape[0] else theta
+            totals = [total if total is None else total[rows] for total in (values, to_mean, to_theta)]
+            _beyond_zero_of(mean[rows], own, x[rows], *totals, lambda total, part: total.add_(part))
         return
     own = theta.shape
     while own[:1] == (1,):
