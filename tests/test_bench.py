@@ -288,11 +288,33 @@ def test_contenders_of_likelihoods_agree(name):
     """And what does not is no contender."""
     torch.manual_seed(0)
     subject = likelihoods.SUBJECTS[name]()
-    likelihoods.check(subject, False)
+    likelihoods.check(subject)
     with pytest.raises(AssertionError):
-        likelihoods.check(subject._replace(known=subject.known + 1e4), False)
+        likelihoods.check(subject._replace(known=subject.known + 1e4))
     with pytest.raises(AssertionError):
-        likelihoods.check(subject._replace(naive=lambda: 1.01 * subject.naive()), False)
+        likelihoods.check(subject._replace(naive=lambda: 1.01 * subject.naive()))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about Torch on a CPU")
+@pytest.mark.parametrize("name", likelihoods.SUBJECTS)
+def test_no_more_memory_than_the_naive_code(name):
+    """At its peak, beyond what each thread keeps: a block of scratch."""
+    torch.manual_seed(0)
+    subject = likelihoods.SUBJECTS[name]()
+
+    def peak(call) -> int:
+        def step():
+            for leaf in subject.leaves:
+                leaf.grad = None
+            call().backward()
+
+        for _ in range(2):
+            step()
+        for leaf in subject.leaves:
+            leaf.grad = None
+        return measure.peak_bytes(step, torch.device("cpu"))
+
+    assert peak(subject.fused) <= 1.01 * peak(subject.naive) + 2**16
 
 
 def test_table_of_likelihoods():
