@@ -18,6 +18,11 @@ def is_compiling() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 and torch._guards.TracingContext.try_get() is not None
 
 
+def is_behind_dynamo() -> bool:
+    """Whether it traces a call that is one node of Dynamo's graph, and so takes Functions written in Python."""
+    return is_compiling() and not torch.compiler.is_dynamo_compiling() and not is_transformed()
+
+
 def is_surrounded() -> bool:
     """Whether torch.compile or a dispatch mode (fake tensors, counters) traces a call, torch.func transforms it, or it carries
     forward-mode tangents."""

@@ -29,7 +29,7 @@ def in_graph(function: Callable, values: dict[str, Any], **options) -> Any:
     """
     if any(isinstance(value, Distribution) for value in values.values()):
         return None
-    _make_known(function)
+    name = _name_of(function)
     described: dict[str, Any] = {}
     for key, option in options.items():
         described[key] = option
@@ -38,7 +38,7 @@ def in_graph(function: Callable, values: dict[str, Any], **options) -> Any:
             if fields is None:
                 return None
             described[key] = {KIND: type(option).__name__, **{field: getattr(option, field) for field in fields}}
-    return _call(function.__name__, **values, **described)
+    return _call(name, **values, **described)
 
 
 KIND = "kind"
@@ -58,13 +58,16 @@ def _call(name: str, **arguments):
 
 
 @constant_when_compiled
-def _make_known(function: Callable) -> None:
-    """Of the compiler, which has to be there already, since this brings it."""
-    if function.__name__ not in _functions:
-        _functions[function.__name__] = function
+def _name_of(function: Callable) -> str:
+    """By which `_call` finds it. The code's version is in it, and so in the graph, by which Torch finds what it has compiled
+    and kept on disk. The compiler has to be there already, since this brings it."""
+    name = f"{function.__name__}, {_version()}"
+    if name not in _functions:
+        _functions[name] = function
         torch.compiler.allow_in_graph(_call)
-        # Or a graph with this function in it would not be kept on disk.
+        # Or a graph with this function in it would not be kept on disk. What stands here does not count there in each case.
         torch._inductor.config.unsafe_marked_cacheable_functions[f"{__name__}.{_call.__name__}"] = _version()
+    return name
 
 
 @constant_when_compiled
@@ -82,4 +85,4 @@ def _version() -> str:
     code = hashlib.sha256(os.environ.get(VARIABLE, "").encode())
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(path.read_bytes())
-    return code.hexdigest()
+    return code.hexdigest()[:16]

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..basics.numerics import log_ratio_to_tanh, log_ratio_to_tanh_and_derivative, nan_unless, softplus
 from ..basics.records import canonical, record
 from ..basics.scalars import check_real
-from ..basics.tracing import is_seen
+from ..basics.tracing import is_behind_dynamo, is_seen
 from .base import ONE, Likelihood, OnePass, check_given_once
 from .values import BITS, UNIT
 
@@ -32,6 +32,8 @@ class Bernoulli(Likelihood):
 
     def nll(self, parameters, x):
         (p,) = parameters
+        if is_behind_dynamo():
+            return _Compiled.apply(p, x)
         # Torch's function raises on a CPU, and stops a GPU, where something is NaN or outside: here that gives NaN, throughout.
         inside = (p.clamp(0, 1) == p) & (x.clamp(0, 1) == x)
         invalid = (p + x) * torch.where(inside, 0.0, torch.nan).to(p.dtype)
@@ -60,6 +62,28 @@ class Bernoulli(Likelihood):
             of_zero = torch.neg(p, out=spare[1]).log1p_().clamp_(min=-100)
             values, scale = torch.lerp(of_zero, of_one, x, out=of_zero), -1.0
         return OnePass(values, scale)
+
+
+class _Compiled(torch.autograd.Function):
+    """Likewise, for the compiler. Masks would be stored for backward, and on a CPU take five times as long."""
+
+    @staticmethod
+    def forward(ctx, p, x):
+        ctx.save_for_backward(p, x)
+        values = (x - 1) * torch.log1p(-p).clamp(min=-100) - x * torch.log(p).clamp(min=-100)
+        return values + _nan_outside(p, x)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        p, x = ctx.saved_tensors
+        by_p = (p - x) / ((1 - p) * p).clamp(min=DENOMINATOR)
+        invalid = _nan_outside(p, x)
+        return upstream * (by_p + invalid), upstream * (torch.log1p(-p) - torch.log(p) + invalid)
+
+
+def _nan_outside(p: Tensor, x: Tensor) -> Tensor:
+    """0 where both lie in [0, 1]."""
+    return 0 * (torch.sqrt((1 - p) * p) + torch.sqrt((1 - x) * x))
 
 
 @record
@@ -108,6 +132,10 @@ class BernoulliLogits(Likelihood):
         logits, *pos_weight = parameters
         if not pos_weight and self.pos_weight is None:
             return F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+        if is_behind_dynamo():  # one logarithm in place of two
+            number = torch.ones((), dtype=x.dtype, device=x.device) * (self.pos_weight or 0.0)
+            weight = pos_weight[0] if pos_weight else number
+            return F.binary_cross_entropy_with_logits(logits, x, pos_weight=weight, reduction="none")
         positive = x * softplus(-logits)
         return (1 - x) * softplus(logits) + positive * (pos_weight[0] if pos_weight else self.pos_weight)
 

@@ -160,9 +160,9 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         for gradient in (to_mean, to_theta):
             if gradient is not None:
                 gradient.mul_(by_zeros)
-        if 4 * index.numel() > x.numel() and index.numel() == torch.sign(x, out=spare[5]).sum():
-            index = None  # of all, since a count of exactly 0 adds nothing
-        _add_beyond_zero(mean, theta, x, index, values, to_mean, to_theta)
+        # Of all, since a count of exactly 0 adds nothing, where there are many others.
+        of_all = 4 * index.numel() > x.numel() and index.numel() == torch.sign(x, out=spare[5]).sum()
+        _add_beyond_zero(mean, theta, x, None if of_all else index, values, to_mean, to_theta)
         return OnePass(values, slopes=(1.0, 1.0, 1.0))
 
 
@@ -214,8 +214,8 @@ def _add_beyond_zero(mean, theta, x, index, values, to_mean, to_theta) -> None:
         for i in range(0, x.shape[0], height):
             rows = slice(i, i + height)
             own = theta[rows] if theta.dim() == x.dim() and theta.shape[0] == x.shape[0] else theta
-            totals = [total if total is None else total[rows] for total in (values, to_mean, to_theta)]
-            _beyond_zero_of(mean[rows], own, x[rows], *totals, lambda total, part: total.add_(part))
+            to_values, by_mean, by_theta = (t if t is None else t[rows] for t in (values, to_mean, to_theta))
+            _beyond_zero_of(mean[rows], own, x[rows], to_values, by_mean, by_theta, lambda total, part: total.add_(part))
         return
     own = theta.shape
     while own[:1] == (1,):
