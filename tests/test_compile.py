@@ -462,3 +462,16 @@ print(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"] - befor
         assert run.returncode == 0, run.stderr
         found.append(int(run.stdout))
     assert found == [0, 1, 0, 1]
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="about Torch on a CPU")
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="makes normals of its own of those, too")
+def test_much_noise_on_a_cpu_is_what_an_eager_call_draws():
+    mu, logvar = torch.randn(80, 30), torch.randn(80, 30)
+    for call in (fastelbo.reparameterize, fastelbo.sample_kl, fastelbo.sample_log_ratio):
+        results = []
+        for run in (call, Counted(call, "inductor")):
+            torch.manual_seed(5)
+            result = run(mu, logvar)
+            results.append(result if isinstance(result, torch.Tensor) else result[0])
+        torch.testing.assert_close(*results)

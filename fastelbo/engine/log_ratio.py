@@ -17,6 +17,7 @@ from ..latents.posterior import LOGVAR, Latents
 from . import formula
 from .backend import backend_for
 from .latents import draw
+from .traced import normals_like
 
 
 class RatioCall(NamedTuple):
@@ -44,8 +45,7 @@ def draw_rows(mu: Tensor, second: Tensor, samples: int, eps: Tensor | None, gene
     if eps is not None:
         return eps
     if is_traced(mu, second):  # there is no operator for it
-        like = second.expand(samples, *second.shape)
-        return torch.empty_like(like).normal_(generator=generator) if generator is not None else torch.randn_like(like)
+        return normals_like(second.expand(samples, *second.shape), generator)
     return draw(mu, second.expand(samples, *second.shape), None, generator)
 
 
