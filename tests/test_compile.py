@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastelbo
 from conftest import INTERPRETED
@@ -475,3 +476,34 @@ def test_much_noise_on_a_cpu_is_what_an_eager_call_draws():
             result = run(mu, logvar)
             results.append(result if isinstance(result, torch.Tensor) else result[0])
         torch.testing.assert_close(*results)
+
+
+NAN, INF = float("nan"), float("inf")
+RARE = {
+    "probabilities": ("bernoulli", [[0.0, 1.0, 0.0, 1.0, 0.5, 1e-30]], [[0.0, 1.0, 1.0, 0.0, 0.3, 0.5]]),
+    "not a number": ("bernoulli", [[NAN, 0.5, -0.1, 1.5]], [[0.5, 0.5, 0.5, 0.5]]),
+    "no probability": ("bernoulli", [[0.5, 0.5]], [[1.5, -1e-30]]),
+    "positives": (BernoulliLogits(pos_weight=3.0), [[-30.0, 30.0, 0.0, 2.0]], [[0.0, 1.0, 1.0, 0.3]]),
+    "ignored": ("categorical", [[0.5, NAN, 2.0], [1.0, -1.0, 0.0]], [-100, 2]),
+    "labels of nothing": ("categorical", [[0.5, 1.0, 2.0], [1.0, -1.0, 0.0]], [7, 2]),
+    "masked items": ("multinomial", [[-INF, 1.0, 0.5], [1.0, -INF, 0.0]], [[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]]),
+    "items that cannot be": ("multinomial", [[-INF, 1.0, 0.5]], [[1.0, 2.0, 1.0]]),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", RARE)
+def test_rare_values(name, backend):
+    """Likelihoods have forms of their own for the compiler: they give what the formula gives."""
+    likelihood, first, x = RARE[name]
+    recon_x, x = torch.tensor(first, requires_grad=True), torch.tensor(x)
+
+    def call(recon_x):
+        return fastelbo.loss(recon_x, x, kl=torch.zeros(len(x)), likelihood=likelihood, reduction="none").recon
+
+    with FlopCounterMode(display=False):  # under which no backend computes
+        expected = call(recon_x)
+    upstream = torch.rand(len(x))
+    got = Counted(call, backend)(recon_x)
+    torch.testing.assert_close(got, expected, equal_nan=True)
+    torch.testing.assert_close(*(torch.autograd.grad(v, recon_x, upstream) for v in (got, expected)), equal_nan=True)

@@ -82,8 +82,9 @@ class _Compiled(torch.autograd.Function):
 
 
 def _nan_outside(p: Tensor, x: Tensor) -> Tensor:
-    """0 where both lie in [0, 1]."""
-    return 0 * (torch.sqrt((1 - p) * p) + torch.sqrt((1 - x) * x))
+    """0 where both lie in [0, 1]. Not as a product with 0, which the compiler takes to be 0."""
+    root = torch.sqrt((1 - p) * p) + torch.sqrt((1 - x) * x)
+    return root - root
 
 
 @record

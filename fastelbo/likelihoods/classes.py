@@ -38,6 +38,8 @@ class Classes(Likelihood):
         return {"classes": logits.shape[dim], "inner": inner, "target_scale": self.target_scale}
 
     def nll(self, parameters, x):
+        if is_behind_dynamo():
+            return _CompiledCounts.apply(parameters[0], x, self.dim % x.dim())
         log_p = F.log_softmax(parameters[0], self.dim)
         # An item that is masked by a logit of -infinity has no counts.
         return -torch.where((x == 0) & log_p.isinf(), 0.0, log_p * x).sum(self.dim)
@@ -164,14 +166,41 @@ class Categorical(Classes):
         return self.geometry(parameters[0]) | {"ignore_index": self.ignore_index}
 
 
+def _normalizers(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """What the logarithms of probabilities are less than logits, in two terms, so that their digits are kept."""
+    highest = logits.amax(dim, keepdim=True)
+    return highest, (logits - highest).exp().sum(dim, keepdim=True).log()
+
+
+class _CompiledCounts(torch.autograd.Function):
+    """The multinomial's for the compiler: masks would be stored for backward, and on a CPU take twice as long."""
+
+    @staticmethod
+    def forward(ctx, logits, x, dim):
+        highest, log_sum = _normalizers(logits, dim)
+        ctx.save_for_backward(logits, x, highest, log_sum)
+        ctx.dim = dim
+        return -(_finite(logits - highest - log_sum) * x * 2).sum(dim) * 0.5
+
+    @staticmethod
+    def backward(ctx, upstream):
+        logits, x, highest, log_sum = ctx.saved_tensors
+        log_p, upstream = logits - highest - log_sum, upstream.unsqueeze(ctx.dim)
+        return (torch.exp(log_p) * x.sum(ctx.dim, keepdim=True) - x) * upstream, -_finite(log_p) * upstream, None
+
+
+def _finite(log_p: Tensor) -> Tensor:
+    """An item that is masked by a logit of -infinity has no counts; twice the least number is infinite where it has some."""
+    return log_p.clamp(min=torch.finfo(log_p.dtype).min)
+
+
 class _Compiled(torch.autograd.Function):
     """Cross entropy for the compiler, whose gradient is 0 where a label is `ignored`, whatever the logits are. They would be
     written anew without it, and on a CPU take five times as long."""
 
     @staticmethod
     def forward(ctx, logits, labels, ignored, dim):
-        highest = logits.amax(dim, keepdim=True)
-        log_sum = (logits - highest).exp().sum(dim, keepdim=True).log()
+        highest, log_sum = _normalizers(logits, dim)
         labels = labels.unsqueeze(dim)
         ctx.save_for_backward(logits, labels, ignored, highest, log_sum)
         ctx.dim = dim
@@ -180,10 +209,14 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         logits, labels, ignored, highest, log_sum = ctx.saved_tensors
-        dim, p = ctx.dim, torch.exp(logits - highest - log_sum)
+        dim, p, upstream = ctx.dim, torch.exp(logits - highest - log_sum), upstream.unsqueeze(ctx.dim)
+        ignored = ignored.unsqueeze(dim)
+        if logits.device.type == "cpu":  # where a comparison for each class takes longer than a second pass over few of them
+            slopes = torch.where(ignored, 0.0, p * upstream)
+            return slopes.scatter_add(dim, labels, torch.where(ignored, 0.0, -upstream)), None, None, None
         classes = torch.arange(logits.shape[dim], device=logits.device).view(-1, *[1] * (logits.dim() - 1 - dim))
-        slopes = torch.where(classes == labels, p - 1, p) * upstream.unsqueeze(dim)
-        return torch.where(ignored.unsqueeze(dim), 0.0, slopes), None, None, None
+        slopes = torch.where(classes == labels, p - 1, p) * upstream
+        return torch.where(ignored, 0.0, slopes), None, None, None
 
 
 @record
