@@ -18,7 +18,7 @@ from .basics.arguments import (
     result_dtype,
 )
 from .basics.tracing import is_surrounded
-from .engine.call import check_kl
+from .engine.call import REDUCTIONS_OF_KL, check_kl
 from .engine.compiled import in_graph
 from .engine.latents import latents_terms, run, sample
 from .engine.log_ratio import draw_rows, log_density, log_ratio
@@ -133,6 +133,8 @@ def kl_divergence(
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or has an unknown name; or a pair is
             the prior of a Normal.
     """
+    if reduction is None:  # which stands for no KL further in
+        check_reduction(reduction, REDUCTIONS_OF_KL)
     if is_surrounded():
         values = {"mu": mu, "logvar": logvar, "prior": prior}
         options = {"posterior": posterior, "reduction": reduction}

@@ -364,6 +364,25 @@ def test_errors_name_the_argument(device):
         compiled(recon_x, x[:, :8], mu, logvar)
 
 
+WRONG = {
+    "beta": ({"beta": torch.ones(4)}, "beta must be a number, a 0-d tensor or a tensor that broadcasts"),
+    "prior": ({"prior": (torch.zeros(2), torch.zeros(3))}, r"prior\[0\] must have the shape of mu or one that broadcasts"),
+    "likelihood": ({"likelihood": "mean"}, "likelihood must be"),
+    "reduction": ({"reduction": "men"}, "reduction must be"),
+    "weight": ({"weight": torch.ones(4, 1)}, "weight must broadcast to x"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_are_those_of_an_eager_call(name, device):
+    options, words = WRONG[name]
+    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    tensors = make_inputs("mse", (5, 9), (5, 3), device=device)
+    for call in (fastelbo.loss, torch.compile(fastelbo.loss, backend="aot_eager")):
+        with pytest.raises(ValueError, match=words):
+            call(*tensors, **{"likelihood": "mse"} | options)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="kernels do not look at values")
 def test_errors_of_values():
     """Where what Dynamo has found runs as it is, values are seen."""

@@ -400,11 +400,11 @@ def test_a_weighting_is_checked_where_it_is_made(make, error, message):
         make()
 
 
-def test_unknown_reduction():
-    with pytest.raises(
-        ValueError, match="reduction must be one of 'sum', 'batchmean', 'mean', 'none', 'dimension', 'element'; got 'x'"
-    ):
-        kl_divergence(A, A, reduction="x")
+@pytest.mark.parametrize("reduction", ("x", None), ids=str)
+def test_unknown_reduction(reduction):
+    words = f"reduction must be one of 'sum', 'batchmean', 'mean', 'none', 'dimension', 'element'; got {reduction!r}"
+    with pytest.raises(ValueError, match=words):
+        kl_divergence(A, A, reduction=reduction)
 
 
 def test_statistics_are_of_the_pass_that_computes_the_kl(monkeypatch, device):

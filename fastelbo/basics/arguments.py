@@ -122,9 +122,13 @@ def check_smaller(name: str, value, other_name: str, other: Tensor) -> None:
         check_device(name, value, other_name, other)
 
 
+def broadcasts(value: Tensor, shape: torch.Size) -> bool:
+    """Whether it does, to a shape. `expand` says so by an error, which torch.compile does not let be caught."""
+    return value.dim() <= len(shape) and all(n in (1, m) for n, m in zip(reversed(value.shape), reversed(shape), strict=False))
+
+
 def check_broadcasts(name: str, value: Tensor, other_name: str, shape: torch.Size) -> None:
-    fits = value.dim() <= len(shape) and all(n in (1, m) for n, m in zip(reversed(value.shape), reversed(shape), strict=False))
-    if not fits:
+    if not broadcasts(value, shape):
         raise ValueError(f"{name} must broadcast to {other_name}: got {name} {tuple(value.shape)} and {tuple(shape)}")
 
 

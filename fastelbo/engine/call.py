@@ -120,6 +120,8 @@ def check_loss(name: str, objective: Objective, tensors: Sequence, parameters: i
     return LossCall(likelihood, reduction, kl_reduction, dtype, parameters, weighted, latents)
 
 
+REDUCTIONS_OF_KL = *REDUCTIONS, "dimension", "element"  # where no loss adds to it
+
 KINDS = {"none": "row", "dimension": "column", "element": "element"}
 
 
@@ -171,7 +173,7 @@ def check_kl(mu, logvar, posterior, prior, reduction, samples: bool, weighting=N
         weighting = check_weighting(weighting, tensors[0], prior is not None, 1.0, reduction)
         return weighted_call(latents, result_dtype(*tensors), weighting, reduction), tensors
     if reduction is not None:
-        check_reduction(reduction, REDUCTIONS if samples else (*REDUCTIONS, "dimension", "element"))
+        check_reduction(reduction, REDUCTIONS if samples else REDUCTIONS_OF_KL)
     kind = None if reduction is None else KINDS.get(reduction, "sum")
     return KLCall(latents, result_dtype(*tensors), kind, reduction or "sum"), tensors
 

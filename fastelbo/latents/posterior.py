@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from ..basics.arguments import check_alike, check_device, check_floats, check_prediction
+from ..basics.arguments import broadcasts, check_alike, check_device, check_floats, check_prediction
 from ..basics.records import Record, canonical, check_choice, record
 from ..basics.scalars import check_real
 
@@ -117,10 +117,9 @@ def _normal(name: str, distribution: Distribution) -> Normal:
 def _expanded(name: str, value, mu: Tensor) -> Tensor:
     check_floats(name, value)
     check_device(name, value, "mu", mu)
-    try:
-        return value.expand(mu.shape)
-    except RuntimeError:
+    if not broadcasts(value, mu.shape):
         raise ValueError(
             f"{name} must have the shape of mu or one that broadcasts to it:"
             f" got {name} {tuple(value.shape)} and mu {tuple(mu.shape)}"
-        ) from None
+        )
+    return value.expand(mu.shape)

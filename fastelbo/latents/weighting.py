@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..basics.arguments import check_device, check_number, check_reals, check_reduction
+from ..basics.arguments import broadcasts, check_device, check_number, check_reals, check_reduction
 from ..basics.records import Record, canonical, check_choice, record
 from ..basics.scalars import check_real
 
@@ -142,10 +142,9 @@ def check_beta(beta, mu: Tensor) -> float | Tensor:
         return check_number("beta", beta, mu)
     check_reals("beta", beta)
     check_device("beta", beta, "mu", mu)
-    try:
-        return beta.expand(mu.shape[1:])
-    except RuntimeError:
+    if not broadcasts(beta, mu.shape[1:]):
         raise ValueError(
             "beta must be a number, a 0-d tensor or a tensor that broadcasts to a sample of mu:"
             f" got beta {tuple(beta.shape)} and mu {tuple(mu.shape)}"
-        ) from None
+        )
+    return beta.expand(mu.shape[1:])
