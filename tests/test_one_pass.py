@@ -10,7 +10,7 @@ import fastelbo
 from conftest import BACKEND
 from fastelbo.basics.numerics import log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative
 from fastelbo.engine import blocks, formula
-from fastelbo.likelihoods import BernoulliLogits, Gaussian, Laplace, StudentT, find_likelihood
+from fastelbo.likelihoods import BernoulliLogits, DiscretizedLogisticMixture, Gaussian, Laplace, StudentT, find_likelihood
 from likelihood_cases import CASES, recon_x
 from support import gradients
 
@@ -78,6 +78,24 @@ def test_a_parameter_that_rows_share(likelihood, shape, size, monkeypatch):
     parameters = [(0.5 + torch.rand(s)).requires_grad_() for s in ((5, 6), shape)]
     expected, wide = truth(parameters, x, likelihood, "sum", None)
     same(loss(parameters, x, likelihood, "sum", None), expected, parameters, wide, 1)
+
+
+@pytest.mark.parametrize("place", ((), (3,), (2, 3)), ids=str)
+@pytest.mark.parametrize("dim", (1, -1))
+@pytest.mark.parametrize(("channels", "each"), ((1, 3), (2, 5), (3, 10)))
+def test_mixtures(channels, each, dim, place, monkeypatch):
+    """Of any channels, along either dimension; the form is taken."""
+    monkeypatch.setattr(blocks, "BLOCK", 40)
+    monkeypatch.setattr(blocks, "THREAD", 1)
+    shape = lambda n: (4, n, *place) if dim == 1 else (4, *place, n)  # noqa: E731
+    likelihood = DiscretizedLogisticMixture(levels=8, dim=dim)
+    parameters = [torch.randn(shape(2 * each)).requires_grad_()]
+    x = torch.randint(0, 8, shape(channels))
+    for reduction in ("sum", "none"):
+        expected, wide = truth(parameters, x, likelihood, reduction, None)
+        same(loss(parameters, x, likelihood, reduction, None), expected, parameters, wide, 1)
+    monkeypatch.setattr(formula, "weighted_nll", None)
+    loss(parameters, x, likelihood, "sum", None)
 
 
 OVERFLOWN = {
