@@ -133,7 +133,7 @@ class BernoulliLogits(Likelihood):
         logits, *pos_weight = parameters
         if not pos_weight and self.pos_weight is None:
             return F.binary_cross_entropy_with_logits(logits, x, reduction="none")
-        if is_behind_dynamo():  # one logarithm in place of two
+        if is_behind_dynamo() and not (pos_weight and pos_weight[0].requires_grad):  # one logarithm in place of two
             number = torch.ones((), dtype=x.dtype, device=x.device) * (self.pos_weight or 0.0)
             weight = pos_weight[0] if pos_weight else number
             return F.binary_cross_entropy_with_logits(logits, x, pos_weight=weight, reduction="none")
