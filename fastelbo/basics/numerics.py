@@ -182,12 +182,21 @@ def _table(dtype: torch.dtype) -> Tensor:
         return torch.lgamma(torch.arange(1, 1026, dtype=torch.float64, device="cpu")).to(dtype)
 
 
+# Taylor's series in x^2 of log(x / tanh(x / 2)), and of its derivative over x.
+_LOG_RATIO_TO_TANH = math.log(2), 1 / 12, -7 / 1440, 31 / 90720, -127 / 4838400, 73 / 34214400
+_ITS_SLOPE = tuple(2 * i * c for i, c in enumerate(_LOG_RATIO_TO_TANH))[1:]
+
+
 def log_ratio_to_tanh(x: Tensor) -> Tensor:
     """log(x / tanh(x / 2)), which is even, and log 2 at 0."""
     square = x * x
     small = square < (0.01 if x.dtype == torch.float64 else 0.25)  # as far as the series goes
     s = torch.where(small, square, 0.0)
-    near = math.log(2) + s * (1 / 12 + s * (-7 / 1440 + s * (31 / 90720 + s * (-127 / 4838400 + s * (73 / 34214400)))))
+    constant, *rest, last = _LOG_RATIO_TO_TANH
+    near = last * s
+    for coefficient in reversed(rest):
+        near = (coefficient + near) * s
+    near = constant + near
     far = torch.where(small, 1.0, x.abs())
     return torch.where(small, near, far.log() + softplus(-far) - log1mexp(far))
 
@@ -199,8 +208,7 @@ def log_ratio_to_tanh_and_derivative(x: Tensor) -> tuple[Tensor, Tensor]:
     is_small = torch.lt(size, least, out=torch.empty_like(x))
     t = torch.clamp(x, -least, least)
     s = torch.mul(t, t)
-    near = _polynomial(s, (math.log(2), 1 / 12, -7 / 1440, 31 / 90720, -127 / 4838400, 73 / 34214400))
-    near_slope = _polynomial(s, (1 / 6, -7 / 360, 31 / 15120, -127 / 604800, 73 / 3421440)).mul_(t)
+    near, near_slope = _polynomial(s, _LOG_RATIO_TO_TANH), _polynomial(s, _ITS_SLOPE).mul_(t)
     size.clamp_(min=least)
     e = torch.neg(size).exp_()
     twice = torch.add(e, e).div_(1 - e)  # 2 e / (1 - e), and 1 / tanh(x / 2) is 1 more
