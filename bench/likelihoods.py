@@ -434,6 +434,10 @@ def measure(names, threads: int, seconds: float) -> dict[str, tuple[float, float
     return found
 
 
+def medians(runs: list[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    return {name: tuple(map(statistics.median, zip(*(run[name] for run in runs), strict=True))) for name in runs[0]}
+
+
 def table(found: dict[int, dict[str, tuple[float, float]]]) -> str:
     """Markdown: how many times as fast as the naive code, by threads, and how long that takes."""
     header = ["", *(f"{n} thread{'s' * (n > 1)}" for n in found), "naive, ms"]
@@ -454,15 +458,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.likelihoods", description=__doc__.partition(": ")[2])
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--seconds", type=float, default=1.0, help="of each row, and more where five pairs take longer")
+    parser.add_argument("--runs", type=int, default=1, help="of the whole, of which medians are taken")
     parser.add_argument("--write", action="store_true", help=f"to bench/results/{KEPT.name}")
     given = parser.parse_args()
+    runs = [{n: measure(SUBJECTS, n, given.seconds) for n in given.threads} for _ in range(given.runs)]
     text = f"""# Every likelihood on a CPU
 
 How many times as fast as the eager formula that its users write, forward and backward in float32, with the KL of 20 latents in
-both; medians of pairs in turns. ▼ marks where fastelbo loses. {cpuinfo.get_cpu_info()["brand_raw"]}, torch {torch.__version__},
-commit {commit()}. `python -m bench.likelihoods --write`
+both; medians of pairs in turns, and of {len(runs)} run{"s" * (len(runs) > 1)}. ▼ marks where fastelbo loses.
+{cpuinfo.get_cpu_info()["brand_raw"]}, torch {torch.__version__}, commit {commit()}. `python -m bench.likelihoods --write`
 
-{table({n: measure(SUBJECTS, n, given.seconds) for n in given.threads})}
+{table({n: medians([run[n] for run in runs]) for n in given.threads})}
 """
     print(text)
     if given.write:

@@ -317,6 +317,11 @@ def test_no_more_memory_than_the_naive_code(name):
     assert peak(subject.fused) <= 1.01 * peak(subject.naive) + 2**16
 
 
+def test_medians_of_runs():
+    runs = [{"a": (1.0, 5.0)}, {"a": (9.0, 1.0)}, {"a": (2.0, 2.0)}]
+    assert likelihoods.medians(runs) == {"a": (2.0, 2.0)}
+
+
 def test_table_of_likelihoods():
     found = {1: {"a": (1500.0, 2.0), "b": (20.0, 0.9)}, 2: {"a": (750.0, 0.996), "b": (21.0, 1.25)}}
     rows = likelihoods.table(found).splitlines()[2:]
