@@ -85,9 +85,9 @@ def divergence(call: KLCall, noise: Tensor | None, mu: Tensor, second: Tensor, *
         to_weight = call.shares[0] * to_posterior + call.shares[1] * to_prior
     if call.floor is not None:
         to_weight = torch.where(values <= call.floor, call.floor, to_weight)
-    kl = scaled(_by_kind(values, kind), call.scale(mu))
+    kl = scaled(by_kind(values, kind), call.scale(mu))
     if to_weight is not values:
-        weighted = scaled(_by_kind(to_weight, kind), call.scale(mu))
+        weighted = scaled(by_kind(to_weight, kind), call.scale(mu))
     if call.statistics:
         means = mu.detach().to(call.dtype)
         sums = means.sum(0), means.square().sum(0)
@@ -130,10 +130,13 @@ def without_free_bits(call: KLCall, mu: Tensor, low: Tensor, grad_kl: Tensor | N
     return grad_kl, grad_weighted
 
 
-def _by_kind(values: Tensor, kind: str) -> Tensor:
+def by_kind(values: Tensor, kind: str) -> Tensor:
+    """The KL of elements, summed as a call's kind says."""
+    if kind == "sum":
+        return values.sum()
     if kind == "element":
         return values
-    return values.sum(0) if kind == "column" else reduced(values, "none" if kind == "row" else "sum")
+    return values.sum(0) if kind == "column" else reduced(values, "none")
 
 
 def divided(value: Tensor, divisor: float | Tensor) -> Tensor:

@@ -165,10 +165,7 @@ def _any_latents(plan, tensors, noise):
             values = 2 * values.detach()
         else:
             values, slopes = found
-        summed = {"element": values, "column": values.sum(0)} if call.kind in ("element", "column") else {}
-        kl = summed.get(call.kind)
-        kl = formula.reduced(values, "none" if call.kind == "row" else "sum") if kl is None else kl
-        kl.mul_(0.5 * plan.kl_weight)
+        kl = formula.by_kind(values, call.kind).mul_(0.5 * plan.kl_weight)
     return z, kl, None, None, Slopes(slopes, of_z)
 
 

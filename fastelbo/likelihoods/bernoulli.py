@@ -143,13 +143,13 @@ class BernoulliLogits(Likelihood):
     def one_pass(self, parameters, x, wants_value, out, spare):
         if len(parameters) > 1 or self.pos_weight is not None:
             return self._weighted_in_one_pass(parameters, x, wants_value, out, spare)
-        # max(l, 0) - x l + log1p(exp(-|l|)); the last term is -log(1 - q) with q = sigmoid(-|l|), which is cheaper than exp.
+        # max(l, 0) - x l + log1p(exp(-|l|)).
         (logit,), (gradient,), values = parameters, out, None
         if wants_value and logit.numel() <= FEW:
             # The same in fewer calls: softplus(y, -1) is -log1p(exp(-y)).
             values = torch.clamp_min(logit, 0).addcmul_(logit, x, value=-1).sub_(F.softplus(torch.abs(logit), -1))
         elif wants_value:
-            positive = torch.clamp_min(logit, 0, out=spare[0])
+            positive = torch.clamp_min(logit, 0, out=spare[0])  # `_softplus_in_parts`, without the call
             remainder = torch.sub(logit, positive, alpha=2, out=spare[1]).sigmoid_().neg_().log1p_()
             values = positive.addcmul_(logit, x, value=-1).sub_(remainder)
         if gradient is not None:
@@ -162,8 +162,7 @@ class BernoulliLogits(Likelihood):
         weight, to_weight = given[0] if given else None, to_weight[0] if to_weight else None
         number = 1.0 if self.pos_weight is None else self.pos_weight  # where there is no tensor
         if wants_value or to_weight is not None:
-            values = torch.clamp_min(logit, 0, out=spare[0])
-            remainder = torch.sub(logit, values, alpha=2, out=spare[1]).sigmoid_().neg_().log1p_()
+            values, remainder = _softplus_in_parts(logit, spare)
             positive = torch.sub(values, logit, out=spare[2] if to_weight is None else to_weight).sub_(remainder).mul_(x)
             values.sub_(remainder)
             values.addcmul_(values, x, value=-1)
@@ -241,6 +240,12 @@ def _continuous_in_one_pass(logit: Tensor, x: Tensor, wants_value: bool, gradien
         torch.sigmoid(logit, out=gradient).sub_(x).sub_(slope)
     if not wants_value:
         return None
-    positive = torch.clamp_min(logit, 0, out=spare[0])
-    remainder = torch.sub(logit, positive, alpha=2, out=spare[1]).sigmoid_().neg_().log1p_()
+    positive, remainder = _softplus_in_parts(logit, spare)
     return positive.addcmul_(logit, x, value=-1).sub_(remainder).sub_(log_ratio)
+
+
+def _softplus_in_parts(logit: Tensor, spare) -> tuple[Tensor, Tensor]:
+    """max(l, 0), and what log(1 + exp(l)) is less than it: log(1 - q) with q = sigmoid(-|l|), which is cheaper than exp. They
+    lie in the first two buffers."""
+    positive = torch.clamp_min(logit, 0, out=spare[0])
+    return positive, torch.sub(logit, positive, alpha=2, out=spare[1]).sigmoid_().neg_().log1p_()
