@@ -96,7 +96,7 @@ def loss(
         if found is not None:
             return found
     objective = (Objective.of if surrounded else find_objective)(likelihood, posterior, reduction)
-    given = tuple(recon_x) if isinstance(recon_x, tuple | list) else (recon_x,)
+    given = (recon_x,) if isinstance(recon_x, Tensor) else tuple(recon_x) if isinstance(recon_x, tuple | list) else (recon_x,)
     if type(beta) is not float:
         beta = _checked_beta(beta, x)
     each = type(beta) is not float and is_of_each(beta)

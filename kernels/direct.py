@@ -13,7 +13,7 @@ import triton
 INTERPRETED = triton.knobs.runtime.interpret
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
+_current_device = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # the number of the current stream, without an object for it
 _empty_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 _runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
@@ -21,7 +21,7 @@ _runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
 
 def allocator(device: torch.device) -> Callable[..., torch.Tensor]:
     """`empty(shape, strides, dtype)` for new tensors on a device: on the current GPU, what compiled code allocates with."""
-    if device.type == "cuda" and device.index == _current_device() and _empty_cuda is not None:
+    if device.index == _current_device() and _empty_cuda is not None:  # a CPU has no index
         return _empty_cuda
     return functools.partial(_empty, device)
 
@@ -44,10 +44,11 @@ class Launch:
     hooks on launches or on compilation, in debug or instrumentation mode, or on a device that is not the current one.
     """
 
-    __slots__ = "constants", "device", "handles", "kernel", "options", "special", "tensors"
+    __slots__ = "constants", "device", "gpu", "handles", "kernel", "options", "special", "tensors"
 
     def __init__(self, kernel, device: torch.device, constants: dict, options: dict) -> None:
-        self.kernel, self.device, self.constants, self.options = kernel, device, constants, options
+        self.kernel, self.constants, self.options = kernel, constants, options
+        self.device, self.gpu = device, device.index  # the number of a GPU, None of a CPU
         self.handles: dict[tuple, Callable] | None = None  # by kind; None where nothing is launched directly
         self.tensors, self.special = 0, ()  # how many of the arguments are tensors; places of numbers that are part of a kind
         if device.type == "cuda" and not INTERPRETED:
@@ -72,17 +73,23 @@ class Launch:
                 pointers.append(pointer)
         if self.special:
             kind += [numbers[i] for i in self.special]
-        is_usual = not bits & 15 and self.device.index == _current_device() and not self.kernel.pre_run_hooks
-        # What Triton looks at, too, whenever it launches.
-        is_hooked = _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls
-        is_changed = _runtime.debug or _runtime.add_stages_inspection_hook is not None or _compilation.instrumentation_mode
-        if not is_usual or is_hooked or is_changed:
+        if (
+            bits & 15
+            or self.gpu != _current_device()
+            # What Triton looks at, too, whenever it launches.
+            or self.kernel.pre_run_hooks
+            or _runtime.launch_enter_hook.calls
+            or _runtime.launch_exit_hook.calls
+            or _runtime.debug
+            or _runtime.add_stages_inspection_hook is not None
+            or _compilation.instrumentation_mode
+        ):
             self.by_triton(programs, tensors, numbers)
             return
         kind = tuple(kind)
         handle = self.handles.get(kind)
         if handle is not None:
-            handle(programs, raw_stream(self.device.index), pointers, numbers)
+            handle(programs, raw_stream(self.gpu), pointers, numbers)
             return
         compiled = self.by_triton(programs, tensors, numbers)
         handle = handle_of(compiled, len(self.kernel.params) - len(tensors) - len(numbers))

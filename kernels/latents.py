@@ -385,7 +385,11 @@ class Sample:
     def backward(self, grad_z, mu, logvar, noise, beta, upstreams):
         """Gradients by `mu` and `logvar`: `grad_z` arrived at z, `upstreams` at a loss, in which the KL is times `beta`, and at
         the KL, each `[]`, `[B]` or None; at least one of the three is there."""
-        grad_loss, grad_kl = (g if g is None else g.contiguous() for g in upstreams)
+        grad_loss, grad_kl = upstreams
+        if grad_loss is not None:
+            grad_loss = grad_loss.contiguous()
+        if grad_kl is not None:
+            grad_kl = grad_kl.contiguous()
         has_kl = grad_loss is not None or grad_kl is not None
         empty = allocator(self.device)
         grad_mu, grad_logvar = empty(*self._like, mu.dtype) if has_kl else grad_z, empty(*self._like, logvar.dtype)

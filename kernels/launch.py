@@ -79,7 +79,7 @@ class Segment(NamedTuple):
         return cls(columns, max(1, programs), rows == 1 or columns % 16 == 0, wide)
 
 
-_scratch: dict[tuple[int | None, int], tuple[torch.Tensor, torch.Tensor]] = {}
+_scratch: dict[tuple[int | None, int], tuple[torch.Tensor, torch.Tensor, int, int]] = {}  # and how many there are of each
 
 
 def scratch(device: torch.device, rows: int, programs: int, stateless: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,10 +95,11 @@ def scratch(device: torch.device, rows: int, programs: int, stateless: bool) -> 
         return _new_scratch(device, rows, programs)
     key = index, threading.get_ident() if index is None else raw_stream(index)
     found = _scratch.get(key)
-    if found is None or found[0].numel() < programs or found[1].numel() < rows:
+    if found is None or found[2] < programs or found[3] < rows:
+        programs, rows = max(programs, 4096), max(rows, 1024)
         with torch.inference_mode(False):  # what is made in inference mode cannot be written outside of it
-            found = _scratch[key] = _new_scratch(device, max(rows, 1024), max(programs, 4096))
-    return found
+            found = _scratch[key] = *_new_scratch(device, rows, programs), programs, rows
+    return found[0], found[1]
 
 
 def _new_scratch(device: torch.device, rows: int, programs: int) -> tuple[torch.Tensor, torch.Tensor]:

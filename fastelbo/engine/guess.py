@@ -19,39 +19,40 @@ class Guess:
     """The factor of calls that are alike. It is replaced and never written again, and is only used on the stream that wrote it,
     so no launch can see it change."""
 
-    __slots__ = "known", "number"
+    __slots__ = "at_first", "gpu", "known", "number"
 
     def __init__(self, rows: int, dtype: torch.dtype, device: torch.device, like: "Guess | None" = None) -> None:
         """At first it is 1, or what it is for calls that are nearly alike."""
+        self.at_first, self.gpu = (rows, dtype, device), device.index if device.type == "cuda" else None
         self.known: tuple[int, Tensor] | None = None if like is None else like.known
         self.number = 1.0 if like is None else like.number  # where it is looked at without a sync
         if self.known is None and device.type == "cpu":
-            self.known = 0, _ones(rows, dtype, device)
+            self.known = 0, _ones(*self.at_first)
 
-    def factor(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def factor(self) -> Tensor:
         """What the last backward saw, `[rows]`."""
         known = self.known
-        if device.type == "cpu":
+        if self.gpu is None:
             return known[1]
         if _is_capturing():
             if known is None:
-                return _ones(rows, dtype, device)
+                return _ones(*self.at_first)
             # Capture begins with a sync of the device, so what another stream wrote is there.
             _captured.append(known[1])
             return known[1]
-        stream = _raw_stream(device.index)  # its number, without an object for it
+        stream = _raw_stream(self.gpu)  # its number, without an object for it
         if known is None or known[0] != stream:
-            known = self.known = stream, _ones(rows, dtype, device)
+            known = self.known = stream, _ones(*self.at_first)
         return known[1]
 
     def remember(self, factor: Tensor | float) -> None:
         """Guess `factor` next time. Not while a graph is captured: each replay would write the tensor again."""
-        if isinstance(factor, float):
+        if type(factor) is float:
             self.number = factor
-        elif factor.device.type == "cpu":
+        elif self.gpu is None:
             self.known = 0, factor
-        elif factor.device.type == "cuda" and not _is_capturing():
-            self.known = _raw_stream(factor.device.index), factor
+        elif not _is_capturing():
+            self.known = _raw_stream(self.gpu), factor
 
 
 def _ones(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:

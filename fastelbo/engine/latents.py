@@ -42,17 +42,19 @@ def run(plan: LatentsPlan, tensors: Sequence[Tensor], noise: Tensor | None) -> F
         noise = noise.contiguous(memory_format=plan.layout)
     if not plan.wants:
         return plan.backend.latents_forward(plan, tensors, noise)[:4]
-    z, kl, weighted, *sums = _apply(plan, noise, *tensors)
+    z, kl, weighted, *sums = _apply((plan, noise), *tensors)
     return z, kl, weighted, sums or None
 
 
 class Latents(Function):
-    """The tensors come as the plan lays them out; the prior's are expanded to the shape of mu."""
+    """Its tensors come as the plan lays them out, the prior's expanded to the shape of mu; the plan and the noise come in one
+    argument."""
 
     @staticmethod
     @never_compiled
-    def forward(ctx, plan: LatentsPlan, noise, *tensors):
+    def forward(ctx, given: tuple[LatentsPlan, Tensor | None], *tensors):
         ctx.set_materialize_grads(False)
+        plan, noise = given
         ctx.save_for_backward(noise, *tensors)
         z, kl, weighted, sums, ctx.kept = plan.backend.latents_forward(plan, tensors, noise)
         ctx.plan = plan
@@ -68,13 +70,13 @@ class Latents(Function):
     def backward(ctx, grad_z, grad_kl, grad_weighted, *_):
         plan, upstreams = ctx.plan, (grad_z, grad_kl, grad_weighted)
         noise, *tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[1:]
         if needs_formula(upstreams):
-            return None, None, *differentiated(plan, noise, tensors, needs, upstreams)
+            return None, *differentiated(plan, noise, tensors, needs, upstreams)
         if grad_z is None and grad_kl is None and grad_weighted is None:
-            return (None,) * (2 + len(tensors))
+            return (None,) * (1 + len(tensors))
         tensors, noise = plan.again(tensors, noise)
-        return None, None, *plan.backend.latents_backward(plan, tensors, noise, needs, *upstreams, ctx.kept)
+        return None, *plan.backend.latents_backward(plan, tensors, noise, needs, *upstreams, ctx.kept)
 
 
 _apply = super(Function, Latents).apply  # not the one in Python, which looks for transformations again

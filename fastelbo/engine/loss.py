@@ -57,7 +57,7 @@ def planned_terms(
     if plan.backend is None:
         terms = traced.loss(plan.call, beta, tensors, divisor)
     elif plan.path.wants:
-        terms = _apply(plan, beta, divisor, known, *tensors)
+        terms = _apply((plan, beta, divisor, known), *tensors)
     else:
         terms = plan.backend.loss_forward(plan, beta, tensors, divisor, None, plan.path.stores)[:3]
     if plan.looks and not is_well(plan.silent, tensors[plan.count], terms[1]):
@@ -97,21 +97,24 @@ def record_reconstruction(monitor, objective: Objective, tensors: Sequence, para
 
 
 class Loss(Function):
-    """Its tensors come as the plan lays them out. `known` is the upstream factor of each row, or None, where it is guessed."""
+    """Its tensors come as the plan lays them out. What else a call has comes in one argument, each of which costs: the plan,
+    beta, the divisor, and the upstream factor of each row, or None where it is guessed."""
 
     @staticmethod
     @never_compiled
-    def forward(ctx, plan: LossPlan, beta, divisor, known, *tensors):
+    def forward(ctx, given: tuple[LossPlan, float | Tensor, float | Tensor, Tensor | None], *tensors):
         ctx.set_materialize_grads(False)
-        loss, recon, kl, *found = plan.backend.loss_forward(plan, beta, tensors, divisor, known, plan.path.stores)
-        ctx.stored, sums, used = found
-        beta, saved_beta = (None, beta) if isinstance(beta, Tensor) else (beta, None)
-        divisor, saved_divisor = (None, divisor) if isinstance(divisor, Tensor) else (divisor, None)
-        if saved_beta is saved_divisor is sums is None:
+        plan, beta, divisor, known = given
+        loss, recon, kl, ctx.stored, sums, used = plan.backend.loss_forward(
+            plan, beta, tensors, divisor, known, plan.path.stores
+        )
+        if sums is None and type(beta) is float and type(divisor) is float:
             also = 0
             ctx.save_for_backward(*tensors)
         else:
             also = 2 if sums is None else 2 + len(sums)
+            beta, saved_beta = (None, beta) if isinstance(beta, Tensor) else (beta, None)
+            divisor, saved_divisor = (None, divisor) if isinstance(divisor, Tensor) else (divisor, None)
             ctx.save_for_backward(saved_beta, saved_divisor, *(sums or ()), *tensors)
         ctx.state = plan, beta, divisor, known is None, used, also  # in one attribute, each of which costs
         return loss, recon, kl
@@ -124,10 +127,10 @@ class Loss(Function):
         if also:
             (saved_beta, saved_divisor, *sums), tensors = tensors[:also], tensors[also:]
             beta, divisor = beta if saved_beta is None else saved_beta, divisor if saved_divisor is None else saved_divisor
-        needs = ctx.needs_input_grad[4:]
+        needs = ctx.needs_input_grad[1:]
         if needs_formula(upstreams):
             found = formula.differentiate(lambda *t: formula.terms(plan.call, beta, divisor, t), tensors, needs, upstreams)
-            return None, None, None, None, *found
+            return None, *found
         stored = None
         if upstreams[0] is not None or upstreams[1] is not None:
             # Handed out once, and without keeping a reference: it becomes `.grad` without a copy, and a second backward through
@@ -138,7 +141,7 @@ class Loss(Function):
         found, seen = plan.backend.loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums or None, used, needs)
         if seen is not None and guesses:
             plan.remember(seen)
-        return None, None, None, None, *found
+        return None, *found
 
 
 _apply = super(Function, Loss).apply  # not the one in Python, which looks for transformations again

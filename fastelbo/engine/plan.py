@@ -257,7 +257,7 @@ class LatentsPlan:
     """What is known of a sample or a KL before its values are."""
 
     __slots__ = (
-        "backend", "call", "dtype", "fits", "is_by_autograd", "is_dense", "is_plain", "is_simple", "is_whole",
+        "backend", "call", "dtype", "fits", "has_normals", "is_by_autograd", "is_dense", "is_plain", "is_simple", "is_whole",
         "kl_weight", "latents_launches", "layout", "noise_layout", "per_sample", "strides", "wants",
     )  # fmt: skip
 
@@ -280,6 +280,7 @@ class LatentsPlan:
         self.is_by_autograd = self.backend is torch_backend and call.kind is None and self.is_simple and self.is_whole
         dense = self.dense(tensors)
         self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))
+        self.has_normals = noise is not None or self.backend is torch_backend  # and no seed
         self.strides = tuple(map(_stride, dense))
 
     def dense(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -289,6 +290,8 @@ class LatentsPlan:
 
     def again(self, tensors: Sequence[Tensor], noise: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         """Likewise, with the noise, or the seed of it, of what was saved: hooks may bring it back with other strides."""
+        if self.is_dense and not self.has_normals and self.fits(*tensors):
+            return tensors, noise
         if noise is not None and noise.is_floating_point():
             noise = noise.contiguous(memory_format=self.layout)
         return tensors if tuple(map(_stride, tensors)) == self.strides else self.dense(tensors), noise

@@ -23,7 +23,7 @@ def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
     if plan.path.is_plain:
         recon_x, x, mu, logvar, kl = _plain_tensors(plan, tensors)
         if wants[0]:
-            used = plan.guess.factor(plan.rows, plan.dtype, x.device) if known is None else known
+            used = plan.guess.factor() if known is None else known
         launches = plan.loss_launches or _loss(plan, recon_x, x, mu)
         loss, recon, kl, gradient = launches.forward(recon_x, x, mu, logvar, kl, beta, used, stateless)
         return (loss, recon, kl, [gradient], None, used) if plan.latents else (None, recon, None, [gradient], None, used)
@@ -31,7 +31,7 @@ def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
     parameters, x, weight, latents = call.split(tensors)
     large = plan.large_of(wants)
     if True in large:
-        used = plan.guess.factor(plan.rows, call.dtype, x.device) if known is None else known
+        used = plan.guess.factor() if known is None else known
     recon, gradients = _reconstruct(plan, parameters, x, weight, divisor, used, wants, stateless)
     stored, sums = (gradients, None) if large == wants else _apart(gradients, large)
     if not latents:

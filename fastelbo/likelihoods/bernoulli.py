@@ -71,19 +71,20 @@ class _Compiled(torch.autograd.Function):
     def forward(ctx, p, x):
         ctx.save_for_backward(p, x)
         values = (x - 1) * torch.log1p(-p).clamp(min=-100) - x * torch.log(p).clamp(min=-100)
-        return values + _nan_outside(p, x)
+        return values + _nan_outside(x)  # a logarithm is NaN where p lies outside
 
     @staticmethod
     def backward(ctx, upstream):
         p, x = ctx.saved_tensors
-        by_p = (p - x) / ((1 - p) * p).clamp(min=DENOMINATOR)
-        invalid = _nan_outside(p, x)
-        return upstream * (by_p + invalid), upstream * (torch.log1p(-p) - torch.log(p) + invalid)
+        # The upstream factor comes first, or the compiler would store the quotient, by a launch of its own.
+        by_p = upstream * (p - x) / ((1 - p) * p).clamp(min=DENOMINATOR)
+        invalid = upstream * (_nan_outside(p) + _nan_outside(x))
+        return by_p + invalid, upstream * (torch.log1p(-p) - torch.log(p)) + invalid
 
 
-def _nan_outside(p: Tensor, x: Tensor) -> Tensor:
-    """0 where both lie in [0, 1]. Not as a product with 0, which the compiler takes to be 0."""
-    root = torch.sqrt((1 - p) * p) + torch.sqrt((1 - x) * x)
+def _nan_outside(value: Tensor) -> Tensor:
+    """0 in [0, 1]. Not as a product with 0, which the compiler takes to be 0."""
+    root = torch.sqrt((1 - value) * value)
     return root - root
 
 
