@@ -79,7 +79,7 @@ def loss_forward(
     guess = torch.ones(rows, dtype=dtype) if gradient else None
     latents = (None, None) if kl else (mu, logvar)
     launches = kernels.Loss(recon_x, x, latents[0], **_settings(likelihood, per_sample, dtype))
-    return record(lambda: launches.forward(recon_x, x, *latents, given, 1.0, guess))
+    return record(lambda: launches.forward(recon_x, x, *latents, given, 1.0, 1.0, guess))
 
 
 def loss_backward(
@@ -101,7 +101,7 @@ def loss_backward(
     stored = (None, None) if retained or not recon else (torch.empty_like(recon_x), upstream.reshape(-1))
     wants = recon, latents, kl
     launches = kernels.Loss(recon_x, x, mu if latents else None, **_settings(likelihood, per_sample, dtype))
-    return record(lambda: launches.backward(recon_x, x, mu, logvar, 1.0, (upstream, None, None), *stored, *wants))
+    return record(lambda: launches.backward(recon_x, x, mu, logvar, 1.0, 1.0, (upstream, None, None), *stored, *wants))
 
 
 def reconstruction(
@@ -175,7 +175,7 @@ def _divergence(latent, posterior, prior, kind):
     priors = (None, None) if prior is None else (mu.clone(), mu.clone())
     launches = kernels.Divergence(
         mu, mu, *priors, posterior=posterior, clamp=None, prior=prior, kind=kind, floor=None,
-        free_bits=None, shares=(1.0, 1.0), kl_weight=1.0,
+        free_bits=None, shares=(1.0, 1.0), kl_scale=1.0,
         dtype=dtype,
     )  # fmt: skip
     return launches, mu, noise, priors
@@ -183,21 +183,21 @@ def _divergence(latent, posterior, prior, kind):
 
 def sample_forward(latent, *, seeded=True, per_sample=False, features=20, wants_kl=True):
     mu, noise, dtype = _latents(latent, seeded, features)
-    launches = kernels.Sample(mu, mu, kl_weight=1.0, per_sample=per_sample, dtype=dtype)
+    launches = kernels.Sample(mu, mu, kl_scale=1.0, per_sample=per_sample, dtype=dtype)
     return record(lambda: launches.forward(mu, mu.clone(), noise, wants_kl))
 
 
 def total(latent, *, per_sample=False, features=20):
     mu, _, dtype = _latents(latent, True, features)
     recon = torch.ones(len(mu) if per_sample else (), dtype=dtype)
-    launches = kernels.Sample(mu, mu, kl_weight=1.0, per_sample=per_sample, dtype=dtype)
-    return record(lambda: launches.total(mu, mu.clone(), recon, 0.5))
+    launches = kernels.Sample(mu, mu, kl_scale=1.0, per_sample=per_sample, dtype=dtype)
+    return record(lambda: launches.total(mu, mu.clone(), recon, 0.5, 2.0))
 
 
 def sample_backward(latent, *, seeded=True):
     mu, noise, dtype = _latents(latent, seeded)
     upstreams = None, torch.ones((), dtype=dtype)
-    launches = kernels.Sample(mu, mu, kl_weight=1.0, per_sample=False, dtype=dtype)
+    launches = kernels.Sample(mu, mu, kl_scale=1.0, per_sample=False, dtype=dtype)
     return record(lambda: launches.backward(mu.clone(), mu, mu.clone(), noise, 1.0, upstreams))
 
 
@@ -235,6 +235,6 @@ def _latents(latent, seeded, features=20):
 
 def _settings(likelihood, per_sample, dtype):
     return {
-        "likelihood": likelihood, "scale": 1.0, "target_scale": 1.0, "weights": (1.0, 1.0), "per_sample": per_sample,
+        "likelihood": likelihood, "scale": 1.0, "target_scale": 1.0, "scales": (1.0, 1.0), "per_sample": per_sample,
         "dtype": dtype,
     }  # fmt: skip

@@ -26,7 +26,7 @@ class ELBOLoss(nn.Module):
 
     Args:
         likelihood, reduction, posterior, weighting: as in `fastelbo.loss`.
-        beta: likewise, a number.
+        beta, recon_weight: likewise, numbers.
 
     Raises:
         TypeError, ValueError: as `fastelbo.loss`.
@@ -41,6 +41,7 @@ class ELBOLoss(nn.Module):
         reduction: Reduction = "sum",
         posterior: str | Posterior = "logvar",
         weighting: Weighting | None = None,
+        recon_weight: float = 1.0,
     ) -> None:
         super().__init__()
         find_likelihood(likelihood)
@@ -49,6 +50,7 @@ class ELBOLoss(nn.Module):
         if weighting is not None and not isinstance(weighting, Weighting):
             raise TypeError(f"weighting must be a Weighting, got {type(weighting).__name__}")
         self.likelihood, self.reduction, self.posterior, self.weighting = likelihood, reduction, posterior, weighting
+        self.recon_weight = check_real("recon_weight", recon_weight)
         self.register_buffer("beta", torch.tensor(check_real("beta", beta), dtype=_widest(torch.get_default_device())))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -71,11 +73,13 @@ class ELBOLoss(nn.Module):
         kl: Tensor | None = None,
         prior: Prior | None = None,
         weight: Tensor | None = None,
+        recon_weight: float | Tensor | None = None,
         monitor: Monitor | None = None,
     ) -> ELBOTerms:
-        """`fastelbo.loss` of the arguments; `beta=None` means the module's own."""
+        """`fastelbo.loss` of the arguments; None as `beta` or `recon_weight` means the module's own."""
         return loss(
             recon_x, x, mu, logvar, self.beta if beta is None else beta, kl=kl, prior=prior, weight=weight, monitor=monitor,
+            recon_weight=self.recon_weight if recon_weight is None else recon_weight,
             likelihood=self.likelihood, posterior=self.posterior, weighting=self.weighting, reduction=self.reduction,
         )  # fmt: skip
 
@@ -84,6 +88,8 @@ class ELBOLoss(nn.Module):
         shown = f"likelihood={self.likelihood!r}, beta={beta}, reduction={self.reduction!r}"
         if find_posterior(self.posterior) != LOGVAR:
             shown += f", posterior={self.posterior!r}"
+        if self.recon_weight != 1:
+            shown += f", recon_weight={self.recon_weight:g}"
         return shown if self.weighting in (None, ALL) else f"{shown}, weighting={self.weighting}"
 
 

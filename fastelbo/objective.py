@@ -13,7 +13,7 @@ from .basics.tracing import is_surrounded
 from .bounds.records import ELBO, ONE_SAMPLE, check_bound
 from .bounds.samples import many_samples
 from .diagnostics import Monitor
-from .engine.call import Objective
+from .engine.call import Factors, Objective
 from .engine.compiled import in_graph
 from .engine.divergence import Statistics, divergence_terms, kl_of, times
 from .engine.latents import run, sample
@@ -40,10 +40,12 @@ def loss(
     prior: Prior | None = None,
     weighting: Weighting | None = None,
     weight: Tensor | None = None,
+    recon_weight: float | Tensor = 1.0,
     reduction: Reduction = "sum",
     monitor: Monitor | None = None,
 ) -> ELBOTerms:
-    """Negative ELBO of a VAE: `recon + beta * kl`, with `recon = -log p(x | z)` and `kl = KL(N(mu, exp(logvar)) || N(0, I))`.
+    """Negative ELBO of a VAE: `recon_weight * recon + beta * kl`, where `recon = -log p(x | z)` and
+    `kl = KL(N(mu, exp(logvar)) || N(0, I))`.
 
     A drop-in for the usual `elbo_loss(recon_x, x, mu, logvar)`, differentiable by every tensor argument.
 
@@ -70,6 +72,7 @@ def loss(
         weight: weights of the elements of `x`, such as a mask: of any real dtype and a shape that broadcasts to that of `x`,
             with one element along a dimension of classes, or of a mixture's channels. What has the weight 0 does not count,
             even if it is NaN. A mean divides by the sum of the weights, and is NaN where that is 0.
+        recon_weight: weight of the whole reconstruction in the loss, a number or a 0-d tensor: `recon` is without it.
         reduction: `"sum"`, `"batchmean"` (sum / B), `"mean"` (over all elements of a term), `"none"` (one value a sample), or a
             pair for reconstruction and KL. Where processes average gradients (DDP, FSDP), those of `"batchmean"` and `"mean"`
             are the joint batch's, and those of `"sum"` are 1/world of them.
@@ -91,6 +94,7 @@ def loss(
     if surrounded and monitor is None and is_dynamo_compiling():
         values = {
             "recon_x": recon_x, "x": x, "mu": mu, "logvar": logvar, "beta": beta, "kl": kl, "prior": prior, "weight": weight,
+            "recon_weight": recon_weight,
         }  # fmt: skip
         found = in_graph(loss, values, likelihood=likelihood, posterior=posterior, weighting=weighting, reduction=reduction)
         if found is not None:
@@ -99,6 +103,8 @@ def loss(
     given = (recon_x,) if isinstance(recon_x, Tensor) else tuple(recon_x) if isinstance(recon_x, tuple | list) else (recon_x,)
     if type(beta) is not float:
         beta = _checked_beta(beta, x)
+    if type(recon_weight) is not float:
+        recon_weight = _checked_recon_weight(recon_weight, x)
     each = type(beta) is not float and is_of_each(beta)
     if objective.is_direct and (weighting is None or weighting is ALL) and prior is None and monitor is None and not each:
         latents: tuple[Tensor, ...] = ()
@@ -109,10 +115,11 @@ def loss(
         if latents:
             tensors = (*given, x, *latents) if weight is None else (*given, x, weight, *latents)
             compute = traced_terms if surrounded else planned_terms
-            return compute("recon_x", objective, tensors, len(given), weight is not None, len(latents), beta)
+            return compute("recon_x", objective, tensors, len(given), weight is not None, len(latents), (beta, recon_weight))
     _check_sources(mu, logvar, kl, objective, prior, weighting, reduction, monitor)
     if kl is not None:
-        return _with_kl("recon_x", objective, given, x, weight, kl, check_number("beta", beta, x), None, monitor)
+        factors = check_number("beta", beta, x), recon_weight
+        return _with_kl("recon_x", objective, given, x, weight, kl, factors, None, monitor)
     of_latents: Sequence[Tensor]
     weighted = statistics = None
     in_one_pass = weighting is None or (isinstance(weighting, Weighting) and weighting.capacity is None)
@@ -129,7 +136,7 @@ def loss(
     check_reals("x", x)
     check_device("mu", of_latents[0], "recon_x", x)
     check_batch("mu", of_latents[0], "x", x)
-    return _with_kl("recon_x", objective, given, x, weight, kl, beta, weighted, monitor, statistics)
+    return _with_kl("recon_x", objective, given, x, weight, kl, (beta, recon_weight), weighted, monitor, statistics)
 
 
 def elbo(
@@ -144,6 +151,7 @@ def elbo(
     prior: Prior | None = None,
     weighting: Weighting | None = None,
     weight: Tensor | None = None,
+    recon_weight: float | Tensor = 1.0,
     reduction: Reduction = "sum",
     bound: ELBO | None = None,
     eps: Tensor | None = None,
@@ -171,7 +179,7 @@ def elbo(
     Args:
         decoder: a module, bound method or function from z, of the shape of `mu`, to `recon_x`: a prediction of the shape of
             `x`, or the tuple of the likelihood's parameters. With several samples it gets and returns `[chunk * B, ...]`.
-        x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, reduction, monitor: as in `loss`.
+        x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, recon_weight, reduction, monitor: as in `loss`.
         eps: noise to use, of the shape of `mu`; with several samples, or by an `IWAE`, `[n_samples, *mu.shape]`.
         generator: draws the noise, in place of the default generator; on the device of `mu`.
         bound: an `ELBO` or an `IWAE`; None: `ELBO()`, one sample. An `IWAE` takes no `weighting`, one number as `beta`, and the
@@ -197,16 +205,19 @@ def elbo(
             if found is not None:
                 z, kl = found
                 values = {"prediction": decoder(z), "x": x, "beta": beta, "weight": weight, "kl": kl}
+                values["recon_weight"] = recon_weight
                 found = in_graph(_behind_decoder, values, likelihood=likelihood, reduction=reduction)
                 return _behind_decoder(**values, likelihood=likelihood, reduction=reduction) if found is None else found
     objective = (Objective.of if surrounded else find_objective)(likelihood, posterior, reduction)
     if bound is not None and (bound := check_bound(bound)) is not ONE_SAMPLE:
         return many_samples(
-            decoder, x, mu, logvar, beta, objective, bound, prior=prior, weighting=weighting, weight=weight, eps=eps,
-            generator=generator, monitor=monitor,
+            decoder, x, mu, logvar, (beta, recon_weight), objective, bound, prior=prior, weighting=weighting, weight=weight,
+            eps=eps, generator=generator, monitor=monitor,
         )  # fmt: skip
     if type(beta) is not float:
         beta = _checked_beta(beta, x)
+    if type(recon_weight) is not float:
+        recon_weight = _checked_recon_weight(recon_weight, x)
     each = type(beta) is not float and is_of_each(beta)
     # What can be checked before the decoder runs, which may draw noise and move statistics.
     if (weighting is None or weighting is ALL) and monitor is None and not each and objective.is_sum:
@@ -220,14 +231,14 @@ def elbo(
         behind = (mu, logvar) if inside else (kl,)
         tensors = (*given, x, *behind) if weight is None else (*given, x, weight, *behind)
         compute = traced_terms if surrounded else planned_terms
-        return compute("decoder(z)", objective, tensors, len(given), weight is not None, len(behind), beta)
+        return compute("decoder(z)", objective, tensors, len(given), weight is not None, len(behind), (beta, recon_weight))
     _check_sources(mu, logvar, None, objective, prior, weighting, reduction, monitor)
     latents, tensors = check_latents(mu, logvar, posterior, prior)
     _check_target(x, tensors[0])
     kl, beta, weighted, statistics = _divergence(latents, tensors, objective, beta, weighting, monitor)
     z, _ = sample(tensors[0], tensors[1], latents.posterior, None, None, eps, generator)
     given = _parameters(decoder(z), objective.likelihood)
-    return _with_kl("decoder(z)", objective, given, x, weight, kl, beta, weighted, monitor, statistics)
+    return _with_kl("decoder(z)", objective, given, x, weight, kl, (beta, recon_weight), weighted, monitor, statistics)
 
 
 def _before_decoder(
@@ -240,11 +251,12 @@ def _before_decoder(
 
 
 def _behind_decoder(
-    prediction: Any, x: Any, beta: Any, weight: Any, kl: Tensor, *, likelihood: Any, reduction: str
+    prediction: Any, x: Any, beta: Any, weight: Any, kl: Tensor, recon_weight: Any, *, likelihood: Any, reduction: str
 ) -> ELBOTerms:
     objective = Objective.of(likelihood, LOGVAR, reduction)
     given = _parameters(prediction, objective.likelihood)
-    return _with_kl("decoder(z)", objective, given, x, weight, kl, _checked_beta(beta, x), None, None)
+    factors = _checked_beta(beta, x), _checked_recon_weight(recon_weight, x)
+    return _with_kl("decoder(z)", objective, given, x, weight, kl, factors, None, None)
 
 
 def _parameters(prediction: Any, likelihood: Likelihood) -> tuple[Tensor, ...]:
@@ -265,6 +277,11 @@ def _checked_beta(beta: Any, x: Any) -> float | Tensor:
         return beta
     check_reals("x", x)
     return check_number("beta", beta, x)
+
+
+def _checked_recon_weight(recon_weight: Any, x: Any) -> float | Tensor:
+    check_reals("x", x)
+    return check_number("recon_weight", recon_weight, x)
 
 
 def _check_target(x: Any, mu: Tensor) -> None:
@@ -316,12 +333,12 @@ def _divergence(
 
 def _with_kl(
     name: str, objective: Objective, given: tuple[Tensor, ...], x: Tensor, weight: Tensor | None, kl: Tensor,
-    beta: float | Tensor, weighted: Tensor | None, monitor: Monitor | None, statistics: Statistics | None = None,
+    factors: Factors, weighted: Tensor | None, monitor: Monitor | None, statistics: Statistics | None = None,
 ) -> ELBOTerms:  # fmt: skip
     """The objective of a KL that is reduced already; `weighted`, if it is not None, is what of it beta weighs."""
     tensors = (*given, x) if weight is None else (*given, x, weight)
     shape = len(given), weight is not None
-    terms = composed_terms(name, objective, tensors, *shape, kl if weighted is None else weighted, beta)
+    terms = composed_terms(name, objective, tensors, *shape, kl if weighted is None else weighted, factors)
     if weighted is not None:
         terms = terms._replace(kl=kl.to(terms.loss.dtype))
     if monitor is not None:

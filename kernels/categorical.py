@@ -93,7 +93,7 @@ def store_tile(gradient, offsets, slope, keep, mask, READ: tl.constexpr):
 @triton.jit(do_not_specialize=["outer", "classes", "inner", "programs", "ignore_index"])
 def categorical_kernel(
     prediction, x, weight, gradient, factor, used, seen, partials, arrived, recon, divisor,
-    recon_weight: tl.float64, target_scale: tl.float64, ignore_index: tl.int64,
+    recon_scale: tl.float64, target_scale: tl.float64, ignore_index: tl.int64,
     outer: tl.int64, classes: tl.int32, inner: tl.int64, programs: tl.int32,
     DENSE: tl.constexpr, PER_SAMPLE: tl.constexpr, DTYPE: tl.constexpr, LOWEST: tl.constexpr, LAST: tl.constexpr,
     ALIGN: tl.constexpr, WIDE: tl.constexpr, SINGLE: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr,
@@ -179,7 +179,7 @@ def categorical_kernel(
                 sums += tl.where(keep, factors * (spread + total * log_of_sum(u, r)), 0.0)
             if gradient is not None:
                 # Not before the classes, over which it would take registers.
-                factors *= (tl.load(factor + row).to(tl.float64) * reciprocal(divisor, recon_weight)).to(DTYPE)
+                factors *= (tl.load(factor + row).to(tl.float64) * reciprocal(divisor, recon_scale)).to(DTYPE)
                 of_others = tl.where(keep, total / (u + r) * factors, 0.0)
                 of_label = tl.where(keep, -r * of_others, 0.0)
                 if SINGLE:
@@ -205,7 +205,7 @@ def categorical_kernel(
         if partials is not None:
             if arrive_last(partials, arrived, row, programs, tl.sum(sums)):
                 total_sum = ordered_sum(partials + row * programs, programs, FINISH)
-                tl.store(recon + row, (total_sum * reciprocal(divisor, recon_weight)).to(DTYPE))
+                tl.store(recon + row, (total_sum * reciprocal(divisor, recon_scale)).to(DTYPE))
 
 
 # Elements of a tile, of 4 bytes or fewer, where classes need several: 32 a thread, of logits and maybe of targets.

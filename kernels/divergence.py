@@ -27,7 +27,7 @@ def sum_of_chunks(sums, chunks, columns, there, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["batch", "chunks"])
 def columns_kernel(
     mu, second, prior_mu, prior_second, of_columns, mu_out, square_out, kl_out, free_out, partials, arrived,
-    kl_weight: tl.float64, free_bits: tl.float64, batch: tl.int64, columns, chunks: tl.int32,
+    kl_scale: tl.float64, free_bits: tl.float64, batch: tl.int64, columns, chunks: tl.int32,
     POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr,
     DTYPE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -68,7 +68,7 @@ def columns_kernel(
     if all_arrived(arrived, block, chunks):
         there = column < columns
         unweighted = sum_of_chunks(sums, chunks, columns, there, BLOCK)
-        total = unweighted * kl_weight
+        total = unweighted * kl_scale
         tl.store(of_columns + column, total.to(DTYPE), mask=there)
         if kl_out is not None:
             # What backward will read, so that both see the same columns above.
@@ -78,7 +78,7 @@ def columns_kernel(
             tl.store(ends + block, tl.sum(unweighted))
             tl.store(ends + blocks + block, tl.sum(tl.where(there, floored, 0.0)))
             if count_arrival(arrived + blocks, blocks):
-                tl.store(kl_out, (ordered_sum(ends, blocks, BLOCK) * kl_weight).to(DTYPE))
+                tl.store(kl_out, (ordered_sum(ends, blocks, BLOCK) * kl_scale).to(DTYPE))
                 tl.store(free_out, ordered_sum(ends + blocks, blocks, BLOCK).to(DTYPE))
         if mu_out is not None:
             total = sum_of_chunks(sums + size, chunks, columns, there, BLOCK)
@@ -111,7 +111,7 @@ class Divergence:
         kind: of the KL: "sum" over everything, of each "row", "column" or "element"; None: there is none.
         floor: None, or a least KL of an element. `free_bits`: None, or one of a "column".
         shares: what of the gradient of the KL with the floor goes to the posterior, and what to the prior.
-        kl_weight: what the sums are times; 1 for elements.
+        kl_scale: what the sums are times; 1 for elements.
         dtype: that of KLs and arithmetic.
     """
 
@@ -122,7 +122,7 @@ class Divergence:
 
     def __init__(
         self, mu, second, prior_mu, prior_second, *,
-        posterior, clamp, prior, kind, floor, free_bits, shares, kl_weight, dtype,
+        posterior, clamp, prior, kind, floor, free_bits, shares, kl_scale, dtype,
     ) -> None:  # fmt: skip
         self.rows = mu.shape[0] if kind == "row" else 1
         # What tensors are allocated with: shapes, strides and, of KLs, their dtype.
@@ -133,7 +133,7 @@ class Divergence:
         tile, options = tile_size(mu, second), options_of(mu.device)
         latents = Segment.of(mu, self.rows, tile)
         self.programs, columns = self.rows * latents.programs, prod(mu.shape[1:])
-        self._numbers = (kl_weight, floor or free_bits or 0.0), shares, (latents.columns, columns, latents.programs)
+        self._numbers = (kl_scale, floor or free_bits or 0.0), shares, (latents.columns, columns, latents.programs)
         constants = constants_of(mu, prior_mu, prior_second, posterior, clamp, prior) | {"DTYPE": TRITON_DTYPE[dtype]}
         streamed = constants | {"ALIGNED": latents.aligned, "WIDE": latents.wide, "BLOCK": tile}
         forward = {"ELEMENTS": kind == "element", "THREADS": THREADS, "FINISH": FINISH}
@@ -151,7 +151,7 @@ class Divergence:
             wide = mu.numel() + chunks * rows * columns >= 2**31
             options = options | (MANY_REGISTERS if mu.element_size() == 2 else {})
             launch = Launch(columns_kernel, self.device, constants | {"WIDE": wide, "ROWS": rows, "BLOCK": block}, options)
-            self._columns = launch, blocks, free_bits is not None, (kl_weight, free_bits or 0.0, batch, columns, chunks)
+            self._columns = launch, blocks, free_bits is not None, (kl_scale, free_bits or 0.0, batch, columns, chunks)
             self._like_column = tuple(mu.shape[1:]), mu.stride()[1:], dtype
 
     def forward(self, mu, second, noise, prior_mu, prior_second, stateless=False):

@@ -10,7 +10,7 @@ import triton.language as tl
 from .direct import Launch, allocator, lies
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
 from .noise import normals
-from .operands import kl_factor, row_bounds, scalar, upstream_of
+from .operands import factor_of_term, row_bounds, scalar, upstream_of
 from .posteriors import logvar as logvar_posterior
 from .reduction import arrive_last, fold, ordered_sum
 
@@ -160,16 +160,16 @@ def sample_backward_tile(
 
 @triton.jit
 def forward(
-    mu, logvar, prior_mu, prior_second, noise, z, kl_out, weighted_out, partials, arrived, recon, loss_out, beta,
-    beta_value, kl_weight, floor, latents, columns, programs,
+    mu, logvar, prior_mu, prior_second, noise, z, kl_out, weighted_out, partials, arrived, recon, loss_out, beta, recon_weight,
+    beta_value, recon_weight_value, kl_scale, floor, latents, columns, programs,
     POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr,
     ELEMENTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     THREADS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """A kernel's whole work. `kl_out`: the KL of each row or, with ELEMENTS, of each element, without the weight.
-    `weighted_out`: that of each row, with the floor. `loss_out`: `recon` of each row and `beta` times its KL. Any of `z` and
-    these may be None."""
+    `weighted_out`: that of each row, with the floor. `loss_out`: `recon_weight` times `recon` of each row, and `beta` times its
+    KL. Any of `z` and these may be None."""
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
     base, end = row_bounds(row, latents, ALIGNED, WIDE)
@@ -201,19 +201,20 @@ def forward(
             tl.store(floored_partials + tl.program_id(0), tl.sum(floored_sums.to(tl.float64)))
         if arrive_last(partials, arrived, row, programs, tl.sum(sums.to(tl.float64))):
             first = row * programs
-            kl = (ordered_sum(partials + first, programs, FINISH) * kl_weight).to(DTYPE)
+            kl = (ordered_sum(partials + first, programs, FINISH) * kl_scale).to(DTYPE)
             tl.store(kl_out + row, kl)
             if loss_out is not None:
-                tl.store(loss_out + row, tl.load(recon + row) + scalar(beta, beta_value, DTYPE) * kl)
+                weighted = scalar(recon_weight, recon_weight_value, DTYPE) * tl.load(recon + row)
+                tl.store(loss_out + row, weighted + scalar(beta, beta_value, DTYPE) * kl)
             if weighted_out is not None:
                 total = ordered_sum(floored_partials + first, programs, FINISH)
-                tl.store(weighted_out + row, (total * kl_weight).to(DTYPE))
+                tl.store(weighted_out + row, (total * kl_scale).to(DTYPE))
 
 
 @triton.jit
 def backward(
     grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
-    grad_loss, grad_kl, grad_weighted, of_columns, beta, beta_value, kl_weight, floor, posterior_share, prior_share,
+    grad_loss, grad_kl, grad_weighted, of_columns, beta, beta_value, kl_scale, floor, posterior_share, prior_share,
     latents, columns, programs,
     HAS_KL: tl.constexpr, POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, FLOORED: tl.constexpr, PER: tl.constexpr,
@@ -224,11 +225,11 @@ def backward(
     floor if FLOORED; of columns above it, if there are the KLs `of_columns`."""
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
-    weight = scalar(None, kl_weight, DTYPE)
+    weight = scalar(None, kl_scale, DTYPE)
     factor = weight
     weighted_factor = weight
     if PER == "row":
-        factor *= kl_factor(grad_loss, grad_kl, row, beta, beta_value, DTYPE)
+        factor *= factor_of_term(grad_loss, grad_kl, row, beta, beta_value, DTYPE)
         weighted_factor *= upstream_of(grad_weighted, row, DTYPE)
     least = scalar(None, floor, DTYPE)
     to_posterior, to_prior = scalar(None, posterior_share, DTYPE), scalar(None, prior_share, DTYPE)
@@ -257,27 +258,27 @@ def backward(
 
 @triton.jit(do_not_specialize=["latents", "programs"])
 def sample_fwd_kernel(
-    mu, logvar, noise, z, kl_out, partials, arrived, kl_weight: tl.float64, latents: tl.int64, programs: tl.int32,
+    mu, logvar, noise, z, kl_out, partials, arrived, kl_scale: tl.float64, latents: tl.int64, programs: tl.int32,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
     FINISH: tl.constexpr,
 ):  # fmt: skip
     forward(
-        mu, logvar, None, None, noise, z, kl_out, None, partials, arrived, None, None, None,
-        1.0, kl_weight, 0.0, latents, latents, programs,
+        mu, logvar, None, None, noise, z, kl_out, None, partials, arrived, None, None, None, None,
+        1.0, 1.0, kl_scale, 0.0, latents, latents, programs,
         logvar_posterior, None, None, None, False, False, False, DTYPE, ALIGNED, WIDE, BLOCK, THREADS, FINISH,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["latents", "programs"])
 def total_kernel(
-    mu, logvar, recon, kl_out, loss_out, beta, partials, arrived,
-    beta_value: tl.float64, kl_weight: tl.float64, latents: tl.int64, programs: tl.int32,
+    mu, logvar, recon, kl_out, loss_out, beta, recon_weight, partials, arrived,
+    beta_value: tl.float64, recon_weight_value: tl.float64, kl_scale: tl.float64, latents: tl.int64, programs: tl.int32,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
     FINISH: tl.constexpr,
 ):  # fmt: skip
     forward(
-        mu, logvar, None, None, None, None, kl_out, None, partials, arrived, recon, loss_out, beta,
-        beta_value, kl_weight, 0.0, latents, latents, programs,
+        mu, logvar, None, None, None, None, kl_out, None, partials, arrived, recon, loss_out, beta, recon_weight,
+        beta_value, recon_weight_value, kl_scale, 0.0, latents, latents, programs,
         logvar_posterior, None, None, None, False, False, False, DTYPE, ALIGNED, WIDE, BLOCK, THREADS, FINISH,
     )  # fmt: skip
 
@@ -285,12 +286,12 @@ def total_kernel(
 @triton.jit(do_not_specialize=["latents", "programs"])
 def sample_bwd_kernel(
     grad_z, mu, logvar, noise, grad_mu, grad_logvar, grad_loss, grad_kl, beta,
-    beta_value: tl.float64, kl_weight: tl.float64, latents: tl.int64, programs: tl.int32,
+    beta_value: tl.float64, kl_scale: tl.float64, latents: tl.int64, programs: tl.int32,
     HAS_KL: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     backward(
         grad_z, mu, logvar, None, None, noise, grad_mu, grad_logvar, None, None, grad_loss, grad_kl, None, None, beta,
-        beta_value, kl_weight, 0.0, 1.0, 1.0, latents, latents, programs,
+        beta_value, kl_scale, 0.0, 1.0, 1.0, latents, latents, programs,
         HAS_KL, logvar_posterior, None, None, None, False, False, False, "row", DTYPE, ALIGNED, WIDE, BLOCK,
     )  # fmt: skip
 
@@ -298,15 +299,15 @@ def sample_bwd_kernel(
 @triton.jit(do_not_specialize=["latents", "columns", "programs"])
 def divergence_fwd_kernel(
     mu, logvar, prior_mu, prior_second, noise, z, kl_out, weighted_out, partials, arrived,
-    kl_weight: tl.float64, floor: tl.float64, latents: tl.int64, columns: tl.int64, programs: tl.int32,
+    kl_scale: tl.float64, floor: tl.float64, latents: tl.int64, columns: tl.int64, programs: tl.int32,
     POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr,
     ELEMENTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     THREADS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     forward(
-        mu, logvar, prior_mu, prior_second, noise, z, kl_out, weighted_out, partials, arrived, None, None, None,
-        1.0, kl_weight, floor, latents, columns, programs,
+        mu, logvar, prior_mu, prior_second, noise, z, kl_out, weighted_out, partials, arrived, None, None, None, None,
+        1.0, 1.0, kl_scale, floor, latents, columns, programs,
         POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, ELEMENTS, DTYPE, ALIGNED, WIDE, BLOCK, THREADS, FINISH,
     )  # fmt: skip
 
@@ -315,7 +316,7 @@ def divergence_fwd_kernel(
 def divergence_bwd_kernel(
     grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
     grad_kl, grad_weighted, of_columns,
-    kl_weight: tl.float64, floor: tl.float64, posterior_share: tl.float64, prior_share: tl.float64,
+    kl_scale: tl.float64, floor: tl.float64, posterior_share: tl.float64, prior_share: tl.float64,
     latents: tl.int64, columns: tl.int64, programs: tl.int32,
     HAS_KL: tl.constexpr, POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, FLOORED: tl.constexpr, PER: tl.constexpr,
@@ -323,7 +324,7 @@ def divergence_bwd_kernel(
 ):  # fmt: skip
     backward(
         grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
-        None, grad_kl, grad_weighted, of_columns, None, 1.0, kl_weight, floor, posterior_share, prior_share,
+        None, grad_kl, grad_weighted, of_columns, None, 1.0, kl_scale, floor, posterior_share, prior_share,
         latents, columns, programs,
         HAS_KL, POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, FLOORED, PER, DTYPE, ALIGNED, WIDE, BLOCK,
     )  # fmt: skip
@@ -337,12 +338,12 @@ def draw_noise(like: torch.Tensor, layout: torch.memory_format, generator: torch
 class Sample:
     """The launches of a sample and its KL for latents of one kind, with all that follows from shapes and options.
 
-    `mu` and `logvar` are of one shape `[B, ...]` and dense layout. The KL is times `kl_weight`, `[]` or `[B]`.
+    `mu` and `logvar` are of one shape `[B, ...]` and dense layout. The KL is times `kl_scale`, `[]` or `[B]`.
     """
 
     __slots__ = "_backward", "_forward", "_like", "_result", "_total", "device", "numbers", "programs", "rows", "z_dtype"
 
-    def __init__(self, mu, logvar, *, kl_weight, per_sample, dtype) -> None:
+    def __init__(self, mu, logvar, *, kl_scale, per_sample, dtype) -> None:
         self.rows = mu.shape[0] if per_sample else 1
         self.device, shape = mu.device, (self.rows,) if per_sample else ()
         # What tensors are allocated with: shapes, strides and, of the KL, its dtype.
@@ -351,7 +352,7 @@ class Sample:
         tile, options = tile_size(mu, logvar), options_of(mu.device)
         segment = Segment.of(mu, self.rows, tile)
         self.programs = self.rows * segment.programs
-        self.numbers = kl_weight, segment.columns, segment.programs
+        self.numbers = kl_scale, segment.columns, segment.programs
         constants = {"DTYPE": TRITON_DTYPE[dtype], "ALIGNED": segment.aligned, "WIDE": segment.wide, "BLOCK": tile}
         summed = constants | {"THREADS": THREADS, "FINISH": FINISH}
         self._forward = Launch(sample_fwd_kernel, self.device, summed, options)
@@ -373,13 +374,14 @@ class Sample:
         self._forward(self.programs, (mu, logvar, noise, z, kl, partials, arrived), self.numbers)
         return z, kl
 
-    def total(self, mu, logvar, recon, beta, stateless=False):
-        """The KL, and the loss that it makes of a reconstruction, `[]` or `[B]`: `(kl, recon + beta * kl)`."""
+    def total(self, mu, logvar, recon, beta, recon_weight, stateless=False):
+        """The KL, and the loss that it makes of a reconstruction, `[]` or `[B]`: `(kl, recon_weight * recon + beta * kl)`."""
         empty = allocator(self.device)
         kl, loss = empty(*self._result), empty(*self._result)
         partials, arrived = scratch(self.device, self.rows, self.programs, stateless)
-        pointer, value = pointer_and_value(beta)
-        self._total(self.programs, (mu, logvar, recon, kl, loss, pointer, partials, arrived), (value, *self.numbers))
+        (of_kl, beta), (of_recon, recon_weight) = pointer_and_value(beta), pointer_and_value(recon_weight)
+        tensors = mu, logvar, recon, kl, loss, of_kl, of_recon, partials, arrived
+        self._total(self.programs, tensors, (beta, recon_weight, *self.numbers))
         return kl, loss
 
     def backward(self, grad_z, mu, logvar, noise, beta, upstreams):

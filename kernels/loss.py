@@ -12,7 +12,7 @@ from . import likelihoods
 from .direct import Launch, allocator, lies
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
 from .numerics import exp_and_expm1
-from .operands import kl_factor, row_bounds, scalar, upstream_of
+from .operands import factor_of_term, row_bounds, scalar
 from .reduction import arrive_last, fold, ordered_sum
 
 
@@ -59,8 +59,9 @@ def kl_backward_tile(mu, logvar, grad_mu, grad_logvar, offsets, mask, factor, DT
 
 @triton.jit(do_not_specialize=["features", "latents", "recon_programs", "programs", "batch"])
 def loss_fwd_kernel(
-    prediction, target, gradient, guess, mu, logvar, kl, partials, arrived, loss_out, recon_out, kl_out, beta,
-    beta_value: tl.float64, scale_value: tl.float64, target_scale: tl.float64, recon_weight: tl.float64, kl_weight: tl.float64,
+    prediction, target, gradient, guess, mu, logvar, kl, partials, arrived, loss_out, recon_out, kl_out, beta, recon_weight,
+    beta_value: tl.float64, recon_weight_value: tl.float64,
+    scale_value: tl.float64, target_scale: tl.float64, recon_scale: tl.float64, kl_scale: tl.float64,
     features: tl.int64, latents: tl.int64, recon_programs: tl.int32, programs: tl.int32, batch: tl.int32,
     LIKELIHOOD: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     LATENTS_ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, FINISH: tl.constexpr,
@@ -69,7 +70,7 @@ def loss_fwd_kernel(
     worker = tl.program_id(0) % programs
     sums = tl.zeros([THREADS], dtype=DTYPE)
     if worker < recon_programs:
-        factor = scalar(None, recon_weight, DTYPE)
+        factor = scalar(None, recon_scale, DTYPE)
         if gradient is not None:
             factor *= tl.load(guess + row)
         s = scalar(None, scale_value, DTYPE)
@@ -95,12 +96,13 @@ def loss_fwd_kernel(
                 sums += kl_tile(mu, logvar, base + o, o < latents, DTYPE)
     if arrive_last(partials, arrived, row, programs, tl.sum(sums.to(tl.float64))):
         first = partials + row * programs
-        recon_sum = ordered_sum(first, recon_programs, FINISH) * recon_weight
+        recon_sum = ordered_sum(first, recon_programs, FINISH) * recon_scale
         if kl is None:
-            kl_sum = ordered_sum(first + recon_programs, programs - recon_programs, FINISH) * kl_weight
+            kl_sum = ordered_sum(first + recon_programs, programs - recon_programs, FINISH) * kl_scale
         else:
             kl_sum = tl.load(kl + row).to(tl.float64)
-        tl.store(loss_out + row, (recon_sum + scalar(beta, beta_value, tl.float64) * kl_sum).to(DTYPE))
+        weighted = scalar(recon_weight, recon_weight_value, tl.float64) * recon_sum
+        tl.store(loss_out + row, (weighted + scalar(beta, beta_value, tl.float64) * kl_sum).to(DTYPE))
         tl.store(recon_out + row, recon_sum.to(DTYPE))
         tl.store(kl_out + row, kl_sum.to(DTYPE))
 
@@ -108,8 +110,8 @@ def loss_fwd_kernel(
 @triton.jit(do_not_specialize=["features", "latents", "recon_programs", "programs", "batch"])
 def loss_bwd_kernel(
     prediction, target, gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl, grad_loss, grad_recon, grad_own_kl,
-    beta,
-    beta_value: tl.float64, scale_value: tl.float64, target_scale: tl.float64, recon_weight: tl.float64, kl_weight: tl.float64,
+    beta, recon_weight, beta_value: tl.float64, recon_weight_value: tl.float64,
+    scale_value: tl.float64, target_scale: tl.float64, recon_scale: tl.float64, kl_scale: tl.float64,
     features: tl.int64, latents: tl.int64, recon_programs: tl.int32, programs: tl.int32, batch: tl.int32,
     LIKELIHOOD: tl.constexpr, SHARED: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     LATENTS_ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -118,14 +120,14 @@ def loss_bwd_kernel(
     worker = tl.program_id(0) % programs
     if worker < recon_programs:
         if gradient is not None:
-            factor = upstream_of(grad_loss, row, DTYPE) + upstream_of(grad_recon, row, DTYPE)
+            factor = factor_of_term(grad_loss, grad_recon, row, recon_weight, recon_weight_value, DTYPE)
             if worker == 0:
                 tl.store(seen + row, factor)
             wrong = True
             if used is not None:
                 wrong = factor != tl.load(used + row)  # NaN is never what was guessed
             if wrong:
-                factor *= scalar(None, recon_weight, DTYPE)
+                factor *= scalar(None, recon_scale, DTYPE)
                 s = scalar(None, scale_value, DTYPE)
                 ts = scalar(None, target_scale, DTYPE)
                 base, end = row_bounds(row, features, ALIGNED, WIDE)
@@ -138,11 +140,11 @@ def loss_bwd_kernel(
                         o = end + tl.arange(0, 16)
                         recon_tile(prediction, target, gradient, base + o, o < features, factor, s, ts, LIKELIHOOD, DTYPE)
     else:
-        factor = kl_factor(grad_loss, grad_own_kl, row, beta, beta_value, DTYPE)
+        factor = factor_of_term(grad_loss, grad_own_kl, row, beta, beta_value, DTYPE)
         if grad_kl is not None:
             tl.store(grad_kl + row, factor)
         if mu is not None:
-            factor *= scalar(None, kl_weight, DTYPE)
+            factor *= scalar(None, kl_scale, DTYPE)
             base, end = row_bounds(row, latents, LATENTS_ALIGNED, WIDE)
             for start in tl.range((worker - recon_programs) * BLOCK, end, (programs - recon_programs) * BLOCK):
                 o = start + tl.arange(0, BLOCK)
@@ -160,7 +162,7 @@ class Loss:
         recon_x, x: prediction and target of one shape `[B, ...]` and one dense layout.
         mu: likewise, or None; `logvar` is like it.
         likelihood: the name of its device function; `scale`: of those that have a fixed one.
-        weights: the factors that turn the sums of reconstruction and KL into the reduction asked for.
+        scales: the factors that turn the sums of reconstruction and KL into the reduction asked for.
         per_sample: one result a sample, `[B]`, instead of one, `[]`. Then `x` may have a fraction of the rows of `recon_x`,
             which has several samples of each datum, one of every datum in turn: row r of it is held against row r % B of x.
             `mu` is None then.
@@ -172,7 +174,7 @@ class Loss:
         "rows",
     )  # fmt: skip
 
-    def __init__(self, recon_x, x, mu, *, likelihood, scale, target_scale, weights, per_sample, dtype) -> None:
+    def __init__(self, recon_x, x, mu, *, likelihood, scale, target_scale, scales, per_sample, dtype) -> None:
         self.rows = recon_x.shape[0] if per_sample else 1
         self.device, shape = recon_x.device, (self.rows,) if per_sample else ()
         # What tensors are allocated with: shapes, strides and, of results, their dtype.
@@ -181,7 +183,7 @@ class Loss:
         tile, options = tile_size(recon_x, x), options_of(recon_x.device)
         recon, latents = Segment.of(recon_x, self.rows, tile), Segment.of(mu, self.rows, tile)
         self.recon, self.latents = recon.programs, latents.programs
-        self.numbers = scale, target_scale, *weights, recon.columns, latents.columns
+        self.numbers = scale, target_scale, *scales, recon.columns, latents.columns
         self.batch = x.shape[0] if per_sample and x.shape[0] != self.rows else 0
         constants = {
             "LIKELIHOOD": likelihoods.fixed_gaussian if likelihood == "gaussian" else getattr(likelihoods, likelihood),
@@ -191,12 +193,12 @@ class Loss:
         self._backward = Launch(loss_bwd_kernel, self.device, constants, options)
         self._forward = Launch(loss_fwd_kernel, self.device, constants | {"THREADS": THREADS, "FINISH": FINISH}, options)
 
-    def forward(self, recon_x, x, mu, logvar, kl, beta, guess, stateless=False):
+    def forward(self, recon_x, x, mu, logvar, kl, beta, recon_weight, guess, stateless=False):
         """Loss, reconstruction and KL, and the gradient of the reconstruction.
 
         - `kl`: a KL that is reduced already, where mu and logvar are None.
-        - `beta`: a float, or a 0-d tensor on the device. `guess`, `[B]` or `[1]`: the upstream factor to store the gradient
-          with; None: no gradient is wanted.
+        - `beta`, `recon_weight`: floats, or 0-d tensors on the device. `guess`, `[B]` or `[1]`: the upstream factor to store
+          the gradient with; None: no gradient is wanted.
         - `stateless`: keep nothing for later calls.
 
         Returns `(loss, recon, kl, gradient)`: three tensors `[]` or `[B]`, and `guess * d recon / d recon_x` or None.
@@ -208,16 +210,16 @@ class Loss:
         gradient = None if guess is None else empty(*self._like_recon, recon_x.dtype)
         if kl is not None:
             kl = kl.contiguous()
-        pointer, value = pointer_and_value(beta)
+        (of_kl, beta), (of_recon, recon_weight) = pointer_and_value(beta), pointer_and_value(recon_weight)
         self._forward(
             rows * programs,
-            (recon_x, x, gradient, guess, mu, logvar, kl, partials, arrived, loss, recon, kl_out, pointer),
-            (value, *self.numbers, self.recon, programs, self.batch),
+            (recon_x, x, gradient, guess, mu, logvar, kl, partials, arrived, loss, recon, kl_out, of_kl, of_recon),
+            (beta, recon_weight, *self.numbers, self.recon, programs, self.batch),
         )
         return loss, recon, kl_out, gradient
 
     def backward(
-        self, recon_x, x, mu, logvar, beta, upstreams, gradient, used, wants_recon, wants_latents, wants_kl
+        self, recon_x, x, mu, logvar, beta, recon_weight, upstreams, gradient, used, wants_recon, wants_latents, wants_kl
     ):  # fmt: skip
         """Gradients by `recon_x`, `mu`, `logvar` and `kl`, each of which may be unwanted; the arguments are those of `forward`.
 
@@ -244,10 +246,10 @@ class Loss:
             mu = logvar = None
         if wants_kl:
             latents, grad_kl = 1, empty(*self._result)
-        pointer, value = pointer_and_value(beta)
+        (of_kl, beta), (of_recon, recon_weight) = pointer_and_value(beta), pointer_and_value(recon_weight)
         self._backward(
             rows * (recon + latents),
-            (recon_x, x, gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl, *upstreams, pointer),
-            (value, *self.numbers, recon, recon + latents, self.batch),
+            (recon_x, x, gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl, *upstreams, of_kl, of_recon),
+            (beta, recon_weight, *self.numbers, recon, recon + latents, self.batch),
         )
         return gradient, grad_mu, grad_logvar, grad_kl, seen

@@ -72,7 +72,7 @@ def store_parameter(gradient, offsets, slope, keep, mask):
 @triton.jit(do_not_specialize=["outer", "components", "inner", "channels", "levels", "programs"])
 def mixture_kernel(
     prediction, x, weight, gradient, factor, used, seen, partials, arrived, recon, divisor,
-    recon_weight: tl.float64, half_step: tl.float64, levels: tl.int32,
+    recon_scale: tl.float64, half_step: tl.float64, levels: tl.int32,
     outer: tl.int64, components: tl.int32, inner: tl.int64, channels: tl.int32, programs: tl.int32,
     CHANNELS: tl.constexpr, INTEGER: tl.constexpr, PER_SAMPLE: tl.constexpr, DTYPE: tl.constexpr, LAST: tl.constexpr,
     ALIGN: tl.constexpr, WIDE: tl.constexpr, POSITIONS: tl.constexpr, COMPONENTS: tl.constexpr, FINISH: tl.constexpr,
@@ -163,7 +163,7 @@ def mixture_kernel(
                 nll = tl.where((prior_sum > 0.0) & (posterior_sum > 0.0), nll, float("nan"))
                 sums += tl.where(keep, factors * nll, 0.0)
             if gradient is not None:
-                factors *= (tl.load(factor + row).to(tl.float64) * reciprocal(divisor, recon_weight)).to(DTYPE)
+                factors *= (tl.load(factor + row).to(tl.float64) * reciprocal(divisor, recon_scale)).to(DTYPE)
                 slope = posterior * (factors / posterior_sum)[:, None]
                 store_parameter(gradient, o, prior * (factors / prior_sum)[:, None] - slope, keep, mask)
                 slope = -slope
@@ -192,7 +192,7 @@ def mixture_kernel(
         if partials is not None:
             if arrive_last(partials, arrived, row, programs, tl.sum(sums)):
                 total = ordered_sum(partials + row * programs, programs, FINISH)
-                tl.store(recon + row, (total * reciprocal(divisor, recon_weight)).to(DTYPE))
+                tl.store(recon + row, (total * reciprocal(divisor, recon_scale)).to(DTYPE))
 
 
 # Elements of a tile, of which a thread holds nine slopes each, of three channels; with one channel, or one at a time, two.

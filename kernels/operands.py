@@ -41,9 +41,9 @@ def upstream_of(pointer, row, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def kl_factor(grad_loss, grad_kl, row, beta, beta_value, DTYPE: tl.constexpr):
-    """The gradient that arrives at the reduced KL, by way of the loss and on its own."""
-    return scalar(beta, beta_value, DTYPE) * upstream_of(grad_loss, row, DTYPE) + upstream_of(grad_kl, row, DTYPE)
+def factor_of_term(grad_loss, own, row, weight, weight_value, DTYPE: tl.constexpr):
+    """The gradient that arrives at a term of the loss: by way of the loss, in which it is times a weight, and on its own."""
+    return scalar(weight, weight_value, DTYPE) * upstream_of(grad_loss, row, DTYPE) + upstream_of(own, row, DTYPE)
 
 
 @triton.jit

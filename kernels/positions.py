@@ -64,7 +64,7 @@ class Positions:
     """The launches of a likelihood over what lies along one dimension, for tensors of one kind.
 
     A subclass has the kernel: `layout(prediction, x, with_gradient)` gives it, its constants, the programs of a row, and its
-    numbers but for the first, `recon_weight`.
+    numbers but for the first, `recon_scale`.
     """
 
     def __init__(self, per_sample: bool, dtype: torch.dtype, device: torch.device) -> None:

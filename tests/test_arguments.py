@@ -198,7 +198,7 @@ def test_channels_last_is_not_copied(device, monkeypatch):
     assert gradient.is_contiguous(memory_format=torch.channels_last)
     from fastelbo.engine.plan import find_objective, loss_plan
 
-    plan = loss_plan("recon_x", find_objective("bernoulli", "logvar", "sum"), (recon_x, x), 1, False, 0, 1.0)
+    plan = loss_plan("recon_x", find_objective("bernoulli", "logvar", "sum"), (recon_x, x), 1, False, 0, (1.0, 1.0))
     assert plan.is_dense
 
 

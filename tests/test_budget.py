@@ -250,7 +250,7 @@ def test_batch_sizes_do_not_compile_anew():
         }  # fmt: skip
         wants = True, True, False
         upstreams = torch.ones(()), None, None
-        options = {"kl_weight": 1.0 / batch, "per_sample": False, "dtype": F32}
+        options = {"kl_scale": 1.0 / batch, "per_sample": False, "dtype": F32}
         gradient = tensor(batch, features, dtype=BF16)
         loss, sample = kernels.Loss(recon_x, x, mu, **settings), kernels.Sample(mu, logvar, **options)
         yield lambda: loss.forward(recon_x, x, mu, logvar, None, 0.1 * batch, one)

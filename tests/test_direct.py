@@ -224,11 +224,11 @@ def test_what_launches_keeps_no_tensor():
     x, mu, one = torch.zeros(3, 8), torch.zeros(3, 2), torch.ones(1)
     options = {"per_sample": False, "dtype": torch.float32}
     made = [
-        kernels.Loss(x, x, mu, likelihood="mse", scale=1.0, target_scale=1.0, weights=(1.0, 1.0), **options),
-        kernels.Sample(mu, mu, kl_weight=1.0, **options),
+        kernels.Loss(x, x, mu, likelihood="mse", scale=1.0, target_scale=1.0, scales=(1.0, 1.0), **options),
+        kernels.Sample(mu, mu, kl_scale=1.0, **options),
         kernels.Divergence(
             mu, mu, mu, mu, posterior="std", clamp=None, prior="std", kind="column", floor=None,
-            free_bits=None, shares=(1.0, 1.0), kl_weight=1.0, dtype=torch.float32,
+            free_bits=None, shares=(1.0, 1.0), kl_scale=1.0, dtype=torch.float32,
         ),
         kernels.Reconstruction(family=kernels.Family("laplace", "scale"), device=x.device, **options),
         kernels.Categorical(classes=8, inner=1, ignore_index=-100, target_scale=1.0, device=x.device, **options),

@@ -439,7 +439,7 @@ def test_kernels_compile_without_spills(target):
         result = torch.float64 if dtype == torch.float64 else torch.float32
         mu, seed, one = torch.zeros(128, 20, dtype=dtype), torch.zeros((), dtype=torch.int64), torch.ones((), dtype=result)
         values = (None, None) if prior is None else (torch.zeros(rows, 20, dtype=dtype),) * 2
-        form = {"posterior": posterior, "clamp": clamp, "prior": prior, "kl_weight": 1.0, "dtype": result, "shares": (1.0, 2.0)}
+        form = {"posterior": posterior, "clamp": clamp, "prior": prior, "kl_scale": 1.0, "dtype": result, "shares": (1.0, 2.0)}
         summed = Divergence(mu, mu, *values, kind="sum", floor=0.5, free_bits=None, **form)
         yield lambda: summed.forward(mu, mu, seed, *values)
         yield lambda: summed.backward(mu, one, one, mu, mu, seed, *values, (prior is not None,) * 2)

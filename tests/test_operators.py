@@ -169,7 +169,7 @@ def test_loss_is_the_formula(likelihood, per_sample, device):
     call = LossCall(likelihood_of(code, tuple(numbers)), reduction, reduction, dtype, len(there) - 1 - latents, False, latents)
 
     def by_formula():
-        _, recon, kl = formula.terms(call, 1.0, 1.0, there)
+        _, recon, kl = formula.terms(call, (1.0, 1.0), 1.0, there)
         return recon, torch.zeros_like(recon) if kl is None else kl
 
     results = []

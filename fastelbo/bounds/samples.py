@@ -25,8 +25,9 @@ from ..basics.arguments import (
 )
 from ..basics.tracing import is_differentiated, is_traced, never_compiled
 from ..basics.warnings import stacklevel_of_user
-from ..engine.call import LossCall, Objective
+from ..engine.call import Factors, LossCall, Objective
 from ..engine.divergence import divergence_terms, times
+from ..engine.formula import weighted_by
 from ..engine.log_ratio import Held, draw_rows, log_ratio
 from ..engine.loss import ELBOTerms, composed_terms
 from ..latents.posterior import Latents, check_latents
@@ -60,6 +61,7 @@ class Given(NamedTuple):
     x: Tensor
     weight: Tensor | None
     beta: float | Tensor
+    recon_weight: float | Tensor
     eps: Tensor | None
 
     @property
@@ -68,13 +70,15 @@ class Given(NamedTuple):
 
 
 def many_samples(
-    decoder, x, mu, logvar, beta, objective: Objective, bound: ELBO, *, prior, weighting, weight, eps, generator, monitor
-) -> ELBOTerms:
+    decoder, x, mu, logvar, factors: Factors, objective: Objective, bound: ELBO, *, prior, weighting, weight, eps, generator,
+    monitor,
+) -> ELBOTerms:  # fmt: skip
     """`elbo` of several samples, or by another bound. The tensors come as the user gave them."""
     call, given = prepared(decoder, x, mu, logvar, objective, bound, prior=prior, weight=weight, eps=eps, generator=generator)
+    beta, recon_weight = factors[0], check_number("recon_weight", factors[1], given.mu)
     recon_reduction, kl_reduction = objective.reduction, objective.kl_reduction
     if call.is_weighted:
-        given = given._replace(beta=check_number("beta", beta, given.mu))
+        given = given._replace(beta=check_number("beta", beta, given.mu), recon_weight=recon_weight)
         if weighting not in (None, ALL):
             raise ValueError("weighting is for the KL of an ELBO: an IWAE has each sample's log densities instead")
         if recon_reduction == "mean" or recon_reduction != kl_reduction:
@@ -101,7 +105,7 @@ def many_samples(
     if call.is_weighted:
         return ELBOTerms(value, recon, kl)
     each = is_of_each(kl_beta)
-    return ELBOTerms(value + times(1.0 if each else kl_beta, kl_term.to(dtype)), value, kl)
+    return ELBOTerms(weighted_by(recon_weight, value) + times(1.0 if each else kl_beta, kl_term.to(dtype)), value, kl)
 
 
 def prepared(decoder, x, mu, logvar, objective: Objective, bound: ELBO, *, prior, weight, eps, generator) -> tuple[Call, Given]:
@@ -120,7 +124,7 @@ def prepared(decoder, x, mu, logvar, objective: Objective, bound: ELBO, *, prior
         check_noise(eps, generator, mu, bound.n_samples)
     # Each sample of each datum has a value of its own.
     objective = objective._replace(reduction="none", kl_reduction="none")
-    return Call(decoder, bound, latents, objective), Given(*(*tensors, None, None)[:4], x, weight, 1.0, eps)
+    return Call(decoder, bound, latents, objective), Given(*(*tensors, None, None)[:4], x, weight, 1.0, 1.0, eps)
 
 
 def _estimate(call: Call, given: Given, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,8 +242,8 @@ def score(
 
     def terms_of(parameters: Sequence[Tensor], kl: Tensor, known: Tensor | None, samples: int = 1) -> ELBOTerms:
         tensors = (*parameters, x) if given.weight is None else (*parameters, x, given.weight)
-        shape = len(parameters), given.weight is not None
-        return composed_terms("decoder(z)", call.objective._replace(samples=samples), tensors, *shape, kl, given.beta, known)
+        shape, factors = (len(parameters), given.weight is not None), (given.beta, given.recon_weight)
+        return composed_terms("decoder(z)", call.objective._replace(samples=samples), tensors, *shape, kl, factors, known)
 
     def sample_of(i: int) -> list[Tensor]:
         """Its parameters: a row of each that has one for each of the first one's."""

@@ -23,6 +23,9 @@ from ..latents.posterior import LOGVAR, Latents, Posterior, check_latents, find_
 from ..latents.weighting import Weighting, check_weighting, shares_of
 from ..likelihoods import Likelihood, find_likelihood
 
+# What a loss multiplies its terms by: beta and `recon_weight`, each a float or a 0-d tensor.
+Factors = tuple[float | Tensor, float | Tensor]
+
 
 class Objective(NamedTuple):
     """The options of a call that most calls have."""
@@ -105,6 +108,10 @@ def check_loss(name: str, objective: Objective, tensors: Sequence, parameters: i
     first, rest = given[0], tensors[parameters + 1 + weighted :]
     if weighted:
         check_weight(tensors[parameters + 1], x, likelihood.term_dim(first, x))
+        if tensors[parameters + 1].dim() == 0 and reduction == "mean":
+            raise ValueError(
+                "weight must not be 0-d with the reduction 'mean', which divides by it: recon_weight takes a number"
+            )
     if latents == 2:
         mu, _ = check_latents(*rest, LOGVAR)[1]
         check_device("mu", mu, name, first)

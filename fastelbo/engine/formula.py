@@ -12,10 +12,10 @@ from torch import Tensor
 from ..latents import gaussian
 from ..latents.posterior import LOGVAR, Latents
 from ..likelihoods import Likelihood
-from .call import KLCall, LossCall
+from .call import Factors, KLCall, LossCall
 
 
-def terms(call: LossCall, beta: float | Tensor, divisor: float | Tensor, tensors: Sequence[Tensor]):
+def terms(call: LossCall, factors: Factors, divisor: float | Tensor, tensors: Sequence[Tensor]):
     """`(loss, recon, kl)`, as the backends' `loss_forward` computes them."""
     parameters, x, weight, latents = call.split(tensors)
     recon = reduced(elements(call, parameters, repeated(x, parameters[0]), weight), call.reduction)
@@ -27,14 +27,28 @@ def terms(call: LossCall, beta: float | Tensor, divisor: float | Tensor, tensors
     else:
         values = gaussian.kl_elements(Latents(LOGVAR), *(t.to(call.dtype) for t in latents))
         kl = scaled(reduced(values, call.kl_reduction), call.kl_factor(latents[0]))
-    return with_loss(recon, kl, beta)
+    return with_loss(recon, kl, factors)
 
 
-def with_loss(recon: Tensor, kl: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def with_loss(recon: Tensor, kl: Tensor, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
     """`(loss, recon, kl)`, three tensors that users may write to."""
-    if isinstance(beta, Tensor):
-        return recon + beta.to(kl.dtype) * kl, recon, kl.clone()  # the product keeps the KL, for the gradient by beta
-    return recon + beta * kl, recon, kl
+    beta, recon_weight = factors
+    if isinstance(beta, Tensor):  # the product keeps the KL, for the gradient by beta
+        weighted_kl, kl = beta.to(kl.dtype) * kl, kl.clone()
+    else:
+        weighted_kl = beta * kl
+    if isinstance(recon_weight, Tensor):
+        weighted, recon = recon_weight.to(recon.dtype) * recon, recon.clone()
+    else:
+        weighted = weighted_by(recon_weight, recon)
+    return weighted + weighted_kl, recon, kl
+
+
+def weighted_by(recon_weight: float | Tensor, recon: Tensor) -> Tensor:
+    """The reconstruction as the loss has it."""
+    if isinstance(recon_weight, Tensor):
+        return recon_weight.to(recon.dtype) * recon
+    return recon if type(recon_weight) is float and recon_weight == 1.0 else recon_weight * recon
 
 
 def elements(call: LossCall, parameters: Sequence[Tensor], x: Tensor, weight: Tensor | None) -> Tensor:

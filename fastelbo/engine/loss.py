@@ -14,7 +14,7 @@ from torch.autograd import Function
 from ..basics.tracing import is_surrounded, needs_formula, never_compiled
 from ..likelihoods.values import check_values, is_well
 from . import formula, traced
-from .call import Objective, check_loss
+from .call import Factors, Objective, check_loss
 from .plan import LossPlan, loss_plan
 
 
@@ -32,59 +32,59 @@ def loss_terms(*call, known: Tensor | None = None) -> ELBOTerms:
 
 
 def traced_terms(
-    name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, latents: int, beta: float | Tensor
+    name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, latents: int, factors: Factors
 ) -> ELBOTerms:
     """Likewise, of a call that something surrounds."""
     call = check_loss(name, objective, tensors, parameters, weighted, latents)
-    return ELBOTerms(*traced.loss(call, beta, tensors))
+    return ELBOTerms(*traced.loss(call, factors, tensors))
 
 
 def planned_terms(
-    name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, latents: int, beta: float | Tensor,
+    name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, latents: int, factors: Factors,
     known: Tensor | None = None,
 ) -> ELBOTerms:  # fmt: skip
     """Likewise, of an eager call.
 
     The tensors are the parameters of the likelihood, which errors call `name`, x, a weight if `weighted`, and the latents: mu
     and logvar, a KL that is reduced already, or none, as `latents` says: 2, 1 or 0. Without a KL, only `recon` is not None.
-    With the reduction "none" the parameters may have several samples of all of x, one after the other. `beta` is a float or a
-    0-d tensor. `known`: the upstream factor of each row, where it is known before backward.
+    With the reduction "none" the parameters may have several samples of all of x, one after the other. `known`: the upstream
+    factor of each row, where it is known before backward.
     """
-    plan = loss_plan(name, objective, tensors, parameters, weighted, latents, beta)
+    plan = loss_plan(name, objective, tensors, parameters, weighted, latents, factors)
     if not plan.is_dense:
         tensors = plan.dense(tensors)
     divisor = plan.divisor_of(tensors) if plan.divisor is None else plan.divisor
     if plan.backend is None:
-        terms = traced.loss(plan.call, beta, tensors, divisor)
+        terms = traced.loss(plan.call, factors, tensors, divisor)
     elif plan.path.wants:
-        terms = _apply((plan, beta, divisor, known), *tensors)
+        terms = _apply((plan, factors, divisor, known), *tensors)
     else:
-        terms = plan.backend.loss_forward(plan, beta, tensors, divisor, None, plan.path.stores)[:3]
+        terms = plan.backend.loss_forward(plan, factors, tensors, divisor, None, plan.path.stores)[:3]
     if plan.looks and not is_well(plan.silent, tensors[plan.count], terms[1]):
         check_values(plan, name, tensors, terms[1])
     return tuple.__new__(ELBOTerms, terms)
 
 
 def composed_terms(
-    name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, kl: Tensor, beta: float | Tensor,
+    name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, kl: Tensor, factors: Factors,
     known: Tensor | None = None,
 ) -> ELBOTerms:  # fmt: skip
     """Likewise, of a KL that is reduced already, and of a likelihood that may be made of the sums of another one."""
     likelihood, inner = objective.likelihood, objective.likelihood.inner
     if inner is None:
-        return loss_terms(name, objective, (*tensors, kl), parameters, weighted, 1, beta, known=known)
+        return loss_terms(name, objective, (*tensors, kl), parameters, weighted, 1, factors, known=known)
     call = check_loss(name, objective, (*tensors, kl), parameters, weighted, 1)
     given, x, weight, _ = call.split(tensors)
     weight = call.shaped(weight, given[0], x)
     of_sums = objective._replace(likelihood=inner, reduction="none" if call.per_sample else "sum")
-    sums = loss_terms(name, of_sums, tensors, parameters, weighted, 0, 1.0).recon
+    sums = loss_terms(name, of_sums, tensors, parameters, weighted, 0, (1.0, 1.0)).recon
     counts = total = likelihood.count(given[0], x, weight, call.dtype)
     if call.per_sample:
         counts = math.prod(x.shape[1:])
         if weight is not None:
             counts = formula.reduced(weight.to(call.dtype).expand(x.shape), "none")
     recon = likelihood.compose(sums, counts, total) / call.divisor(given[0], x, weight)
-    return ELBOTerms(*formula.with_loss(recon, kl.to(recon.dtype, copy=True), beta))
+    return ELBOTerms(*formula.with_loss(recon, kl.to(recon.dtype, copy=True), factors))
 
 
 def record_reconstruction(monitor, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, recon, statistics):
@@ -98,38 +98,39 @@ def record_reconstruction(monitor, objective: Objective, tensors: Sequence, para
 
 class Loss(Function):
     """Its tensors come as the plan lays them out. What else a call has comes in one argument, each of which costs: the plan,
-    beta, the divisor, and the upstream factor of each row, or None where it is guessed."""
+    the factors, the divisor, and the upstream factor of each row, or None where it is guessed."""
 
     @staticmethod
     @never_compiled
-    def forward(ctx, given: tuple[LossPlan, float | Tensor, float | Tensor, Tensor | None], *tensors):
+    def forward(ctx, given: tuple[LossPlan, Factors, float | Tensor, Tensor | None], *tensors):
         ctx.set_materialize_grads(False)
-        plan, beta, divisor, known = given
+        plan, factors, divisor, known = given
         loss, recon, kl, ctx.stored, sums, used = plan.backend.loss_forward(
-            plan, beta, tensors, divisor, known, plan.path.stores
+            plan, factors, tensors, divisor, known, plan.path.stores
         )
-        if sums is None and type(beta) is float and type(divisor) is float:
+        beta, recon_weight = factors
+        if sums is None and type(beta) is float and type(recon_weight) is float and type(divisor) is float:
             also = 0
             ctx.save_for_backward(*tensors)
         else:
-            also = 2 if sums is None else 2 + len(sums)
-            beta, saved_beta = (None, beta) if isinstance(beta, Tensor) else (beta, None)
-            divisor, saved_divisor = (None, divisor) if isinstance(divisor, Tensor) else (divisor, None)
-            ctx.save_for_backward(saved_beta, saved_divisor, *(sums or ()), *tensors)
-        ctx.state = plan, beta, divisor, known is None, used, also  # in one attribute, each of which costs
+            numbers = beta, recon_weight, divisor
+            also, saved = 3 + len(sums or ()), [n if isinstance(n, Tensor) else None for n in numbers]
+            (*factors, divisor) = (n if t is None else None for n, t in zip(numbers, saved, strict=True))
+            ctx.save_for_backward(*saved, *(sums or ()), *tensors)
+        ctx.state = plan, factors, divisor, known is None, used, also  # in one attribute, each of which costs
         return loss, recon, kl
 
     @staticmethod
     @never_compiled
     def backward(ctx, *upstreams):
-        plan, beta, divisor, guesses, used, also = ctx.state
+        plan, factors, divisor, guesses, used, also = ctx.state
         tensors, sums = ctx.saved_tensors, None
         if also:
-            (saved_beta, saved_divisor, *sums), tensors = tensors[:also], tensors[also:]
-            beta, divisor = beta if saved_beta is None else saved_beta, divisor if saved_divisor is None else saved_divisor
+            saved, sums, tensors = tensors[:3], tensors[3:also], tensors[also:]
+            (*factors, divisor) = (n if t is None else t for n, t in zip((*factors, divisor), saved, strict=True))
         needs = ctx.needs_input_grad[1:]
         if needs_formula(upstreams):
-            found = formula.differentiate(lambda *t: formula.terms(plan.call, beta, divisor, t), tensors, needs, upstreams)
+            found = formula.differentiate(lambda *t: formula.terms(plan.call, factors, divisor, t), tensors, needs, upstreams)
             return None, *found
         stored = None
         if upstreams[0] is not None or upstreams[1] is not None:
@@ -138,7 +139,7 @@ class Loss(Function):
             stored, ctx.stored = ctx.stored, None
         used = None if stored is None else used
         tensors = plan.again(tensors)
-        found, seen = plan.backend.loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums or None, used, needs)
+        found, seen = plan.backend.loss_backward(plan, factors, tensors, divisor, upstreams, stored, sums or None, used, needs)
         if seen is not None and guesses:
             plan.remember(seen)
         return None, *found

@@ -19,6 +19,8 @@ from .backend import has_kernels
 from .call import KLCall, LossCall
 from .plan import find_objective, latents_plan, loss_plan
 
+ONE = 1.0, 1.0  # of terms that are weighed outside
+
 _library = torch.library.Library("fastelbo", "DEF")
 ops = torch.ops.fastelbo
 
@@ -65,7 +67,7 @@ def _loss_plan(first, second, third, x, weight, mu, logvar, kl, likelihood, numb
     if weight is not None and (dim := objective.likelihood.term_dim(first, x)) is not None:
         weight = weight.unsqueeze(dim)
     tensors = [*parameters, x, *_given(weight), *latents]
-    plan = loss_plan("recon_x", objective, tensors, len(parameters), weight is not None, len(latents), 1.0)
+    plan = loss_plan("recon_x", objective, tensors, len(parameters), weight is not None, len(latents), ONE)
     return plan, plan.dense(tensors), tensors
 
 
@@ -80,10 +82,10 @@ def _loss(first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, 
     none."""
     plan, tensors, _ = _loss_plan(first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, per_sample)
     if plan.backend is None:
-        _, recon, kl = formula.terms(plan.call, 1.0, 1.0, tensors)
+        _, recon, kl = formula.terms(plan.call, ONE, 1.0, tensors)
     else:
         wants = (False,) * plan.call.parameters
-        _, recon, kl, *_ = plan.backend.loss_forward(plan, 1.0, tensors, 1.0, None, wants, stateless=True)
+        _, recon, kl, *_ = plan.backend.loss_forward(plan, ONE, tensors, 1.0, None, wants, stateless=True)
     return recon, recon.new_zeros(recon.shape) if kl is None else kl
 
 
@@ -115,7 +117,7 @@ def _loss_backward(
     if grad_kl is not None:
         needs[-2:] = True, True
     upstreams = None, grad_recon, grad_kl
-    grads, _ = plan.backend.loss_backward(plan, 1.0, tensors, 1.0, upstreams, None, None, None, tuple(needs))
+    grads, _ = plan.backend.loss_backward(plan, ONE, tensors, 1.0, upstreams, None, None, None, tuple(needs))
     promised = zip(grads, given, needs, strict=True)
     return [gradient.contiguous(memory_format=layout_of(t)) for gradient, t, need in promised if need]
 
@@ -139,7 +141,7 @@ def _differentiate_loss(ctx, grad_recon, grad_kl):
         likelihood = likelihood_of(code, tuple(numbers))
         call = LossCall(likelihood, reduction, reduction, dtype, sum(there[:3]), there[4], sum(there[5:]))
         wanted = [need for need, has in zip(needs[:8], there, strict=True) if has]
-        found = iter(formula.differentiate(lambda *t: formula.terms(call, 1.0, 1.0, t)[1:], _given(*saved), wanted, upstreams))
+        found = iter(formula.differentiate(lambda *t: formula.terms(call, ONE, 1.0, t)[1:], _given(*saved), wanted, upstreams))
         return *(next(found) if has else None for has in there), *[None] * len(ctx.options)
     wants = [bool(need) for need in needs[:3]]
     to_recon = grad_recon if True in wants else None

@@ -27,7 +27,7 @@ from ..likelihoods.values import Range, silent_range, support_to_check
 from . import torch_backend
 from .backend import backend_for
 from .blocks import BLOCK, SMALL
-from .call import KLCall, LossCall, Objective, check_kl, check_loss
+from .call import Factors, KLCall, LossCall, Objective, check_kl, check_loss
 from .guess import Guess
 
 LIMIT = 4096  # entries of a table, which is cleared then
@@ -73,20 +73,24 @@ def _again(start: Hashable, plan: "LossPlan | LatentsPlan", tensors: Sequence[Te
     keep(_last, start, plan)
 
 
+def _of_number(factor: float | Tensor):
+    return None if type(factor) is float else (type(factor), factor.requires_grad)
+
+
 class LossPath:
     """The share of a plan that follows from types. `backend` is None where autograd differentiates the formula."""
 
     __slots__ = "backend", "guess", "is_plain", "stores", "wants"
 
-    def __init__(self, call: LossCall, tensors: Sequence[Tensor], beta: float | Tensor, grad_mode: bool) -> None:
+    def __init__(self, call: LossCall, tensors: Sequence[Tensor], factors: Factors, grad_mode: bool) -> None:
         parameters, x, weight, _ = call.split(tensors)
         self.is_plain = call.is_plain
         self.stores = tuple(grad_mode and p.requires_grad for p in parameters)
         self.wants = grad_mode and any(t.requires_grad for t in tensors)
         self.guess: Guess | None = None  # with which a new shape begins
         # Gradients that are seldom wanted, and tensors that are not what they seem.
-        seldom = grad_mode and any(isinstance(t, Tensor) and t.requires_grad for t in (x, weight, beta))
-        strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or (isinstance(beta, Tensor) and is_wrapper(beta))
+        seldom = grad_mode and any(isinstance(t, Tensor) and t.requires_grad for t in (x, weight, *factors))
+        strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or any(map(is_wrapper, factors))
         self.backend = None if seldom or strange else backend_for(x.device)
         if self.backend is not None and self.backend is not torch_backend and call.likelihood.kernel is None:
             self.backend = torch_backend
@@ -97,7 +101,7 @@ class LossPlan:
 
     __slots__ = (
         "backend", "call", "count", "divisor", "dtype", "fits", "guess", "is_dense", "is_elementwise", "is_of_classes",
-        "is_whole", "kl_weight", "large", "latents", "latents_launches", "latents_layout", "layout", "likelihood", "looks",
+        "is_whole", "kl_scale", "large", "latents", "latents_launches", "latents_layout", "layout", "likelihood", "looks",
         "loss_launches", "options", "path", "per_sample", "rows", "scaling", "silent", "strides", "support",
         "weight_shape",
     )  # fmt: skip
@@ -111,7 +115,7 @@ class LossPlan:
     latents: int
     backend: ModuleType | None
     divisor: float | None  # of the reconstruction's sum; None: it depends on values
-    kl_weight: float
+    kl_scale: float
     large: tuple[bool, ...]  # of the parameters, whether one is as large as the first
     rows: int  # results; 1 for a sum
     layout: torch.memory_format  # of what is as large as the first parameter
@@ -143,7 +147,7 @@ class LossPlan:
         self.guess = Guess(self.rows, call.dtype, first.device, path.guess)
         by_values = call.reduction == "mean" and (weight is not None or likelihood.counts_by_values(first, x))
         self.divisor = None if by_values else call.divisor(first, x, None)
-        self.kl_weight = call.kl_factor(latents[0]) if call.latents == 2 else 1.0
+        self.kl_scale = call.kl_factor(latents[0]) if call.latents == 2 else 1.0
         self.weight_shape = None if weight is None else call.weight_shape(weight, first, x)
         self.backend = path.backend if first.numel() and all(t.numel() for t in latents) else None
         self.support = support_to_check(likelihood, first, x)
@@ -216,11 +220,13 @@ def find_objective(likelihood, posterior, reduction) -> Objective:
 
 
 def loss_plan(
-    name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, latents: int, beta: float | Tensor
+    name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, latents: int, factors: Factors
 ) -> LossPlan:
     """The plan of a call of `loss` with these tensors, of which errors call the first ones `name`."""
     grad_mode = torch.is_grad_enabled()
-    start = objective, parameters, weighted, latents, grad_mode, type(beta), type(beta) is not float and beta.requires_grad
+    beta, recon_weight = factors
+    numbers = None if type(beta) is float and type(recon_weight) is float else tuple(map(_of_number, factors))
+    start = objective, parameters, weighted, latents, grad_mode, numbers
     try:
         plan = _last.get(start)
         if plan is not None and not any(map(_is_nested, tensors)) and plan.fits(*tensors):
@@ -235,7 +241,7 @@ def loss_plan(
     if plan is None:
         call = check_loss(name, objective, tensors, parameters, weighted, latents)
         types = *start, *map(type, tensors), *map(_of_types, tensors), *map(_is_neg, tensors)
-        path = _paths.get(types) or keep(_paths, types, LossPath(call, tensors, beta, grad_mode))
+        path = _paths.get(types) or keep(_paths, types, LossPath(call, tensors, factors, grad_mode))
         return keep(_plans, key, LossPlan(path, call, tensors))
     _again(start, plan, tensors)  # not of a shape that may never come again, of which no memory is to stay
     return plan
@@ -258,12 +264,12 @@ class LatentsPlan:
 
     __slots__ = (
         "backend", "call", "dtype", "fits", "has_normals", "is_by_autograd", "is_dense", "is_plain", "is_simple", "is_whole",
-        "kl_weight", "latents_launches", "layout", "noise_layout", "per_sample", "strides", "wants",
+        "kl_scale", "latents_launches", "layout", "noise_layout", "per_sample", "strides", "wants",
     )  # fmt: skip
 
     def __init__(self, call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None, grad_mode: bool) -> None:
         mu, self.call, self.latents_launches, self.fits = tensors[0], call, None, _unlike
-        self.dtype, self.per_sample, self.kl_weight = call.dtype, call.kind == "row", call.scale(mu)
+        self.dtype, self.per_sample, self.kl_scale = call.dtype, call.kind == "row", call.scale(mu)
         self.is_plain, self.is_simple = call.is_plain, call.is_simple
         self.wants = grad_mode and any(t.requires_grad for t in tensors)
         strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or (

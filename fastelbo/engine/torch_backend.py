@@ -24,10 +24,10 @@ def draw_noise(like: Tensor, layout: torch.memory_format, generator: torch.Gener
     return torch.empty_like(like, memory_format=layout).normal_(generator=generator)
 
 
-def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
+def loss_forward(plan, factors, tensors, divisor, known, wants, stateless=False):
     """Loss, reconstruction and KL, and the gradients of the reconstruction by the parameters in `wants`.
 
-    - `divisor`: what the sum of the reconstruction is divided by.
+    - `factors`: of the loss, beta and `recon_weight`. `divisor`: what the sum of the reconstruction is divided by.
     - `known`: the upstream factor of each row, `[B]`, where it is known; None: the plan's guess is taken.
     - `wants`: of each parameter, whether it wants a gradient.
     - `stateless`: keep nothing on the device for later calls; this backend never does.
@@ -48,15 +48,16 @@ def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
     if latents == 1:
         kl = tensors[-1].to(dtype, copy=True)
     else:
-        kl, slope = _divergence(tensors[-2], tensors[-1], plan.kl_weight, plan.per_sample, dtype)
+        kl, slope = _divergence(tensors[-2], tensors[-1], plan.kl_scale, plan.per_sample, dtype)
         if used is not None and slope is not None:
             stored.append(slope)
-    if isinstance(beta, Tensor):
-        return recon + beta.to(dtype) * kl, recon, kl, stored, None, used
-    return torch.add(recon, kl, alpha=beta), recon, kl, stored, None, used
+    beta, recon_weight = factors
+    if type(recon_weight) is float and recon_weight == 1 and type(beta) is float:  # `total`, without the call
+        return torch.add(recon, kl, alpha=beta), recon, kl, stored, None, used
+    return total(factors, recon, kl), recon, kl, stored, None, used
 
 
-def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, needs):
+def loss_backward(plan, factors, tensors, divisor, upstreams, stored, sums, used, needs):
     """Gradients by the tensors in `needs`, among which x and the weight never are.
 
     `upstreams`: the gradients that arrived at loss, reconstruction and KL, each `[]`, `[B]` or None. `stored` is what forward
@@ -69,7 +70,7 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
     grad_loss, grad_recon, grad_kl = upstreams
     wants, slope = needs[:n], stored[n] if stored is not None and len(stored) > n else None
     if True in wants and not (grad_loss is None and grad_recon is None):
-        seen = added(grad_loss, grad_recon)
+        seen = added(grad_loss, grad_recon, factors[1])
         is_number = not plan.per_sample and seen.device.type == "cpu"
         if is_number:
             seen = seen.item()
@@ -79,11 +80,11 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
             _, stored = reconstruct(plan, tensors, divisor, seen, wants, False)
         grads[:n] = stored[:n]
     if True in needs[n:] and not (grad_loss is None and grad_kl is None):
-        factor = added(grad_loss, grad_kl, beta)
+        factor = added(grad_loss, grad_kl, factors[0])
         if plan.latents == 1:
             grads[-1] = factor.to(tensors[-1].dtype, copy=True)
         else:
-            grads[-2:] = _latent_gradients(None, *tensors[-2:], None, factor, plan.kl_weight, plan.dtype, slope)
+            grads[-2:] = _latent_gradients(None, *tensors[-2:], None, factor, plan.kl_scale, plan.dtype, slope)
     return grads, seen
 
 
@@ -96,11 +97,11 @@ def latents_forward(plan, tensors, noise, stateless=False):
     kind, dtype, per_sample, (mu, logvar) = plan.call.kind, plan.dtype, plan.per_sample, tensors
     if kind == "column":
         wide = mu.to(dtype)
-        kl = torch.expm1(logvar.to(dtype)).sub_(logvar).addcmul_(wide, wide).sum(0).mul_(0.5 * plan.kl_weight)
+        kl = torch.expm1(logvar.to(dtype)).sub_(logvar).addcmul_(wide, wide).sum(0).mul_(0.5 * plan.kl_scale)
         sums = (wide.sum(0), wide.square().sum(0)) if plan.call.statistics else None
         return None, *formula.with_free_bits(plan.call, mu, kl, None, sums)
     if noise is None:
-        kl, _ = _divergence(mu, logvar, plan.kl_weight, per_sample, dtype)
+        kl, _ = _divergence(mu, logvar, plan.kl_scale, per_sample, dtype)
         found = (kl, None, None, None) if plan.call.groups is None else formula.with_free_bits(plan.call, mu, kl, None, None)
         return None, *found
     if plan.is_whole and noise.dtype == dtype and (not per_sample or mu.dim() == 2):
@@ -108,7 +109,7 @@ def latents_forward(plan, tensors, noise, stateless=False):
         if kind is not None:
             slope = torch.expm1(logvar)
             kl = torch.sub(slope, logvar).addcmul_(mu, mu).sum(-1 if per_sample else None)
-            kl.mul_(HALF if plan.kl_weight == 1 else 0.5 * plan.kl_weight)
+            kl.mul_(HALF if plan.kl_scale == 1 else 0.5 * plan.kl_scale)
         return shift + mu, kl, None, None, (shift, slope)  # addcmul would round otherwise than the naive code
     z, parts = torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype)), []
     for rows, m, lv, eps, out in cut_alike(per_sample, mu, logvar, noise, z):
@@ -119,7 +120,7 @@ def latents_forward(plan, tensors, noise, stateless=False):
             out.copy_(sampled)
         if kind is not None:
             parts.append((rows, _kl_sum(m, lv, per_sample)))
-    return z, None if kind is None else added_up(parts, mu, plan.kl_weight, per_sample, dtype), None, None, None
+    return z, None if kind is None else added_up(parts, mu, plan.kl_scale, per_sample, dtype), None, None, None
 
 
 def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted=None, kept=None):
@@ -130,14 +131,14 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
     if isinstance(kept, Slopes):
         return _of_slopes(plan, tensors, needs, grad_z, grad_kl, kept)
     if isinstance(kept, tuple):
-        return _of_kept(grad_z, tensors[0], *kept, grad_kl, plan.kl_weight)
+        return _of_kept(grad_z, tensors[0], *kept, grad_kl, plan.kl_scale)
     if kept is not None:
         grad_kl, _ = formula.without_free_bits(plan.call, tensors[0], kept, grad_kl, grad_weighted)
     if plan.call.kind == "column":
-        (mu, logvar), factor = tensors, grad_kl if plan.kl_weight == 1 else grad_kl * plan.kl_weight
+        (mu, logvar), factor = tensors, grad_kl if plan.kl_scale == 1 else grad_kl * plan.kl_scale
         slopes = torch.expm1(logvar.to(plan.dtype)).mul_(factor * HALF)
         return torch.mul(mu, factor).to(mu.dtype), slopes.to(logvar.dtype)
-    return _latent_gradients(grad_z, *tensors, noise, grad_kl, plan.kl_weight, plan.dtype)
+    return _latent_gradients(grad_z, *tensors, noise, grad_kl, plan.kl_scale, plan.dtype)
 
 
 class Slopes(NamedTuple):
@@ -165,7 +166,7 @@ def _any_latents(plan, tensors, noise):
             values = 2 * values.detach()
         else:
             values, slopes = found
-        kl = formula.by_kind(values, call.kind).mul_(0.5 * plan.kl_weight)
+        kl = formula.by_kind(values, call.kind).mul_(0.5 * plan.kl_scale)
     return z, kl, None, None, Slopes(slopes, of_z)
 
 
@@ -174,7 +175,7 @@ def _of_slopes(plan, tensors, needs, grad_z, grad_kl, kept):
     found, mu = [None] * len(tensors), tensors[0]
     if grad_kl is not None:
         factor = grad_kl.reshape([-1, *[1] * (mu.dim() - 1)]) if plan.call.kind == "row" else grad_kl
-        factor = factor if plan.kl_weight == 1 else factor * plan.kl_weight
+        factor = factor if plan.kl_scale == 1 else factor * plan.kl_scale
         for i, (tensor, number) in enumerate(kept.of_kl):
             if needs[i]:
                 found[i] = torch.mul(tensor, factor if number == 1 else factor * number)
@@ -192,12 +193,21 @@ def _of_slopes(plan, tensors, needs, grad_z, grad_kl, kept):
 log_ratio_forward = None  # the formula is as good, and autograd differentiates it
 
 
-def added(grad_loss: Tensor | None, own: Tensor | None, beta: float | Tensor = 1.0) -> Tensor:
-    """What arrives at a term by way of the loss, in which it is times `beta`, and on its own; one of the two may be None."""
+def total(factors, recon: Tensor, kl: Tensor) -> Tensor:
+    """The loss of its two terms."""
+    beta, recon_weight = factors
+    weighted = formula.weighted_by(recon_weight, recon)
+    if isinstance(beta, Tensor):
+        return weighted + beta.to(kl.dtype) * kl
+    return torch.add(weighted, kl, alpha=beta)
+
+
+def added(grad_loss: Tensor | None, own: Tensor | None, factor: float | Tensor) -> Tensor:
+    """What arrives at a term by way of the loss, in which it is times `factor`, and on its own; one of the two may be None."""
     if grad_loss is None:
         return own
-    if isinstance(beta, Tensor) or beta != 1:
-        grad_loss = grad_loss * beta
+    if isinstance(factor, Tensor) or factor != 1:
+        grad_loss = grad_loss * factor
     return grad_loss if own is None else grad_loss + own
 
 

@@ -16,7 +16,7 @@ from ..basics.tracing import is_compiling, is_transformed, is_wrapper
 from ..likelihoods import code_of
 from . import formula
 from .backend import has_kernels
-from .call import KLCall, LossCall
+from .call import Factors, KLCall, LossCall
 from .operators import encoded, ops
 
 TRACERS = FakeTensor, FunctionalTensor
@@ -37,7 +37,7 @@ def _goes_to_kernels(passes: int, *values) -> bool:
     return not is_compiling() or passes * values[0].numel() * values[0].dtype.itemsize >= KERNELS_PAY
 
 
-def loss(call: LossCall, beta: float | Tensor, tensors: Sequence[Tensor], divisor: float | Tensor | None = None):
+def loss(call: LossCall, factors: Factors, tensors: Sequence[Tensor], divisor: float | Tensor | None = None):
     """`(loss, recon, kl)` of tensors that have been checked."""
     parameters, x, weight, latents = call.split(tensors)
     if divisor is None:
@@ -45,9 +45,9 @@ def loss(call: LossCall, beta: float | Tensor, tensors: Sequence[Tensor], diviso
         divisor = call.divisor(parameters[0], x, weight)
     code = code_of(call.likelihood)
     passes = call.likelihood.compiled_passes
-    if code is None or call.likelihood.kernel is None or not _goes_to_kernels(passes, *tensors, beta):
+    if code is None or call.likelihood.kernel is None or not _goes_to_kernels(passes, *tensors, *factors):
         tensors = (*parameters, x, *latents) if weight is None else (*parameters, x, weight, *latents)
-        return formula.terms(call, beta, divisor, tensors)
+        return formula.terms(call, factors, divisor, tensors)
     first, second, third = (*parameters, None, None)[:3]
     mu, logvar, kl = {0: (None, None, None), 1: (None, None, *latents), 2: (*latents, None)}[call.latents]
     recon, kl_sum = ops.loss(
@@ -58,7 +58,7 @@ def loss(call: LossCall, beta: float | Tensor, tensors: Sequence[Tensor], diviso
         return None, recon, None
     if kl is None:
         kl_sum = formula.scaled(kl_sum, call.kl_factor(mu))
-    return formula.with_loss(recon, kl_sum, beta)
+    return formula.with_loss(recon, kl_sum, factors)
 
 
 def draw(mu: Tensor, second: Tensor, generator: torch.Generator | None) -> Tensor:

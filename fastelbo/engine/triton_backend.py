@@ -9,13 +9,13 @@ from torch import Tensor
 
 from .. import kernels
 from . import formula
-from .torch_backend import added
+from .torch_backend import added, total
 
 INTERPRETED = kernels.INTERPRETED
 draw_noise = kernels.draw_noise
 
 
-def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
+def loss_forward(plan, factors, tensors, divisor, known, wants, stateless=False):
     """See `torch_backend.loss_forward`. `sums`, in the place of the gradients by parameters smaller than the first, are the
     derivatives of the sum by them, times no factor and not over the divisor.
     """
@@ -25,7 +25,7 @@ def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
         if wants[0]:
             used = plan.guess.factor() if known is None else known
         launches = plan.loss_launches or _loss(plan, recon_x, x, mu)
-        loss, recon, kl, gradient = launches.forward(recon_x, x, mu, logvar, kl, beta, used, stateless)
+        loss, recon, kl, gradient = launches.forward(recon_x, x, mu, logvar, kl, *factors, used, stateless)
         return (loss, recon, kl, [gradient], None, used) if plan.latents else (None, recon, None, [gradient], None, used)
     call = plan.call
     parameters, x, weight, latents = call.split(tensors)
@@ -38,14 +38,13 @@ def loss_forward(plan, beta, tensors, divisor, known, wants, stateless=False):
         return None, recon, None, stored, sums, used
     if call.latents == 2:
         launches = plan.latents_launches or _sample(plan, *latents)
-        kl, loss = launches.total(*latents, recon, beta, stateless)
+        kl, loss = launches.total(*latents, recon, *factors, stateless)
         return loss, recon, kl, stored, sums, used
     kl = latents[0].to(call.dtype, copy=True)
-    loss = recon + beta.to(call.dtype) * kl if isinstance(beta, Tensor) else torch.add(recon, kl, alpha=beta)
-    return loss, recon, kl, stored, sums, used
+    return total(factors, recon, kl), recon, kl, stored, sums, used
 
 
-def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, needs):
+def loss_backward(plan, factors, tensors, divisor, upstreams, stored, sums, used, needs):
     """See `torch_backend.loss_backward`. What was stored with another factor is corrected where it lies."""
     grads, seen, n = [None] * len(tensors), None, plan.count
     grad_loss, grad_recon, grad_kl = upstreams
@@ -57,7 +56,7 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
         recon_x, x, mu, logvar, _ = _plain_tensors(plan, tensors)
         launches = plan.loss_launches or _loss(plan, recon_x, x, mu)
         grads[0], grad_mu, grad_logvar, own, seen = launches.backward(
-            recon_x, x, mu, logvar, beta, upstreams, None if stored is None else stored[0], used,
+            recon_x, x, mu, logvar, *factors, upstreams, None if stored is None else stored[0], used,
             wants_recon, wants_kl and plan.latents == 2, wants_kl and plan.latents == 1,
         )  # fmt: skip
         if wants_kl:
@@ -67,7 +66,7 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
     parameters, x, weight, latents = call.split(tensors)
     if wants_recon:
         wants = needs[:n]
-        upstream, large = added(grad_loss, grad_recon), plan.large_of(wants)
+        upstream, large = added(grad_loss, grad_recon, factors[1]), plan.large_of(wants)
         if sums is None and large != wants:  # those that forward did not keep, as an operator's: all in one launch
             seen = upstream.reshape(-1).to(call.dtype)
             found = _reconstruct(plan, parameters, x, weight, divisor, seen, wants, True)[1]
@@ -78,10 +77,10 @@ def loss_backward(plan, beta, tensors, divisor, upstreams, stored, sums, used, n
             if total is not None:
                 grads[i] = _times_upstream(total, upstream, divisor, parameters[i])
     if wants_kl and call.latents == 1:
-        grads[-1] = added(grad_loss, grad_kl, beta).to(latents[0].dtype, copy=True)
+        grads[-1] = added(grad_loss, grad_kl, factors[0]).to(latents[0].dtype, copy=True)
     elif wants_kl:
         launches = plan.latents_launches or _sample(plan, *latents)
-        grads[-2:] = launches.backward(None, *latents, None, beta, (grad_loss, grad_kl))
+        grads[-2:] = launches.backward(None, *latents, None, factors[0], (grad_loss, grad_kl))
     return grads, seen
 
 
@@ -169,7 +168,7 @@ def _loss(plan, recon_x, x, mu):
     likelihood = plan.likelihood
     plan.loss_launches = kernels.Loss(
         recon_x, x, mu, likelihood=likelihood.function(1), scale=likelihood.fixed or 1.0, target_scale=plan.scaling[0],
-        weights=(1 / plan.divisor, plan.kl_weight), per_sample=plan.per_sample, dtype=plan.dtype,
+        scales=(1 / plan.divisor, plan.kl_scale), per_sample=plan.per_sample, dtype=plan.dtype,
     )  # fmt: skip
     return plan.loss_launches
 
@@ -184,7 +183,7 @@ def _reconstruction(plan, operands, x):
 def _sample(plan, mu, logvar):
     """Those of the kernels for plain latents, likewise."""
     plan.latents_launches = kernels.Sample(
-        mu, logvar, kl_weight=plan.kl_weight, per_sample=plan.per_sample, dtype=plan.dtype
+        mu, logvar, kl_scale=plan.kl_scale, per_sample=plan.per_sample, dtype=plan.dtype
     )  # fmt: skip
     return plan.latents_launches
 
@@ -195,7 +194,7 @@ def _divergence(plan, mu, second, priors):
     plan.latents_launches = kernels.Divergence(
         mu, second, *priors, kind=call.kind, floor=call.floor,
         free_bits=call.floor_of_groups(mu) if call.groups == "dimension" else None, shares=call.shares or (1.0, 1.0),
-        kl_weight=plan.kl_weight, dtype=plan.dtype, **_gaussian(call.latents),
+        kl_scale=plan.kl_scale, dtype=plan.dtype, **_gaussian(call.latents),
     )  # fmt: skip
     return plan.latents_launches
 
