@@ -7,7 +7,7 @@ from .engine.loss import ELBOTerms
 from .latents.posterior import Posterior
 from .latents.weighting import Weighting
 from .objective import elbo, loss
-from .parts import SampleKL, SampleLogRatio, kl_divergence, reparameterize, sample_kl, sample_log_ratio
+from .parts import SampleKL, SampleLogRatio, kl_divergence, nll, reparameterize, sample_kl, sample_log_ratio
 
 __all__ = [
     "ELBO",
@@ -24,6 +24,7 @@ __all__ = [
     "likelihoods",
     "log_likelihood",
     "loss",
+    "nll",
     "nn",
     "reference",
     "reparameterize",

@@ -302,7 +302,8 @@ def _check_sources(
         raise TypeError(f"monitor must be a Monitor, got {type(monitor).__name__}")
     if kl is None:
         if mu is None or (logvar is None and not isinstance(mu, Distribution)):
-            raise ValueError("give mu and logvar, or kl: got " + _given_or_not(mu=mu, logvar=logvar))
+            advice = "; the reconstruction alone is fastelbo.nll" if mu is logvar is None else ""
+            raise ValueError("give mu and logvar, or kl: got " + _given_or_not(mu=mu, logvar=logvar) + advice)
         return
     if mu is not None or logvar is not None:
         raise ValueError("give mu and logvar, or kl, not both: got " + _given_or_not(mu=mu, logvar=logvar, kl=kl))

@@ -1,4 +1,4 @@
-"""The parts of the objective, each of them useful alone: samples of the posterior, and their KL from the prior."""
+"""The parts of the objective, each of them useful alone: reconstruction, samples of the posterior, their KL from the prior."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,12 +18,59 @@ from .basics.arguments import (
     result_dtype,
 )
 from .basics.tracing import is_surrounded
-from .engine.call import REDUCTIONS_OF_KL, check_kl
+from .engine.call import ONE, REDUCTIONS_OF_KL, Objective, check_kl
 from .engine.compiled import in_graph
 from .engine.latents import latents_terms, run, sample
 from .engine.log_ratio import draw_rows, log_density, log_ratio
-from .engine.plan import latents_plan_of
-from .latents.posterior import Posterior, check_latents
+from .engine.loss import composed_terms, planned_terms, traced_terms
+from .engine.plan import find_objective, latents_plan_of
+from .latents.posterior import LOGVAR, Posterior, check_latents
+from .likelihoods import Likelihood
+
+
+def nll(
+    recon_x: Tensor | tuple[Tensor, ...],
+    x: Tensor,
+    *,
+    likelihood: str | Likelihood = "bernoulli",
+    weight: Tensor | None = None,
+    reduction: str = "sum",
+) -> Tensor:
+    """The reconstruction alone, `-log p(x | z)`: the `recon` of `loss`, for models that compute the KL elsewhere or have none.
+
+    Differentiable by every tensor argument; on a GPU one launch, which makes the gradient too.
+
+    Args:
+        recon_x: the decoder's output, `[B, ...]`, float16, bfloat16, float32 or float64; or the tuple of tensors that
+            parametrize the likelihood. A tuple of one is that one.
+        x: the target, of the shape of `recon_x` and any real dtype.
+        likelihood: what `recon_x` parametrizes, a name or an object of `fastelbo.likelihoods`, as in `loss`.
+        weight: weights of the elements of `x`, such as a mask, as in `loss`: what has the weight 0 does not count.
+        reduction: `"sum"`, `"batchmean"` (sum / B), `"mean"` (over all elements, or divided by the sum of the weights) or
+            `"none"` (one value a sample).
+
+    Returns:
+        The negative log-likelihood in nats, `[]`, or `[B]` with `reduction="none"`: float64 if a tensor of `recon_x` is,
+        otherwise float32.
+
+    Raises:
+        TypeError, ValueError: as `loss`.
+    """
+    surrounded = is_surrounded()
+    if surrounded and is_dynamo_compiling():
+        values = {"recon_x": recon_x, "x": x, "weight": weight}
+        found = in_graph(nll, values, likelihood=likelihood, reduction=reduction)
+        if found is not None:
+            return found
+    if not isinstance(reduction, str):  # a pair has one for the KL
+        check_reduction(reduction)
+    objective = (Objective.of if surrounded else find_objective)(likelihood, LOGVAR, reduction)
+    given = tuple(recon_x) if isinstance(recon_x, tuple | list) else (recon_x,)
+    tensors = (*given, x) if weight is None else (*given, x, weight)
+    if not objective.is_sum:
+        return composed_terms("recon_x", objective, tensors, len(given), weight is not None, None).recon
+    compute = traced_terms if surrounded else planned_terms
+    return compute("recon_x", objective, tensors, len(given), weight is not None, 0, ONE).recon
 
 
 class SampleKL(NamedTuple):

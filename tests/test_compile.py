@@ -96,6 +96,20 @@ def test_sample_kl_and_loss(reduction, device):
     assert_same(call, Counted(call), (recon_x, mu, logvar), *args)
 
 
+@pytest.mark.parametrize("likelihood", ("bernoulli_logits", Gaussian("optimal")), ids=("name", "of sums"))
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nll(backend, reduction, likelihood, device):
+    recon_x, x, *_ = make_inputs("bernoulli_logits", (5, 9), (5, 3), device=device)
+
+    def call(recon_x, x, weight):
+        return fastelbo.nll(recon_x, x, likelihood=likelihood, weight=weight, reduction=reduction)
+
+    compiled = Counted(call, backend)
+    assert_same(call, compiled, (recon_x,), recon_x, x, torch.rand_like(x), rtol=1e-5, atol=1e-5)
+    assert compiled.compilations == 1
+
+
 def test_criterion(device):
     recon_x, x, mu, logvar = make_inputs("gaussian", (5, 9), (5, 3), device=device)
     criterion = fastelbo.nn.ELBOLoss(Gaussian(scale=0.4), beta=0.3, reduction="mean").to(device)
@@ -394,6 +408,7 @@ def test_errors_of_values():
 
 
 CALLS = {
+    "nll": lambda r, x, mu, logvar, **chosen: (fastelbo.nll(r, x, weight=x, **chosen),),
     "loss": lambda r, x, mu, logvar, **chosen: fastelbo.loss(r, x, mu, logvar, 0.5, **chosen),
     "sample_kl": lambda r, x, mu, logvar, **chosen: fastelbo.sample_kl(mu, logvar),
     "reparameterize": lambda r, x, mu, logvar, **chosen: (fastelbo.reparameterize(mu, logvar),),

@@ -25,6 +25,7 @@ from ..likelihoods import Likelihood, find_likelihood
 
 # What a loss multiplies its terms by: beta and `recon_weight`, each a float or a 0-d tensor.
 Factors = tuple[float | Tensor, float | Tensor]
+ONE: Factors = (1.0, 1.0)
 
 
 class Objective(NamedTuple):

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from ..basics.tracing import is_surrounded, needs_formula, never_compiled
 from ..likelihoods.values import check_values, is_well
 from . import formula, traced
-from .call import Factors, Objective, check_loss
+from .call import ONE, Factors, Objective, check_loss
 from .plan import LossPlan, loss_plan
 
 
@@ -66,24 +66,27 @@ def planned_terms(
 
 
 def composed_terms(
-    name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, kl: Tensor, factors: Factors,
-    known: Tensor | None = None,
+    name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, kl: Tensor | None,
+    factors: Factors = ONE, known: Tensor | None = None,
 ) -> ELBOTerms:  # fmt: skip
-    """Likewise, of a KL that is reduced already, and of a likelihood that may be made of the sums of another one."""
+    """Likewise, of a KL that is reduced already, or of none; the likelihood may be made of the sums of another one."""
     likelihood, inner = objective.likelihood, objective.likelihood.inner
+    behind = () if kl is None else (kl,)
     if inner is None:
-        return loss_terms(name, objective, (*tensors, kl), parameters, weighted, 1, factors, known=known)
-    call = check_loss(name, objective, (*tensors, kl), parameters, weighted, 1)
+        return loss_terms(name, objective, (*tensors, *behind), parameters, weighted, len(behind), factors, known=known)
+    call = check_loss(name, objective, (*tensors, *behind), parameters, weighted, len(behind))
     given, x, weight, _ = call.split(tensors)
     weight = call.shaped(weight, given[0], x)
     of_sums = objective._replace(likelihood=inner, reduction="none" if call.per_sample else "sum")
-    sums = loss_terms(name, of_sums, tensors, parameters, weighted, 0, (1.0, 1.0)).recon
+    sums = loss_terms(name, of_sums, tensors, parameters, weighted, 0, ONE).recon
     counts = total = likelihood.count(given[0], x, weight, call.dtype)
     if call.per_sample:
         counts = math.prod(x.shape[1:])
         if weight is not None:
             counts = formula.reduced(weight.to(call.dtype).expand(x.shape), "none")
     recon = likelihood.compose(sums, counts, total) / call.divisor(given[0], x, weight)
+    if kl is None:
+        return tuple.__new__(ELBOTerms, (None, recon, None))
     return ELBOTerms(*formula.with_loss(recon, kl.to(recon.dtype, copy=True), factors))
 
 

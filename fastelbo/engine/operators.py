@@ -16,10 +16,8 @@ from ..latents.posterior import LOGVAR, Latents, Posterior
 from ..likelihoods import likelihood_of
 from . import formula
 from .backend import has_kernels
-from .call import KLCall, LossCall
+from .call import ONE, KLCall, LossCall
 from .plan import find_objective, latents_plan, loss_plan
-
-ONE = 1.0, 1.0  # of terms that are weighed outside
 
 _library = torch.library.Library("fastelbo", "DEF")
 ops = torch.ops.fastelbo
