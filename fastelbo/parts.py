@@ -20,11 +20,13 @@ from .basics.arguments import (
 from .basics.tracing import is_surrounded
 from .engine.call import ONE, REDUCTIONS_OF_KL, Objective, check_kl
 from .engine.compiled import in_graph
+from .engine.divergence import weighted_kl, weighted_sample
 from .engine.latents import latents_terms, run, sample
 from .engine.log_ratio import draw_rows, log_density, log_ratio
 from .engine.loss import composed_terms, planned_terms, traced_terms
 from .engine.plan import find_objective, latents_plan_of
 from .latents.posterior import LOGVAR, Posterior, check_latents
+from .latents.weighting import ALL, Weighting
 from .likelihoods import Likelihood
 
 
@@ -122,15 +124,19 @@ def sample_kl(
     *,
     posterior: str | Posterior = "logvar",
     prior: tuple[Tensor, Tensor] | Distribution | None = None,
+    weighting: Weighting | None = None,
     reduction: str = "sum",
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> SampleKL:
     """A sample as from `reparameterize`, and its KL from the prior, from one read of all of them.
 
+    Free bits per dimension or channel, and a capacity, take a second one.
+
     Args:
         mu, logvar, posterior, eps, generator: as in `reparameterize`.
         prior: as in `kl_divergence`: a pair that is parametrized as the posterior is, or a Normal. None: N(0, I).
+        weighting: free bits, capacity or balance: then `kl` is what they make of the KL, as in `kl_divergence`.
         reduction: of the KL: `"sum"`, `"batchmean"`, `"mean"` (over all elements) or `"none"` (one value a sample).
 
     Returns:
@@ -138,16 +144,19 @@ def sample_kl(
         `loss(..., kl=kl)`.
 
     Raises:
-        TypeError, ValueError: as `reparameterize`; also if `prior` does not fit, or `reduction` is unknown.
+        TypeError, ValueError: as `reparameterize`; also if `prior` does not fit, if `reduction` is unknown, or if `weighting`
+            is no `Weighting`, or has no meaning with the reduction or without a prior.
     """
     surrounded = is_surrounded()
     if surrounded and generator is None and is_dynamo_compiling():
         values = {"mu": mu, "logvar": logvar, "prior": prior, "eps": eps}
-        found = in_graph(sample_kl, values, posterior=posterior, reduction=reduction)
+        found = in_graph(sample_kl, values, posterior=posterior, weighting=weighting, reduction=reduction)
         if found is not None:
             return found
     if reduction is None:
         check_reduction(reduction)
+    if weighting is not None and weighting is not ALL:
+        return SampleKL(*weighted_sample(mu, logvar, posterior, prior, weighting, reduction, eps, generator))
     return tuple.__new__(SampleKL, sample(mu, logvar, posterior, prior, reduction, eps, generator, surrounded))
 
 
@@ -157,9 +166,13 @@ def kl_divergence(
     prior: tuple[Tensor, Tensor] | Distribution | None = None,
     *,
     posterior: str | Posterior = "logvar",
+    weighting: Weighting | None = None,
     reduction: str = "sum",
 ) -> Tensor:
     """KL(N(mu, sigma^2) || prior), in nats, differentiable by every tensor.
+
+    With a `weighting` it is what that makes of the KL, which a loss of several terms adds up: the levels of a hierarchy, the
+    heads of a world model.
 
     Args:
         mu: mean, `[B, ...]`, float16, bfloat16, float32 or float64; or a `torch.distributions.Normal`, or an `Independent` of
@@ -170,6 +183,11 @@ def kl_divergence(
             prior_log_std)`. Of the shape of `mu`, or one that broadcasts to it. Deviations that are not positive give an
             infinite KL or NaN.
         posterior: what `logvar` is: `"logvar"`, `"log_std"`, `"std"`, `"var"`, or a `Posterior`.
+        weighting: free bits, capacity or balance, and the result is the KL as weighted: `loss` has beta times it. None: the KL
+            itself. It has to mean something with the reduction: free bits of the batch, dimensions or channels, and a capacity
+            of the batch, have no value for each sample (`"none"`); `"dimension"` takes free bits of dimensions or elements,
+            `"element"` those of elements; balance goes with all. In `"sum"` and `"mean"`, what is a mean over samples counts B
+            times, or is over the number of dimensions.
         reduction: `"sum"`, `"batchmean"` (sum / B), `"mean"` (over all elements), `"none"` (one value a sample, `[B]`),
             `"dimension"` (the mean over the batch, `mu.shape[1:]`), or `"element"` (of the shape of `mu`).
 
@@ -177,17 +195,20 @@ def kl_divergence(
         The KL: float64 if an input is, otherwise float32.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or has an unknown name; or a pair is
-            the prior of a Normal.
+        TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or has an unknown name; a pair is the
+            prior of a Normal; or `weighting` is no `Weighting`, or has no meaning with the reduction or without a prior.
     """
     if reduction is None:  # which stands for no KL further in
         check_reduction(reduction, REDUCTIONS_OF_KL)
-    if is_surrounded():
+    surrounded = is_surrounded()
+    if surrounded and is_dynamo_compiling():
         values = {"mu": mu, "logvar": logvar, "prior": prior}
-        options = {"posterior": posterior, "reduction": reduction}
-        found = in_graph(kl_divergence, values, **options) if is_dynamo_compiling() else None
+        found = in_graph(kl_divergence, values, posterior=posterior, weighting=weighting, reduction=reduction)
         if found is not None:
             return found
+    if weighting is not None and weighting is not ALL:
+        return weighted_kl(mu, logvar, posterior, prior, weighting, reduction, surrounded)
+    if surrounded:
         kl: Tensor = latents_terms(*check_kl(mu, logvar, posterior, prior, reduction, False))[1]
     else:
         kl = run(*latents_plan_of(mu, logvar, posterior, prior, reduction, None, False), None)[1]

@@ -6,12 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..basics.arguments import factor_of, result_dtype
-from ..latents.posterior import Latents
-from ..latents.weighting import ALL, Weighting, is_of_each, shares_of
-from .call import KINDS, KLCall, weighted_call
+from ..basics.arguments import REDUCTIONS, factor_of, result_dtype
+from ..latents.posterior import Latents, check_latents
+from ..latents.weighting import ALL, Weighting, check_weighting, is_of_each, shares_of
+from .call import KINDS, REDUCTIONS_OF_KL, KLCall, weighted_call
 from .formula import reduced
-from .latents import latents_terms
+from .latents import draw, latents_terms, run
+from .plan import latents_plan_of
 
 
 class Statistics(NamedTuple):
@@ -79,6 +80,40 @@ def divergence_terms(
     scale = factor_of(reduction, mu)
     kl = times(scale, kl)
     return kl.clone() if kl is weighted else kl, times(scale * total, weighted), found
+
+
+def weighted_kl(mu, logvar, posterior, prior, weighting, reduction: str, surrounded: bool) -> Tensor:
+    """What a weighting makes of the KL, also of each dimension or element; from what users pass."""
+    if not surrounded and isinstance(weighting, Weighting) and weighting.capacity is None and reduction in REDUCTIONS:
+        plan, tensors = latents_plan_of(mu, logvar, posterior, prior, reduction, None, False, weighting)
+        _, kl, weighted, _ = run(plan, tensors, None)
+        return times(shares_of(weighting)[0], kl if weighted is None else weighted)
+    latents, tensors = check_latents(mu, logvar, posterior, prior)
+    weighting = check_weighting(weighting, tensors[0], latents.prior is not None, 1.0, reduction, REDUCTIONS_OF_KL)
+    if reduction in REDUCTIONS:
+        return divergence_terms(latents, tensors, weighting=weighting, reduction=reduction)[1]
+    free_bits, (total, shares) = weighting.free_bits, shares_of(weighting)
+    of = "element" if free_bits is not None and weighting.free_bits_per == "element" else reduction
+    _, kl, weighted, _ = latents_terms(KLCall(latents, result_dtype(*tensors), KINDS[of], of, None, shares), tensors)
+    weighted = kl if weighted is None else weighted
+    if free_bits is not None:
+        weighted = torch.where(kl <= free_bits, free_bits, weighted)
+    return times(total, weighted if of == reduction else weighted.mean(0))
+
+
+def weighted_sample(
+    mu, logvar, posterior, prior, weighting, reduction: str, eps: Tensor | None, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """A sample, and what a weighting makes of the KL, from what users pass."""
+    latents, tensors = check_latents(mu, logvar, posterior, prior)
+    weighting = check_weighting(weighting, tensors[0], latents.prior is not None, 1.0, reduction)
+    noise, dtype = draw(tensors[0], tensors[1], eps, generator), result_dtype(*tensors)
+    call = weighted_call(latents, dtype, weighting, reduction)
+    if weighting.capacity is None and call.kind != "column":  # no pass over columns makes a sample
+        z, kl, weighted, _ = latents_terms(call, tensors, noise)
+        return z, kl if weighted is None else times(shares_of(weighting)[0], weighted)
+    z = latents_terms(KLCall(Latents(latents.posterior), result_dtype(*tensors[:2]), None), tensors[:2], noise)[0]
+    return z, divergence_terms(latents, tensors, weighting=weighting, reduction=reduction)[1]
 
 
 def _in_one_pass(call: KLCall, tensors: Sequence[Tensor], weighting: Weighting, statistics: bool):

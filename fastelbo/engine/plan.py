@@ -279,6 +279,8 @@ class LatentsPlan:
         self.backend = None if strange or seldom or not mu.numel() else backend_for(mu.device)
         if self.backend is torch_backend and not self.is_simple and not (mu.device.type == "cpu" and call.is_whole):
             self.backend = None
+        if self.backend is torch_backend and call.groups is not None and noise is not None:
+            self.backend = None  # which has no sample beside free bits
         self.layout, self.noise_layout = layout_of(mu), layout_of(tensors[1])
         # To the Torch backend: one small block, in the dtype of the arithmetic.
         self.is_whole = mu.numel() <= SMALL and mu.dtype == tensors[1].dtype == call.dtype

@@ -1,8 +1,10 @@
 """What of the KL enters the objective: free bits, capacity, balance, and a beta for each dimension."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from ..basics.arguments import broadcasts, check_device, check_number, check_reals, check_reduction
+from ..basics.arguments import REDUCTIONS, broadcasts, check_device, check_number, check_reals, check_reduction
 from ..basics.records import Record, canonical, check_choice, record
 from ..basics.scalars import check_real
 
@@ -15,8 +17,8 @@ class Weighting(metaclass=Record):
     """What of the KL enters the loss: free bits, a capacity, or balanced gradients, in nats. Pass it as `weighting=`; None and
     `Weighting()` are the same, all of the KL. It is frozen and compared by value.
 
-    The loss has beta times what the weighting makes of the KL; `kl` in the results is the KL itself. B samples b have latent
-    dimensions d.
+    The loss has beta times what the weighting makes of the KL; `kl` in its results is the KL itself. `kl_divergence` and
+    `sample_kl` return what the weighting makes of it, for the loss that it is added to. B samples b have latent dimensions d.
 
     Args:
         free_bits: lambda: a KL below it counts as lambda and has no gradient. None: no free bits.
@@ -104,16 +106,26 @@ def shares_of(weighting: Weighting) -> tuple[float, tuple[float, float] | None]:
     return total, (weighting.balance[0] / total, weighting.balance[1] / total)
 
 
-def check_weighting(weighting, mu: Tensor, has_prior: bool, beta: float | Tensor, reduction: str) -> Weighting:
+# What free bits can be for, where the KL keeps dimensions; no capacity can.
+FREE_BITS_OF = {"dimension": ("element", "dimension"), "element": ("element",)}
+
+
+def check_weighting(
+    weighting, mu: Tensor, has_prior: bool, beta: float | Tensor, reduction: str, reductions: Sequence[str] = REDUCTIONS
+) -> Weighting:
     """A `Weighting` that goes with the rest of the call; None stands for the KL as it is."""
     if weighting is None:
         return ALL
     if not isinstance(weighting, Weighting):
         raise TypeError(f"weighting must be a Weighting, got {type(weighting).__name__}")
-    check_reduction(reduction)
+    check_reduction(reduction, reductions)
     each = is_of_each(beta)
+    if reduction in FREE_BITS_OF and weighting.capacity is not None:
+        raise ValueError(f"Weighting.capacity is about whole samples: reduction {reduction!r} has no place for it")
     if weighting.free_bits is not None:
         per = weighting.free_bits_per
+        if per not in FREE_BITS_OF.get(reduction, FREE_BITS_PER):
+            raise ValueError(f"Weighting.free_bits_per={per!r} sums over more than reduction {reduction!r} leaves apart")
         if each and per not in ("element", "dimension"):
             raise ValueError(f"Weighting.free_bits_per={per!r} needs a beta that is one number, not one for each dimension")
         if reduction == "none" and per not in ("element", "sample"):
