@@ -47,15 +47,17 @@ class Monitor:
             self._batches += batch
             if statistics is None:
                 return
-            kl, mu_sum, mu_square_sum = statistics
-            new = torch.stack([kl.double() * batch, mu_sum.double(), mu_square_sum.double()])
+            kl, mu_sum, mu_square_sum, posteriors = statistics
+            if posteriors == 0:
+                return
+            new = torch.stack([kl.double() * posteriors, mu_sum.double(), mu_square_sum.double()])
             if self._latents is not None and self._latents.shape != new.shape:
                 raise ValueError(
                     "monitor must see latents of one shape, and be reset before another:"
                     f" got {tuple(new.shape[1:])} after {tuple(self._latents.shape[1:])}"
                 )
             self._latents = new if self._latents is None else self._latents + new
-            self._samples += batch
+            self._samples += posteriors
 
     @property
     def kl_per_dimension(self) -> Tensor:

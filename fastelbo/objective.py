@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.distributions import Distribution
 
-from .basics.arguments import REALS, check_batch, check_device, check_number, check_reals
+from .basics.arguments import OF_EACH, REALS, check_batch, check_device, check_number, check_reals
 from .basics.tracing import is_surrounded
 from .bounds.records import ELBO, ONE_SAMPLE, check_bound
 from .bounds.samples import many_samples
@@ -54,7 +54,8 @@ def loss(
             parametrize the likelihood. A tuple of one is that one.
         x: the target, of the shape of `recon_x` and any real dtype; integers and booleans are converted on the fly.
         mu: mean of the encoder's Gaussian, `[B, ...]`, of any such shape and floating dtype; or a `torch.distributions.Normal`,
-            or an `Independent` of one, which stands for `mu` and `logvar`.
+            or an `Independent` of one, which stands for `mu` and `logvar`. Its batch may be another one than that of `x`, as of
+            clips and their frames, unless the reduction is `"none"`: each term is averaged over its own.
         logvar: logarithm of its variance, of the shape of `mu`, or what `posterior` says that it is.
         beta: weight of the KL (Higgins et al., beta-VAE, 2017): a number, a 0-d tensor, or a tensor that broadcasts to a sample
             of `mu`, with a weight for each latent dimension.
@@ -135,7 +136,8 @@ def loss(
         kl, beta, weighted, statistics = _divergence(kind, of_latents, objective, beta, weighting, monitor)
     check_reals("x", x)
     check_device("mu", of_latents[0], "recon_x", x)
-    check_batch("mu", of_latents[0], "x", x)
+    if objective.reduction == "none":
+        check_batch("mu", of_latents[0], "x", x, OF_EACH)
     return _with_kl("recon_x", objective, given, x, weight, kl, (beta, recon_weight), weighted, monitor, statistics)
 
 
@@ -178,7 +180,8 @@ def elbo(
 
     Args:
         decoder: a module, bound method or function from z, of the shape of `mu`, to `recon_x`: a prediction of the shape of
-            `x`, or the tuple of the likelihood's parameters. With several samples it gets and returns `[chunk * B, ...]`.
+            `x`, or the tuple of the likelihood's parameters. With several samples it gets and returns `[chunk * B, ...]`, with
+            one batch for `mu` and `x`.
         x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, recon_weight, reduction, monitor: as in `loss`.
         eps: noise to use, of the shape of `mu`; with several samples, or by an `IWAE`, `[n_samples, *mu.shape]`.
         generator: draws the noise, in place of the default generator; on the device of `mu`.
@@ -225,7 +228,7 @@ def elbo(
         inside = objective.is_direct and prior is None and not surrounded and is_little(mu, logvar)
         reduction_of_kl = None if inside else objective.kl_reduction
         z, kl = sample(mu, logvar, posterior, prior, reduction_of_kl, eps, generator, surrounded)
-        _check_target(x, z)
+        _check_target(x, z, objective.reduction)
         given = decoder(z)
         given = _parameters(given, objective.likelihood) if isinstance(given, tuple | list) else (given,)
         behind = (mu, logvar) if inside else (kl,)
@@ -234,7 +237,7 @@ def elbo(
         return compute("decoder(z)", objective, tensors, len(given), weight is not None, len(behind), (beta, recon_weight))
     _check_sources(mu, logvar, None, objective, prior, weighting, reduction, monitor)
     latents, tensors = check_latents(mu, logvar, posterior, prior)
-    _check_target(x, tensors[0])
+    _check_target(x, tensors[0], objective.reduction)
     kl, beta, weighted, statistics = _divergence(latents, tensors, objective, beta, weighting, monitor)
     z, _ = sample(tensors[0], tensors[1], latents.posterior, None, None, eps, generator)
     given = _parameters(decoder(z), objective.likelihood)
@@ -246,7 +249,7 @@ def _before_decoder(
 ) -> tuple[Tensor, Tensor]:
     """What `elbo` computes before the decoder runs, and behind it, where torch.compile takes each whole."""
     z, kl = sample(mu, logvar, posterior, prior, reduction, eps, None)
-    _check_target(x, z)
+    _check_target(x, z, reduction)
     return z, kl
 
 
@@ -284,14 +287,15 @@ def _checked_recon_weight(recon_weight: Any, x: Any) -> float | Tensor:
     return check_number("recon_weight", recon_weight, x)
 
 
-def _check_target(x: Any, mu: Tensor) -> None:
+def _check_target(x: Any, mu: Tensor, reduction: str) -> None:
     """A target for these latents."""
     if isinstance(x, Tensor) and x.dtype in REALS and x.layout == torch.strided and x.device == mu.device:
         if x.shape[:1] == mu.shape[:1] and not x.is_nested:
             return
     check_reals("x", x)
     check_device("x", x, "mu", mu)
-    check_batch("x", x, "mu", mu)
+    if reduction == "none":
+        check_batch("x", x, "mu", mu, OF_EACH)
 
 
 def _check_sources(

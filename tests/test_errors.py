@@ -31,7 +31,16 @@ BAD = [
     ({"x": rand(1, 6)}, ValueError, r"recon_x must have the shape of x"),
     ({"x": rand(4, 6, 1)}, ValueError, r"recon_x must have the shape of x: .* x.view_as\(recon_x\)"),
     ({"logvar": rand(4, 1)}, ValueError, r"logvar must have the shape of mu: got logvar \(4, 1\) and mu \(4, 3\)"),
-    ({"mu": rand(5, 3), "logvar": rand(5, 3)}, ValueError, r"same batch size.*mu \(5, 3\) and recon_x \(4, 6\)"),
+    (
+        {"mu": rand(5, 3), "logvar": rand(5, 3), "reduction": "none"},
+        ValueError,
+        r"same batch size.*for the reduction 'none': got mu \(5, 3\) and recon_x \(4, 6\)",
+    ),
+    (
+        {"mu": rand(5, 3), "logvar": rand(5, 3), "reduction": "none", "prior": (KL, KL)},
+        ValueError,
+        r"same batch size.*for the reduction 'none': got mu \(5, 3\) and x \(4, 6\)",
+    ),
     ({"recon_x": rand(()), "x": rand(())}, ValueError, "recon_x must have the batch"),
     ({"mu": rand(()), "logvar": rand(())}, ValueError, "mu must have the batch"),
     ({"recon_x": torch.ones(4, 6, dtype=torch.int64, device=DEVICE)}, TypeError, "recon_x must be float16.*int64"),

@@ -106,12 +106,16 @@ def check_count(name: str, value, expected: str = "an integer") -> int:
     return value
 
 
-def check_batch(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+def check_batch(name: str, value: Tensor, other_name: str, other: Tensor, of: str = "several samples") -> None:
+    """The same batch, where samples are paired."""
     if value.shape[:1] != other.shape[:1]:
         raise ValueError(
-            f"{name} and {other_name} must have the same batch size, their first dimension:"
+            f"{name} and {other_name} must have the same batch size, their first dimension, for {of}:"
             f" got {name} {tuple(value.shape)} and {other_name} {tuple(other.shape)}"
         )
+
+
+OF_EACH = "the reduction 'none'"
 
 
 def check_smaller(name: str, value, other_name: str, other: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..basics.arguments import (
+    OF_EACH,
     REDUCTIONS,
     check_batch,
     check_device,
@@ -116,7 +117,8 @@ def check_loss(name: str, objective: Objective, tensors: Sequence, parameters: i
     if latents == 2:
         mu, _ = check_latents(*rest, LOGVAR)[1]
         check_device("mu", mu, name, first)
-        check_batch("mu", mu, name, first)
+        if reduction == "none":
+            check_batch("mu", mu, name, first, OF_EACH)
     elif latents == 1:
         (kl,) = rest
         check_floats("kl", kl)

@@ -16,11 +16,12 @@ from .plan import latents_plan_of
 
 
 class Statistics(NamedTuple):
-    """What diagnostics are made of, from the pass that computed the KL: each of the shape `mu.shape[1:]`, without gradient."""
+    """What diagnostics are made of, from the pass that computed the KL; tensors `mu.shape[1:]`, without gradient."""
 
     kl: Tensor  # the mean over the batch
     mu_sum: Tensor  # sums over the batch
     mu_square_sum: Tensor
+    batch: int  # of the latents, which may be another than that of the data
 
 
 def kl_of(latents: Latents, tensors: Sequence[Tensor], reduction: str) -> Tensor:
@@ -135,8 +136,8 @@ def _statistics(call: KLCall, tensors: Sequence[Tensor], kl: Tensor, sums: Seque
             _, kl, _, sums = latents_terms(call, tensors)
     elif call.groups is not None:
         kl, *sums = sums
-    mu = tensors[0]
-    return Statistics(kl.detach() * (1 / (call.scale(mu) * mu.shape[0]) if mu.shape[0] else torch.nan), *sums)
+    mu, batch = tensors[0], tensors[0].shape[0]
+    return Statistics(kl.detach() * (1 / (call.scale(mu) * batch) if batch else torch.nan), *sums, batch)
 
 
 def times(factor: float | Tensor, value: Tensor) -> Tensor:
