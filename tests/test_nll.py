@@ -270,7 +270,7 @@ BAD = (
     ({"recon_x": ()}, ValueError, "recon_x must be a tensor for the likelihood 'mse', got 0 tensors"),
     ({"likelihood": "men"}, ValueError, "likelihood must be an object of fastelbo.likelihoods or one of"),
     ({"weight": torch.zeros(5)}, ValueError, "weight must broadcast to x"),
-    ({"weight": 0.5}, TypeError, "weight must be a tensor, got float"),
+    ({"weight": 0.5}, TypeError, "weight must be a tensor, with weights of elements of x, got 0.5"),
     ({"reduction": "avg"}, ValueError, "reduction must be one of 'sum', 'batchmean', 'mean', 'none'; got 'avg'"),
     ({"reduction": ("sum", "sum")}, ValueError, r"reduction must be one of .* got \('sum', 'sum'\)"),
     ({"reduction": None}, ValueError, "reduction must be one of .* got None"),

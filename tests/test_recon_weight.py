@@ -245,7 +245,7 @@ BAD = (
         r"recon_weight must be a number or a 0-d tensor, got shape \(5,\)",
     ),
     ({"recon_weight": None}, TypeError, "recon_weight must be a number"),
-    ({"weight": 255.0}, TypeError, "weight must be a tensor.*got 255.0: recon_weight takes a number"),
+    ({"weight": 255.0}, TypeError, "weight must be a tensor.*got 255.0: a loss takes a number as recon_weight"),
     ({"weight": torch.tensor(255.0, device=DEVICE), "reduction": "mean"}, ValueError, "weight must not be 0-d.*recon_weight"),
 )
 

@@ -139,7 +139,9 @@ def check_broadcasts(name: str, value: Tensor, other_name: str, shape: torch.Siz
 def check_weight(weight, x: Tensor, dim: int | None) -> None:
     """Weights that broadcast to `x`, all of whose classes or channels along `dim`, if there is one, share one."""
     if isinstance(weight, int | float):
-        raise TypeError(f"weight must be a tensor, with weights of elements of x, got {weight!r}: recon_weight takes a number")
+        raise TypeError(
+            f"weight must be a tensor, with weights of elements of x, got {weight!r}: a loss takes a number as recon_weight"
+        )
     check_reals("weight", weight)
     check_broadcasts("weight", weight, "x", x.shape)
     check_device("weight", weight, "x", x)
