@@ -160,21 +160,21 @@ def _positions(launches, prediction, x, per_sample, options):
 
 def divergence_forward(latent, *, posterior="logvar", prior=None, kind="sum"):
     launches, mu, noise, priors = _divergence(latent, posterior, prior, kind)
-    return record(lambda: launches.forward(mu, mu.clone(), noise, *priors))
+    return record(lambda: launches.forward(mu, mu.clone(), noise, *priors, None))
 
 
 def divergence_backward(latent, *, posterior="logvar", prior=None):
     launches, mu, noise, priors = _divergence(latent, posterior, prior, "sum")
     upstream = torch.ones((), dtype=torch.promote_types(latent, torch.float32))
     upstreams, wants = (mu.clone(), upstream, None), [prior is not None] * 2
-    return record(lambda: launches.backward(*upstreams, mu, mu.clone(), noise, *priors, wants))
+    return record(lambda: launches.backward(*upstreams, mu, mu.clone(), noise, *priors, None, wants))
 
 
 def _divergence(latent, posterior, prior, kind):
     mu, noise, dtype = _latents(latent, True, 64)
     priors = (None, None) if prior is None else (mu.clone(), mu.clone())
     launches = kernels.Divergence(
-        mu, mu, *priors, posterior=posterior, clamp=None, prior=prior, kind=kind, floor=None,
+        mu, mu, *priors, None, posterior=posterior, clamp=None, prior=prior, kind=kind, floor=None,
         free_bits=None, shares=(1.0, 1.0), kl_scale=1.0,
         dtype=dtype,
     )  # fmt: skip

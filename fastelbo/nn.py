@@ -74,12 +74,13 @@ class ELBOLoss(nn.Module):
         prior: Prior | None = None,
         weight: Tensor | None = None,
         recon_weight: float | Tensor | None = None,
+        kl_weight: Tensor | None = None,
         monitor: Monitor | None = None,
     ) -> ELBOTerms:
         """`fastelbo.loss` of the arguments; None as `beta` or `recon_weight` means the module's own."""
         return loss(
             recon_x, x, mu, logvar, self.beta if beta is None else beta, kl=kl, prior=prior, weight=weight, monitor=monitor,
-            recon_weight=self.recon_weight if recon_weight is None else recon_weight,
+            recon_weight=self.recon_weight if recon_weight is None else recon_weight, kl_weight=kl_weight,
             likelihood=self.likelihood, posterior=self.posterior, weighting=self.weighting, reduction=self.reduction,
         )  # fmt: skip
 

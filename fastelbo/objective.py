@@ -41,6 +41,7 @@ def loss(
     weighting: Weighting | None = None,
     weight: Tensor | None = None,
     recon_weight: float | Tensor = 1.0,
+    kl_weight: Tensor | None = None,
     reduction: Reduction = "sum",
     monitor: Monitor | None = None,
 ) -> ELBOTerms:
@@ -58,7 +59,8 @@ def loss(
             clips and their frames, unless the reduction is `"none"`: each term is averaged over its own.
         logvar: logarithm of its variance, of the shape of `mu`, or what `posterior` says that it is.
         beta: weight of the KL (Higgins et al., beta-VAE, 2017): a number, a 0-d tensor, or a tensor that broadcasts to a sample
-            of `mu`, with a weight for each latent dimension.
+            of `mu`, with a weight for each latent dimension. One of the shape `[B]`, where B is the number of latents, is that,
+            too: weights of samples are `kl_weight`.
         kl: a KL from `sample_kl`, already reduced, in place of `mu` and `logvar`: `[]`, or `[B]` with `reduction="none"`.
         likelihood: what `recon_x` parametrizes: a name, or an object of `fastelbo.likelihoods`, which lists them all.
             `"bernoulli"`: probabilities, as `F.binary_cross_entropy`; `"bernoulli_logits"`: logits, as
@@ -74,6 +76,10 @@ def loss(
             with one element along a dimension of classes, or of a mixture's channels. What has the weight 0 does not count,
             even if it is NaN. A mean divides by the sum of the weights, and is NaN where that is 0.
         recon_weight: weight of the whole reconstruction in the loss, a number or a 0-d tensor: `recon` is without it.
+        kl_weight: weights of the elements of `mu`, batch included, such as a mask of padded time steps `[B, T, 1]` or a weight
+            for each sample `[B, 1]`: of any real dtype and a shape that broadcasts to that of `mu`. `kl` has them in it. What
+            has the weight 0 does not count, even if it is NaN. Means are over the sum of the weights; so are those of free
+            bits and capacities, to which each group has one weight a sample.
         reduction: `"sum"`, `"batchmean"` (sum / B), `"mean"` (over all elements of a term), `"none"` (one value a sample), or a
             pair for reconstruction and KL. Where processes average gradients (DDP, FSDP), those of `"batchmean"` and `"mean"`
             are the joint batch's, and those of `"sum"` are 1/world of them.
@@ -95,7 +101,7 @@ def loss(
     if surrounded and monitor is None and is_dynamo_compiling():
         values = {
             "recon_x": recon_x, "x": x, "mu": mu, "logvar": logvar, "beta": beta, "kl": kl, "prior": prior, "weight": weight,
-            "recon_weight": recon_weight,
+            "recon_weight": recon_weight, "kl_weight": kl_weight,
         }  # fmt: skip
         found = in_graph(loss, values, likelihood=likelihood, posterior=posterior, weighting=weighting, reduction=reduction)
         if found is not None:
@@ -107,7 +113,8 @@ def loss(
     if type(recon_weight) is not float:
         recon_weight = _checked_recon_weight(recon_weight, x)
     each = type(beta) is not float and is_of_each(beta)
-    if objective.is_direct and (weighting is None or weighting is ALL) and prior is None and monitor is None and not each:
+    is_whole = (weighting is None or weighting is ALL) and kl_weight is None
+    if objective.is_direct and is_whole and prior is None and monitor is None and not each:
         latents: tuple[Tensor, ...] = ()
         if kl is None and isinstance(mu, Tensor) and logvar is not None:
             latents = mu, logvar
@@ -117,7 +124,7 @@ def loss(
             tensors = (*given, x, *latents) if weight is None else (*given, x, weight, *latents)
             compute = traced_terms if surrounded else planned_terms
             return compute("recon_x", objective, tensors, len(given), weight is not None, len(latents), (beta, recon_weight))
-    _check_sources(mu, logvar, kl, objective, prior, weighting, reduction, monitor)
+    _check_sources(mu, logvar, kl, objective, prior, weighting, kl_weight, reduction, monitor)
     if kl is not None:
         factors = check_number("beta", beta, x), recon_weight
         return _with_kl("recon_x", objective, given, x, weight, kl, factors, None, monitor)
@@ -126,13 +133,21 @@ def loss(
     in_one_pass = weighting is None or (isinstance(weighting, Weighting) and weighting.capacity is None)
     if in_one_pass and monitor is None and not each and not surrounded:
         plan, of_latents = latents_plan_of(
-            mu, logvar, posterior, prior, objective.kl_reduction, None, False, None if weighting is ALL else weighting
+            mu,
+            logvar,
+            posterior,
+            prior,
+            objective.kl_reduction,
+            None,
+            False,
+            None if weighting is ALL else weighting,
+            kl_weight,
         )
         _, kl, weighted, _ = run(plan, of_latents, None)
         if weighting is not None and weighted is not None:
             weighted = times(shares_of(weighting)[0], weighted)
     else:
-        kind, of_latents = check_latents(mu, logvar, posterior, prior)
+        kind, of_latents = check_latents(mu, logvar, posterior, prior, kl_weight)
         kl, beta, weighted, statistics = _divergence(kind, of_latents, objective, beta, weighting, monitor)
     check_reals("x", x)
     check_device("mu", of_latents[0], "recon_x", x)
@@ -154,6 +169,7 @@ def elbo(
     weighting: Weighting | None = None,
     weight: Tensor | None = None,
     recon_weight: float | Tensor = 1.0,
+    kl_weight: Tensor | None = None,
     reduction: Reduction = "sum",
     bound: ELBO | None = None,
     eps: Tensor | None = None,
@@ -182,7 +198,8 @@ def elbo(
         decoder: a module, bound method or function from z, of the shape of `mu`, to `recon_x`: a prediction of the shape of
             `x`, or the tuple of the likelihood's parameters. With several samples it gets and returns `[chunk * B, ...]`, with
             one batch for `mu` and `x`.
-        x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, recon_weight, reduction, monitor: as in `loss`.
+        x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, recon_weight, kl_weight, reduction, monitor: as in
+            `loss`.
         eps: noise to use, of the shape of `mu`; with several samples, or by an `IWAE`, `[n_samples, *mu.shape]`.
         generator: draws the noise, in place of the default generator; on the device of `mu`.
         bound: an `ELBO` or an `IWAE`; None: `ELBO()`, one sample. An `IWAE` takes no `weighting`, one number as `beta`, and the
@@ -203,7 +220,7 @@ def elbo(
     surrounded = is_surrounded()
     if surrounded and bound is None and weighting is None and monitor is None and generator is None:
         if is_dynamo_compiling() and isinstance(reduction, str) and not is_of_each(beta):
-            values: dict[str, Any] = {"x": x, "mu": mu, "logvar": logvar, "prior": prior, "eps": eps}
+            values: dict[str, Any] = {"x": x, "mu": mu, "logvar": logvar, "prior": prior, "eps": eps, "kl_weight": kl_weight}
             found = in_graph(_before_decoder, values, posterior=posterior, reduction=reduction)
             if found is not None:
                 z, kl = found
@@ -215,7 +232,7 @@ def elbo(
     if bound is not None and (bound := check_bound(bound)) is not ONE_SAMPLE:
         return many_samples(
             decoder, x, mu, logvar, (beta, recon_weight), objective, bound, prior=prior, weighting=weighting, weight=weight,
-            eps=eps, generator=generator, monitor=monitor,
+            kl_weight=kl_weight, eps=eps, generator=generator, monitor=monitor,
         )  # fmt: skip
     if type(beta) is not float:
         beta = _checked_beta(beta, x)
@@ -225,9 +242,10 @@ def elbo(
     # What can be checked before the decoder runs, which may draw noise and move statistics.
     if (weighting is None or weighting is ALL) and monitor is None and not each and objective.is_sum:
         # Of few latents on a CPU, the Function of the loss has the KL: one for the sample would cost more than it saves.
-        inside = objective.is_direct and prior is None and not surrounded and is_little(mu, logvar)
+        is_plain = objective.is_direct and prior is None and kl_weight is None
+        inside = is_plain and not surrounded and is_little(mu, logvar)
         reduction_of_kl = None if inside else objective.kl_reduction
-        z, kl = sample(mu, logvar, posterior, prior, reduction_of_kl, eps, generator, surrounded)
+        z, kl = sample(mu, logvar, posterior, prior, reduction_of_kl, eps, generator, surrounded, kl_weight)
         _check_target(x, z, objective.reduction)
         given = decoder(z)
         given = _parameters(given, objective.likelihood) if isinstance(given, tuple | list) else (given,)
@@ -235,8 +253,8 @@ def elbo(
         tensors = (*given, x, *behind) if weight is None else (*given, x, weight, *behind)
         compute = traced_terms if surrounded else planned_terms
         return compute("decoder(z)", objective, tensors, len(given), weight is not None, len(behind), (beta, recon_weight))
-    _check_sources(mu, logvar, None, objective, prior, weighting, reduction, monitor)
-    latents, tensors = check_latents(mu, logvar, posterior, prior)
+    _check_sources(mu, logvar, None, objective, prior, weighting, kl_weight, reduction, monitor)
+    latents, tensors = check_latents(mu, logvar, posterior, prior, kl_weight)
     _check_target(x, tensors[0], objective.reduction)
     kl, beta, weighted, statistics = _divergence(latents, tensors, objective, beta, weighting, monitor)
     z, _ = sample(tensors[0], tensors[1], latents.posterior, None, None, eps, generator)
@@ -245,10 +263,10 @@ def elbo(
 
 
 def _before_decoder(
-    x: Any, mu: Any, logvar: Any, prior: Any, eps: Any, *, posterior: Any, reduction: str
+    x: Any, mu: Any, logvar: Any, prior: Any, eps: Any, kl_weight: Any, *, posterior: Any, reduction: str
 ) -> tuple[Tensor, Tensor]:
     """What `elbo` computes before the decoder runs, and behind it, where torch.compile takes each whole."""
-    z, kl = sample(mu, logvar, posterior, prior, reduction, eps, None)
+    z, kl = sample(mu, logvar, posterior, prior, reduction, eps, None, None, kl_weight)
     _check_target(x, z, reduction)
     return z, kl
 
@@ -299,11 +317,21 @@ def _check_target(x: Any, mu: Tensor, reduction: str) -> None:
 
 
 def _check_sources(
-    mu: Any, logvar: Any, kl: Any, objective: Objective, prior: Any, weighting: Any, reduction: Any, monitor: Any
+    mu: Any,
+    logvar: Any,
+    kl: Any,
+    objective: Objective,
+    prior: Any,
+    weighting: Any,
+    kl_weight: Any,
+    reduction: Any,
+    monitor: Any,
 ) -> None:
     """Raise unless it is clear where the KL comes from."""
     if not isinstance(monitor, Monitor | None):
         raise TypeError(f"monitor must be a Monitor, got {type(monitor).__name__}")
+    if monitor is not None and kl_weight is not None:
+        raise ValueError("monitor must be None with kl_weight: its statistics are of all latents alike")
     if kl is None:
         if mu is None or (logvar is None and not isinstance(mu, Distribution)):
             advice = "; the reconstruction alone is fastelbo.nll" if mu is logvar is None else ""
@@ -311,8 +339,8 @@ def _check_sources(
         return
     if mu is not None or logvar is not None:
         raise ValueError("give mu and logvar, or kl, not both: got " + _given_or_not(mu=mu, logvar=logvar, kl=kl))
-    if prior is not None or weighting not in (None, ALL) or objective.posterior != LOGVAR:
-        raise ValueError("posterior, prior and weighting must not be given with kl, which is reduced already")
+    if prior is not None or weighting not in (None, ALL) or kl_weight is not None or objective.posterior != LOGVAR:
+        raise ValueError("posterior, prior, weighting and kl_weight must not be given with kl, which is reduced already")
     if isinstance(reduction, tuple | list):
         raise ValueError(f"reduction must be one name where kl is given, which is reduced already; got {reduction!r}")
 

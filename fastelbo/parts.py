@@ -125,6 +125,7 @@ def sample_kl(
     posterior: str | Posterior = "logvar",
     prior: tuple[Tensor, Tensor] | Distribution | None = None,
     weighting: Weighting | None = None,
+    kl_weight: Tensor | None = None,
     reduction: str = "sum",
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -137,6 +138,7 @@ def sample_kl(
         mu, logvar, posterior, eps, generator: as in `reparameterize`.
         prior: as in `kl_divergence`: a pair that is parametrized as the posterior is, or a Normal. None: N(0, I).
         weighting: free bits, capacity or balance: then `kl` is what they make of the KL, as in `kl_divergence`.
+        kl_weight: weights of the elements of `mu` in the KL, as in `kl_divergence`; z is without them.
         reduction: of the KL: `"sum"`, `"batchmean"`, `"mean"` (over all elements) or `"none"` (one value a sample).
 
     Returns:
@@ -149,15 +151,15 @@ def sample_kl(
     """
     surrounded = is_surrounded()
     if surrounded and generator is None and is_dynamo_compiling():
-        values = {"mu": mu, "logvar": logvar, "prior": prior, "eps": eps}
+        values = {"mu": mu, "logvar": logvar, "prior": prior, "eps": eps, "kl_weight": kl_weight}
         found = in_graph(sample_kl, values, posterior=posterior, weighting=weighting, reduction=reduction)
         if found is not None:
             return found
     if reduction is None:
         check_reduction(reduction)
     if weighting is not None and weighting is not ALL:
-        return SampleKL(*weighted_sample(mu, logvar, posterior, prior, weighting, reduction, eps, generator))
-    return tuple.__new__(SampleKL, sample(mu, logvar, posterior, prior, reduction, eps, generator, surrounded))
+        return SampleKL(*weighted_sample(mu, logvar, posterior, prior, weighting, kl_weight, reduction, eps, generator))
+    return tuple.__new__(SampleKL, sample(mu, logvar, posterior, prior, reduction, eps, generator, surrounded, kl_weight))
 
 
 def kl_divergence(
@@ -167,6 +169,7 @@ def kl_divergence(
     *,
     posterior: str | Posterior = "logvar",
     weighting: Weighting | None = None,
+    kl_weight: Tensor | None = None,
     reduction: str = "sum",
 ) -> Tensor:
     """KL(N(mu, sigma^2) || prior), in nats, differentiable by every tensor.
@@ -188,6 +191,10 @@ def kl_divergence(
             of the batch, have no value for each sample (`"none"`); `"dimension"` takes free bits of dimensions or elements,
             `"element"` those of elements; balance goes with all. In `"sum"` and `"mean"`, what is a mean over samples counts B
             times, or is over the number of dimensions.
+        kl_weight: weights of the elements of `mu`, batch included, such as a mask of padded time steps `[B, T, 1]` or a weight
+            for each sample `[B, 1]`: of any real dtype and a shape that broadcasts to that of `mu`. What has the weight 0 does
+            not count, even if it is NaN. `"mean"` and `"dimension"` divide by the sum of the weights; so do the means in
+            `weighting`, where each group has one weight a sample.
         reduction: `"sum"`, `"batchmean"` (sum / B), `"mean"` (over all elements), `"none"` (one value a sample, `[B]`),
             `"dimension"` (the mean over the batch, `mu.shape[1:]`), or `"element"` (of the shape of `mu`).
 
@@ -202,16 +209,16 @@ def kl_divergence(
         check_reduction(reduction, REDUCTIONS_OF_KL)
     surrounded = is_surrounded()
     if surrounded and is_dynamo_compiling():
-        values = {"mu": mu, "logvar": logvar, "prior": prior}
+        values = {"mu": mu, "logvar": logvar, "prior": prior, "kl_weight": kl_weight}
         found = in_graph(kl_divergence, values, posterior=posterior, weighting=weighting, reduction=reduction)
         if found is not None:
             return found
     if weighting is not None and weighting is not ALL:
-        return weighted_kl(mu, logvar, posterior, prior, weighting, reduction, surrounded)
+        return weighted_kl(mu, logvar, posterior, prior, weighting, kl_weight, reduction, surrounded)
     if surrounded:
-        kl: Tensor = latents_terms(*check_kl(mu, logvar, posterior, prior, reduction, False))[1]
+        kl: Tensor = latents_terms(*check_kl(mu, logvar, posterior, prior, reduction, False, None, kl_weight))[1]
     else:
-        kl = run(*latents_plan_of(mu, logvar, posterior, prior, reduction, None, False), None)[1]
+        kl = run(*latents_plan_of(mu, logvar, posterior, prior, reduction, None, False, None, kl_weight), None)[1]
     return kl
 
 

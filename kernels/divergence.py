@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from . import posteriors
+from .broadcast import Operand
 from .direct import Launch, allocator, lies
-from .latents import clamped, divergence, divergence_bwd_kernel, divergence_fwd_kernel
+from .latents import clamped, divergence, divergence_bwd_kernel, divergence_fwd_kernel, weight_tile
 from .launch import FINISH, MANY_REGISTERS, THREADS, TRITON_DTYPE, Segment, options_of, resident_programs, scratch, tile_size
 from .operands import scalar
 from .reduction import all_arrived, count_arrival, ordered_sum
@@ -24,12 +25,13 @@ def sum_of_chunks(sums, chunks, columns, there, BLOCK: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["batch", "chunks"])
+@triton.jit(do_not_specialize=["batch", "chunks", "apart", "inner", "groups"])
 def columns_kernel(
-    mu, second, prior_mu, prior_second, of_columns, mu_out, square_out, kl_out, free_out, partials, arrived,
+    mu, second, prior_mu, prior_second, kl_weight, of_columns, mu_out, square_out, kl_out, free_out, partials, arrived,
     kl_scale: tl.float64, free_bits: tl.float64, batch: tl.int64, columns, chunks: tl.int32,
+    apart: tl.int64, inner: tl.int64, groups: tl.int64,
     POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr,
+    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, WEIGHT: tl.constexpr, APART: tl.constexpr,
     DTYPE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over the batch of the KL, times a weight, and, unless None, of mu and mu^2: `[columns]` each. Unless None, the KLs
@@ -56,6 +58,9 @@ def columns_kernel(
         kl, _, _, _, _ = divergence(
             m, raw, std, lv, excess, prior_mu, prior_second, o, place, mask, PRIOR, MU_ROW, SECOND_ROW, DTYPE
         )
+        if kl_weight is not None:
+            w = weight_tile(kl_weight, o, mask, apart if APART else None, inner, groups, WEIGHT, DTYPE)
+            kl = tl.where(w == 0, 0.0, w * kl)
         kl_tile += tl.where(mask, kl, 0.0)
         if mu_out is not None:
             mu_tile += m
@@ -107,6 +112,8 @@ class Divergence:
     Args:
         mu, second: of one shape `[B, ...]` and dense layout.
         prior_mu, prior_second: likewise, or one row of it for all, or None.
+        kl_weight: weights of the KL's elements, which broadcast to `mu`, or None. What has the weight 0 does not count, not
+            even if it is NaN. None where there are `free_bits`.
         posterior, prior: what `second` and `prior_second` are, by name. `clamp`: None, or bounds of `second`.
         kind: of the KL: "sum" over everything, of each "row", "column" or "element"; None: there is none.
         floor: None, or a least KL of an element. `free_bits`: None, or one of a "column".
@@ -116,12 +123,12 @@ class Divergence:
     """
 
     __slots__ = (
-        "_backward", "_columns", "_forward", "_like", "_like_column", "_numbers", "_result", "device", "floor", "kind",
-        "programs", "rows", "z_dtype",
+        "_backward", "_columns", "_forward", "_like", "_like_column", "_numbers", "_result", "device", "floor",
+        "kind", "programs", "rows", "weight", "z_dtype",
     )  # fmt: skip
 
     def __init__(
-        self, mu, second, prior_mu, prior_second, *,
+        self, mu, second, prior_mu, prior_second, kl_weight, *,
         posterior, clamp, prior, kind, floor, free_bits, shares, kl_scale, dtype,
     ) -> None:  # fmt: skip
         self.rows = mu.shape[0] if kind == "row" else 1
@@ -130,11 +137,19 @@ class Divergence:
         self._result = *{"element": self._like, "row": ((self.rows,), (1,))}.get(kind, ((), ())), dtype
         self.device, self.kind, self.floor = mu.device, kind, floor
         self.z_dtype = torch.promote_types(mu.dtype, second.dtype)
+        order = tuple(sorted(range(mu.dim()), key=lambda d: (-mu.stride(d), d)))
+        self.weight = weight = Operand.of(kl_weight, mu, order, 2)
+        places = weight.apart, weight.inner, weight.groups
         tile, options = tile_size(mu, second), options_of(mu.device)
         latents = Segment.of(mu, self.rows, tile)
         self.programs, columns = self.rows * latents.programs, prod(mu.shape[1:])
-        self._numbers = (kl_scale, floor or free_bits or 0.0), shares, (latents.columns, columns, latents.programs)
-        constants = constants_of(mu, prior_mu, prior_second, posterior, clamp, prior) | {"DTYPE": TRITON_DTYPE[dtype]}
+        self._numbers = (
+            (kl_scale, floor or free_bits or 0.0),
+            shares,
+            (latents.columns, columns, latents.programs, *places),
+        )
+        constants = constants_of(mu, prior_mu, prior_second, posterior, clamp, prior)
+        constants |= {"WEIGHT": weight.mode, "APART": weight.apart != 0, "DTYPE": TRITON_DTYPE[dtype]}
         streamed = constants | {"ALIGNED": latents.aligned, "WIDE": latents.wide, "BLOCK": tile}
         forward = {"ELEMENTS": kind == "element", "THREADS": THREADS, "FINISH": FINISH}
         self._forward = Launch(divergence_fwd_kernel, self.device, streamed | forward, options)
@@ -151,10 +166,15 @@ class Divergence:
             wide = mu.numel() + chunks * rows * columns >= 2**31
             options = options | (MANY_REGISTERS if mu.element_size() == 2 else {})
             launch = Launch(columns_kernel, self.device, constants | {"WIDE": wide, "ROWS": rows, "BLOCK": block}, options)
-            self._columns = launch, blocks, free_bits is not None, (kl_scale, free_bits or 0.0, batch, columns, chunks)
+            self._columns = (
+                launch,
+                blocks,
+                free_bits is not None,
+                (kl_scale, free_bits or 0.0, batch, columns, chunks, *places),
+            )
             self._like_column = tuple(mu.shape[1:]), mu.stride()[1:], dtype
 
-    def forward(self, mu, second, noise, prior_mu, prior_second, stateless=False):
+    def forward(self, mu, second, noise, prior_mu, prior_second, kl_weight, stateless=False):
         """A sample if there is `noise`, like `mu` or a seed from `draw_noise`, and KLs unless their kind is None.
 
         Returns `(z, kl, the KL with the floor)`: what was not asked for is None.
@@ -168,12 +188,14 @@ class Divergence:
             sums = self.programs if self.floor is None else 2 * self.programs
             partials, arrived = scratch(self.device, self.rows, sums, stateless)
         weights, _, sizes = self._numbers
-        self._forward(
-            self.programs, (mu, second, prior_mu, prior_second, noise, z, kl, weighted, partials, arrived), (*weights, *sizes)
-        )
+        kl_weight = self.weight.laid(kl_weight, mu)
+        tensors = mu, second, prior_mu, prior_second, kl_weight, noise, z, kl, weighted, partials, arrived
+        self._forward(self.programs, tensors, (*weights, *sizes))
         return z, kl, weighted
 
-    def backward(self, grad_z, grad_kl, grad_weighted, mu, second, noise, prior_mu, prior_second, wants_prior, of_columns=None):
+    def backward(
+        self, grad_z, grad_kl, grad_weighted, mu, second, noise, prior_mu, prior_second, kl_weight, wants_prior, of_columns=None
+    ):  # fmt: skip
         """Gradients by `mu`, `second`, `prior_mu` and `prior_second`, the latter of the shape of `mu` and None where unwanted.
 
         `grad_z`, `grad_kl` and `grad_weighted`, the gradients that arrived at what `forward` returns, or at sums over the batch
@@ -188,21 +210,23 @@ class Divergence:
             for value, wanted in zip((prior_mu, prior_second), wants_prior, strict=True)
         ]
         weights, shares, sizes = self._numbers
-        tensors = grad_z, mu, second, prior_mu, prior_second, noise, grad_mu, grad_second, *grad_priors
+        kl_weight = self.weight.laid(kl_weight, mu)
+        tensors = grad_z, mu, second, prior_mu, prior_second, kl_weight, noise, grad_mu, grad_second, *grad_priors
         tensors = *tensors, grad_kl, grad_weighted, of_columns
         self._backward[has_kl](self.programs, tensors, (*weights, *shares, *sizes))
         return grad_mu, grad_second, *grad_priors
 
-    def columns(self, mu, second, prior_mu, prior_second, statistics, stateless=False):
+    def columns(self, mu, second, prior_mu, prior_second, kl_weight, statistics, stateless=False):
         """Of each column, the KL summed over the batch and weighted; if `statistics`, the sums of mu and mu^2: `mu.shape[1:]`.
 
         Returns `(kl, free, of_columns, *statistics)`: with free bits, the total and that with them; else None and None.
         """
         (launch, blocks, is_free, numbers), empty = self._columns, allocator(self.device)
-        *_, columns, chunks = numbers
+        _, _, _, columns, chunks, *_ = numbers
         kl, free = (empty(*self._result), empty(*self._result)) if is_free else (None, None)
         outputs = [empty(*self._like_column) for _ in range(3 if statistics else 1)]
         partials, arrived = scratch(self.device, blocks + 1, len(outputs) * chunks * columns + 2 * blocks, stateless)
-        tensors = mu, second, prior_mu, prior_second, *(*outputs, None, None)[:3], kl, free, partials, arrived
+        kl_weight = self.weight.laid(kl_weight, mu)
+        tensors = mu, second, prior_mu, prior_second, kl_weight, *(*outputs, None, None)[:3], kl, free, partials, arrived
         launch(blocks * chunks, tensors, numbers)
         return kl, free, *outputs

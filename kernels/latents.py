@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .broadcast import BROADCAST, broadcast_index
 from .direct import Launch, allocator, lies
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
 from .noise import normals
@@ -67,10 +68,18 @@ def divergence(
 
 
 @triton.jit
+def weight_tile(kl_weight, o, mask, apart, inner, groups, MODE: tl.constexpr, DTYPE: tl.constexpr):
+    """The weights of the KL's elements, which lie as `broadcast.Operand` has it."""
+    if MODE == BROADCAST:
+        o = broadcast_index(o, None if apart is None else apart.to(o.dtype), inner.to(o.dtype), groups.to(o.dtype))
+    return tl.load(kl_weight + o, mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
 def sample_tile(
-    mu, logvar, prior_mu, prior_second, noise, z, kl_out, start, end, columns, floor,
+    mu, logvar, prior_mu, prior_second, kl_weight, noise, z, kl_out, start, end, columns, floor, apart, inner, groups,
     POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr,
+    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, WEIGHT: tl.constexpr,
     ELEMENTS: tl.constexpr, SIZE: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Store z = mu + sigma * noise unless `z` is None; return the KL of the tile, in nats, and the same with a floor."""
@@ -89,6 +98,9 @@ def sample_tile(
         m, raw, std, lv, excess, prior_mu, prior_second, o, column, mask, PRIOR, MU_ROW, SECOND_ROW, DTYPE
     )
     floored = tl.where(kl <= floor, floor, kl)  # NaN is not
+    if kl_weight is not None:
+        w = weight_tile(kl_weight, o, mask, apart, inner, groups, WEIGHT, DTYPE)
+        kl, floored = tl.where(w == 0, 0.0, w * kl), tl.where(w == 0, 0.0, w * floored)
     if ELEMENTS:
         tl.store(kl_out + o, kl, mask=mask)
     return tl.where(mask, kl, 0.0), tl.where(mask, floored, 0.0)
@@ -109,11 +121,11 @@ def upstream_tile(pointer, scalar_upstream, weight, o, mask, columns, PER: tl.co
 
 @triton.jit
 def sample_backward_tile(
-    grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
-    grad_kl, grad_weighted, of_columns, start, end, factor, weighted_factor, weight, columns, floor,
+    grad_z, mu, logvar, prior_mu, prior_second, kl_weight, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
+    grad_kl, grad_weighted, of_columns, start, end, factor, weighted_factor, weight, columns, floor, apart, inner, groups,
     posterior_share, prior_share,
     HAS_KL: tl.constexpr, POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PRIOR: tl.constexpr,
-    MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, FLOORED: tl.constexpr, PER: tl.constexpr,
+    MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, WEIGHT: tl.constexpr, FLOORED: tl.constexpr, PER: tl.constexpr,
     SIZE: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     o = start + tl.arange(0, SIZE)
@@ -144,11 +156,20 @@ def sample_backward_tile(
                 share = tl.where(kl <= floor, 0.0, share)
             to_prior = to_posterior + prior_share * share
             to_posterior += posterior_share * share
-        to_mu += to_posterior * (t * inverse)
+        by_mu = t * inverse
+        if kl_weight is not None:
+            # Of what does not count, nothing may come through: it may be NaN.
+            w = weight_tile(kl_weight, o, mask, apart, inner, groups, WEIGHT, DTYPE)
+            counts = w != 0
+            to_posterior, to_prior = to_posterior * w, to_prior * w
+            by_mu, d, excess = tl.where(counts, by_mu, 0.0), tl.where(counts, d, 0.0), tl.where(counts, excess, 0.0)
+            if PRIOR is not None:
+                prior_d, t = tl.where(counts, prior_d, 0.0), tl.where(counts, t, 0.0)
+        to_mu += to_posterior * by_mu
         to_logvar += d * to_posterior * excess
         tl.store(grad_mu + o, to_mu.to(grad_mu.dtype.element_ty), mask=mask)
         if grad_prior_mu is not None:
-            tl.store(grad_prior_mu + o, (-to_prior * (t * inverse)).to(grad_prior_mu.dtype.element_ty), mask=mask)
+            tl.store(grad_prior_mu + o, (-to_prior * by_mu).to(grad_prior_mu.dtype.element_ty), mask=mask)
         if grad_prior_second is not None:
             to_second = -to_prior * (prior_d * (excess + t * t))
             tl.store(grad_prior_second + o, to_second.to(grad_prior_second.dtype.element_ty), mask=mask)
@@ -160,10 +181,10 @@ def sample_backward_tile(
 
 @triton.jit
 def forward(
-    mu, logvar, prior_mu, prior_second, noise, z, kl_out, weighted_out, partials, arrived, recon, loss_out, beta, recon_weight,
-    beta_value, recon_weight_value, kl_scale, floor, latents, columns, programs,
+    mu, logvar, prior_mu, prior_second, kl_weight, noise, z, kl_out, weighted_out, partials, arrived, recon, loss_out, beta,
+    recon_weight, beta_value, recon_weight_value, kl_scale, floor, latents, columns, programs, apart, inner, groups,
     POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr,
+    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, WEIGHT: tl.constexpr,
     ELEMENTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     THREADS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
@@ -180,8 +201,8 @@ def forward(
     floored_sums = tl.zeros([THREADS], dtype=DTYPE)
     for start in tl.range(worker * BLOCK, end, programs * BLOCK):
         kl, floored = sample_tile(
-            mu, logvar, prior_mu, prior_second, noise, z, kl_out, base + start, base + end, columns, least,
-            POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, ELEMENTS, BLOCK, ALIGNED, DTYPE,
+            mu, logvar, prior_mu, prior_second, kl_weight, noise, z, kl_out, base + start, base + end, columns, least,
+            apart, inner, groups, POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, WEIGHT, ELEMENTS, BLOCK, ALIGNED, DTYPE,
         )  # fmt: skip
         sums += fold(kl, BLOCK, THREADS)
         if weighted_out is not None:
@@ -189,8 +210,9 @@ def forward(
     if ALIGNED:
         if worker == 0:
             kl, floored = sample_tile(
-                mu, logvar, prior_mu, prior_second, noise, z, kl_out, base + end, base + latents, columns, least,
-                POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, ELEMENTS, THREADS, ALIGNED, DTYPE,
+                mu, logvar, prior_mu, prior_second, kl_weight, noise, z, kl_out, base + end, base + latents, columns, least,
+                apart, inner, groups, POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, WEIGHT, ELEMENTS, THREADS, ALIGNED,
+                DTYPE,
             )  # fmt: skip
             sums += kl
             if weighted_out is not None:
@@ -213,11 +235,12 @@ def forward(
 
 @triton.jit
 def backward(
-    grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
+    grad_z, mu, logvar, prior_mu, prior_second, kl_weight, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
     grad_loss, grad_kl, grad_weighted, of_columns, beta, beta_value, kl_scale, floor, posterior_share, prior_share,
-    latents, columns, programs,
+    latents, columns, programs, apart, inner, groups,
     HAS_KL: tl.constexpr, POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, FLOORED: tl.constexpr, PER: tl.constexpr,
+    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, WEIGHT: tl.constexpr,
+    FLOORED: tl.constexpr, PER: tl.constexpr,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A kernel's whole work. PER: `grad_kl` and `grad_weighted` arrived at a KL of each "row", "column" (dimension of the
@@ -238,17 +261,19 @@ def backward(
         noise = seed_or_noise(noise)
     for start in tl.range(worker * BLOCK, end, programs * BLOCK):
         sample_backward_tile(
-            grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
-            grad_kl, grad_weighted, of_columns, base + start, base + end, factor, weighted_factor, weight, columns, least,
-            to_posterior, to_prior, HAS_KL, POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, FLOORED, PER,
+            grad_z, mu, logvar, prior_mu, prior_second, kl_weight, noise, grad_mu, grad_logvar, grad_prior_mu,
+            grad_prior_second, grad_kl, grad_weighted, of_columns, base + start, base + end, factor, weighted_factor,
+            weight, columns, least, apart, inner, groups, to_posterior, to_prior,
+            HAS_KL, POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, WEIGHT, FLOORED, PER,
             BLOCK, ALIGNED, DTYPE,
         )  # fmt: skip
     if ALIGNED:
         if worker == 0:
             sample_backward_tile(
-                grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
-                grad_kl, grad_weighted, of_columns, base + end, base + latents, factor, weighted_factor, weight, columns, least,
-                to_posterior, to_prior, HAS_KL, POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, FLOORED, PER,
+                grad_z, mu, logvar, prior_mu, prior_second, kl_weight, noise, grad_mu, grad_logvar, grad_prior_mu,
+                grad_prior_second, grad_kl, grad_weighted, of_columns, base + end, base + latents, factor, weighted_factor,
+                weight, columns, least, apart, inner, groups, to_posterior, to_prior,
+                HAS_KL, POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, WEIGHT, FLOORED, PER,
                 16, ALIGNED, DTYPE,
             )  # fmt: skip
 
@@ -263,9 +288,9 @@ def sample_fwd_kernel(
     FINISH: tl.constexpr,
 ):  # fmt: skip
     forward(
-        mu, logvar, None, None, noise, z, kl_out, None, partials, arrived, None, None, None, None,
-        1.0, 1.0, kl_scale, 0.0, latents, latents, programs,
-        logvar_posterior, None, None, None, False, False, False, DTYPE, ALIGNED, WIDE, BLOCK, THREADS, FINISH,
+        mu, logvar, None, None, None, noise, z, kl_out, None, partials, arrived, None, None, None, None,
+        1.0, 1.0, kl_scale, 0.0, latents, latents, programs, None, 1, 1,
+        logvar_posterior, None, None, None, False, False, None, False, DTYPE, ALIGNED, WIDE, BLOCK, THREADS, FINISH,
     )  # fmt: skip
 
 
@@ -277,9 +302,9 @@ def total_kernel(
     FINISH: tl.constexpr,
 ):  # fmt: skip
     forward(
-        mu, logvar, None, None, None, None, kl_out, None, partials, arrived, recon, loss_out, beta, recon_weight,
-        beta_value, recon_weight_value, kl_scale, 0.0, latents, latents, programs,
-        logvar_posterior, None, None, None, False, False, False, DTYPE, ALIGNED, WIDE, BLOCK, THREADS, FINISH,
+        mu, logvar, None, None, None, None, None, kl_out, None, partials, arrived, recon, loss_out, beta, recon_weight,
+        beta_value, recon_weight_value, kl_scale, 0.0, latents, latents, programs, None, 1, 1,
+        logvar_posterior, None, None, None, False, False, None, False, DTYPE, ALIGNED, WIDE, BLOCK, THREADS, FINISH,
     )  # fmt: skip
 
 
@@ -290,43 +315,45 @@ def sample_bwd_kernel(
     HAS_KL: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     backward(
-        grad_z, mu, logvar, None, None, noise, grad_mu, grad_logvar, None, None, grad_loss, grad_kl, None, None, beta,
-        beta_value, kl_scale, 0.0, 1.0, 1.0, latents, latents, programs,
-        HAS_KL, logvar_posterior, None, None, None, False, False, False, "row", DTYPE, ALIGNED, WIDE, BLOCK,
+        grad_z, mu, logvar, None, None, None, noise, grad_mu, grad_logvar, None, None, grad_loss, grad_kl, None, None, beta,
+        beta_value, kl_scale, 0.0, 1.0, 1.0, latents, latents, programs, None, 1, 1,
+        HAS_KL, logvar_posterior, None, None, None, False, False, None, False, "row", DTYPE, ALIGNED, WIDE, BLOCK,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["latents", "columns", "programs"])
+@triton.jit(do_not_specialize=["latents", "columns", "programs", "apart", "inner", "groups"])
 def divergence_fwd_kernel(
-    mu, logvar, prior_mu, prior_second, noise, z, kl_out, weighted_out, partials, arrived,
+    mu, logvar, prior_mu, prior_second, kl_weight, noise, z, kl_out, weighted_out, partials, arrived,
     kl_scale: tl.float64, floor: tl.float64, latents: tl.int64, columns: tl.int64, programs: tl.int32,
+    apart: tl.int64, inner: tl.int64, groups: tl.int64,
     POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr,
+    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, WEIGHT: tl.constexpr, APART: tl.constexpr,
     ELEMENTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     THREADS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     forward(
-        mu, logvar, prior_mu, prior_second, noise, z, kl_out, weighted_out, partials, arrived, None, None, None, None,
-        1.0, 1.0, kl_scale, floor, latents, columns, programs,
-        POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, ELEMENTS, DTYPE, ALIGNED, WIDE, BLOCK, THREADS, FINISH,
+        mu, logvar, prior_mu, prior_second, kl_weight, noise, z, kl_out, weighted_out, partials, arrived, None, None, None,
+        None, 1.0, 1.0, kl_scale, floor, latents, columns, programs, apart if APART else None, inner, groups,
+        POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, WEIGHT, ELEMENTS, DTYPE, ALIGNED, WIDE, BLOCK, THREADS, FINISH,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["latents", "columns", "programs"])
+@triton.jit(do_not_specialize=["latents", "columns", "programs", "apart", "inner", "groups"])
 def divergence_bwd_kernel(
-    grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
+    grad_z, mu, logvar, prior_mu, prior_second, kl_weight, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
     grad_kl, grad_weighted, of_columns,
     kl_scale: tl.float64, floor: tl.float64, posterior_share: tl.float64, prior_share: tl.float64,
-    latents: tl.int64, columns: tl.int64, programs: tl.int32,
+    latents: tl.int64, columns: tl.int64, programs: tl.int32, apart: tl.int64, inner: tl.int64, groups: tl.int64,
     HAS_KL: tl.constexpr, POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, FLOORED: tl.constexpr, PER: tl.constexpr,
+    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, WEIGHT: tl.constexpr, APART: tl.constexpr,
+    FLOORED: tl.constexpr, PER: tl.constexpr,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     backward(
-        grad_z, mu, logvar, prior_mu, prior_second, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
+        grad_z, mu, logvar, prior_mu, prior_second, kl_weight, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
         None, grad_kl, grad_weighted, of_columns, None, 1.0, kl_scale, floor, posterior_share, prior_share,
-        latents, columns, programs,
-        HAS_KL, POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, FLOORED, PER, DTYPE, ALIGNED, WIDE, BLOCK,
+        latents, columns, programs, apart if APART else None, inner, groups,
+        HAS_KL, POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, WEIGHT, FLOORED, PER, DTYPE, ALIGNED, WIDE, BLOCK,
     )  # fmt: skip
 
 

@@ -227,7 +227,7 @@ def test_what_launches_keeps_no_tensor():
         kernels.Loss(x, x, mu, likelihood="mse", scale=1.0, target_scale=1.0, scales=(1.0, 1.0), **options),
         kernels.Sample(mu, mu, kl_scale=1.0, **options),
         kernels.Divergence(
-            mu, mu, mu, mu, posterior="std", clamp=None, prior="std", kind="column", floor=None,
+            mu, mu, mu, mu, None, posterior="std", clamp=None, prior="std", kind="column", floor=None,
             free_bits=None, shares=(1.0, 1.0), kl_scale=1.0, dtype=torch.float32,
         ),
         kernels.Reconstruction(family=kernels.Family("laplace", "scale"), device=x.device, **options),

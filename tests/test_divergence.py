@@ -440,12 +440,12 @@ def test_kernels_compile_without_spills(target):
         mu, seed, one = torch.zeros(128, 20, dtype=dtype), torch.zeros((), dtype=torch.int64), torch.ones((), dtype=result)
         values = (None, None) if prior is None else (torch.zeros(rows, 20, dtype=dtype),) * 2
         form = {"posterior": posterior, "clamp": clamp, "prior": prior, "kl_scale": 1.0, "dtype": result, "shares": (1.0, 2.0)}
-        summed = Divergence(mu, mu, *values, kind="sum", floor=0.5, free_bits=None, **form)
-        yield lambda: summed.forward(mu, mu, seed, *values)
-        yield lambda: summed.backward(mu, one, one, mu, mu, seed, *values, (prior is not None,) * 2)
+        summed = Divergence(mu, mu, *values, None, kind="sum", floor=0.5, free_bits=None, **form)
+        yield lambda: summed.forward(mu, mu, seed, *values, None)
+        yield lambda: summed.backward(mu, one, one, mu, mu, seed, *values, None, (prior is not None,) * 2)
         for free_bits in (None, 0.5):
-            columns = Divergence(mu, mu, *values, kind="column", floor=None, free_bits=free_bits, **form)
-            yield lambda columns=columns: columns.columns(mu, mu, *values, True)
+            columns = Divergence(mu, mu, *values, None, kind="column", floor=None, free_bits=free_bits, **form)
+            yield lambda columns=columns: columns.columns(mu, mu, *values, None, True)
         yield lambda: columns.backward(None, one, one, mu, mu, None, *values, (prior is not None,) * 2, mu[0])
 
     forms = (

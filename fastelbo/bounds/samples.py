@@ -70,8 +70,8 @@ class Given(NamedTuple):
 
 
 def many_samples(
-    decoder, x, mu, logvar, factors: Factors, objective: Objective, bound: ELBO, *, prior, weighting, weight, eps, generator,
-    monitor,
+    decoder, x, mu, logvar, factors: Factors, objective: Objective, bound: ELBO, *, prior, weighting, weight, kl_weight,
+    eps, generator, monitor,
 ) -> ELBOTerms:  # fmt: skip
     """`elbo` of several samples, or by another bound. The tensors come as the user gave them."""
     call, given = prepared(decoder, x, mu, logvar, objective, bound, prior=prior, weight=weight, eps=eps, generator=generator)
@@ -81,14 +81,19 @@ def many_samples(
         given = given._replace(beta=check_number("beta", beta, given.mu), recon_weight=recon_weight)
         if weighting not in (None, ALL):
             raise ValueError("weighting is for the KL of an ELBO: an IWAE has each sample's log densities instead")
+        if kl_weight is not None:
+            raise ValueError("kl_weight is for the KL of an ELBO: an IWAE has each sample's log densities instead")
         if recon_reduction == "mean" or recon_reduction != kl_reduction:
             found = recon_reduction if recon_reduction == kl_reduction else (recon_reduction, kl_reduction)
             raise ValueError(f"reduction must be 'sum', 'batchmean' or 'none' for an IWAE, got {found!r}")
     kl_beta = 1.0 if call.is_weighted else check_beta(beta, given.mu)
+    if monitor is not None and kl_weight is not None:
+        raise ValueError("monitor must be None with kl_weight: its statistics are of all latents alike")
+    of_kl, tensors = check_latents(mu, logvar, objective.posterior, prior, kl_weight)
     weighting = check_weighting(weighting, given.mu, call.latents.prior is not None, kl_beta, kl_reduction)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not call.is_weighted):
         kl, kl_term, statistics = divergence_terms(
-            call.latents, given.latents, weighting=weighting, beta=kl_beta, reduction=kl_reduction,
+            of_kl, tensors, weighting=weighting, beta=kl_beta, reduction=kl_reduction,
             statistics=monitor is not None,
         )  # fmt: skip
     value, recon, first = _estimate(call, given, generator)

@@ -21,7 +21,7 @@ from ..basics.arguments import (
     split_reduction,
 )
 from ..latents.posterior import LOGVAR, Latents, Posterior, check_latents, find_posterior
-from ..latents.weighting import Weighting, check_weighting, shares_of
+from ..latents.weighting import Weighting, check_weighting, counts_of, shares_of
 from ..likelihoods import Likelihood, find_likelihood
 
 # What a loss multiplies its terms by: beta and `recon_weight`, each a float or a 0-d tensor.
@@ -148,14 +148,21 @@ class KLCall(NamedTuple):
     free_bits: float | None = None  # under each group's mean over the batch: then the sums of a kind are added up
     groups: str | None = None  # "dimension", "channel", "sample" or "batch"
 
+    @property
+    def is_mean_of_weights(self) -> bool:
+        """Whether the sums are divided by sums of weights, once they are there."""
+        return self.latents.weighted and self.reduction in ("mean", "dimension")
+
     def scale(self, mu: Tensor) -> float:
+        if self.is_mean_of_weights:
+            return 1.0
         if self.reduction == "dimension":
             return 1 / mu.shape[0] if mu.shape[0] else math.nan
         return factor_of(self.reduction, mu)
 
-    def floor_of_groups(self, mu: Tensor) -> float:
+    def floor_of_groups(self, mu: Tensor, weight: Tensor | None = None) -> float | Tensor:
         """What of a group's sum, times what sums are times, is free."""
-        return self.free_bits * self.scale(mu) * (1 if self.groups == "sample" else mu.shape[0])
+        return self.free_bits * self.scale(mu) * counts_of(self.groups, weight, mu, self.dtype)
 
     @property
     def is_plain(self) -> bool:
@@ -170,22 +177,29 @@ class KLCall(NamedTuple):
     @property
     def is_simple(self) -> bool:
         """Whether it is of N(mu, exp(logvar)) from N(0, I), and no element differs from the others."""
-        posterior, prior = self.latents
-        simple = posterior.parameter == "logvar" and posterior.clamp is None and prior is None
+        posterior, prior, weighted = self.latents
+        simple = posterior.parameter == "logvar" and posterior.clamp is None and prior is None and not weighted
         return simple and self.floor is self.shares is None and self.kind != "element"
 
 
-def check_kl(mu, logvar, posterior, prior, reduction, samples: bool, weighting=None) -> tuple[KLCall, tuple[Tensor, ...]]:
+def check_kl(
+    mu, logvar, posterior, prior, reduction, samples: bool, weighting=None, kl_weight=None
+) -> tuple[KLCall, tuple[Tensor, ...]]:
     """The call and its tensors, from what users pass. A reduction of None: no KL; `samples`: a sample is made, too; a
     `weighting` has no capacity."""
-    latents, tensors = check_latents(mu, logvar, posterior, prior)
+    latents, tensors = check_latents(mu, logvar, posterior, prior, kl_weight)
     if weighting is not None:
         weighting = check_weighting(weighting, tensors[0], prior is not None, 1.0, reduction)
-        return weighted_call(latents, result_dtype(*tensors), weighting, reduction), tensors
+        return weighted_call(latents, dtype_of(latents, tensors), weighting, reduction), tensors
     if reduction is not None:
         check_reduction(reduction, REDUCTIONS if samples else REDUCTIONS_OF_KL)
     kind = None if reduction is None else KINDS.get(reduction, "sum")
-    return KLCall(latents, result_dtype(*tensors), kind, reduction or "sum"), tensors
+    return KLCall(latents, dtype_of(latents, tensors), kind, reduction or "sum"), tensors
+
+
+def dtype_of(latents: Latents, tensors: Sequence[Tensor]) -> torch.dtype:
+    """That of the KL, in which weights have no part."""
+    return result_dtype(*tensors[: 2 if latents.prior is None else 4])
 
 
 def weighted_call(latents: Latents, dtype: torch.dtype, weighting: Weighting, reduction: str) -> KLCall:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..basics.arguments import REDUCTIONS, factor_of, result_dtype
 from ..latents.posterior import Latents, check_latents
-from ..latents.weighting import ALL, Weighting, check_weighting, is_of_each, shares_of
-from .call import KINDS, REDUCTIONS_OF_KL, KLCall, weighted_call
-from .formula import reduced
+from ..latents.weighting import ALL, Weighting, check_weighting, counts_of, is_of_each, shares_of
+from .call import KINDS, REDUCTIONS_OF_KL, KLCall, dtype_of, weighted_call
+from .formula import over_weights, reduced
 from .latents import draw, latents_terms, run
 from .plan import latents_plan_of
 
@@ -27,7 +27,7 @@ class Statistics(NamedTuple):
 def kl_of(latents: Latents, tensors: Sequence[Tensor], reduction: str) -> Tensor:
     """The reduced KL."""
     kind = KINDS.get(reduction, "sum")
-    return latents_terms(KLCall(latents, result_dtype(*tensors), kind, reduction), tensors)[1]
+    return latents_terms(KLCall(latents, dtype_of(latents, tensors), kind, reduction), tensors)[1]
 
 
 def divergence_terms(
@@ -43,9 +43,9 @@ def divergence_terms(
     """
     each = is_of_each(beta)
     if weighting.capacity is None and not each:
-        call = weighted_call(latents, result_dtype(*tensors), weighting, reduction)
+        call = weighted_call(latents, dtype_of(latents, tensors), weighting, reduction)
         return _in_one_pass(call, tensors, weighting, statistics)
-    mu, batch = tensors[0], tensors[0].shape[0]
+    mu, weight = tensors[0], latents.split(tensors)[2]
     free_bits, capacity = weighting.free_bits, weighting.capacity
     total, shares = shares_of(weighting)
     floor = free_bits if weighting.free_bits_per == "element" else None
@@ -58,13 +58,14 @@ def divergence_terms(
         kind = "row"
     else:
         kind = "column" if each or statistics else "sum"
-    call = KLCall(latents, result_dtype(*tensors), kind, "sum", None, shares, statistics and kind == "column")
+    call = KLCall(latents, dtype_of(latents, tensors), kind, "sum", None, shares, statistics and kind == "column")
     _, kl, weighted, sums = latents_terms(call, tensors)
     found = _statistics(call, tensors, kl, sums) if statistics else None
 
     weighted = kl if weighted is None else weighted
     if each:
-        bound = free_bits if kind == "element" else None if free_bits is None else free_bits * batch
+        of = "element" if kind == "element" else "dimension"
+        bound = None if free_bits is None else free_bits * counts_of(of, weight, mu, call.dtype)
         if bound is not None:  # once more from what is written anyway
             weighted = torch.where(kl <= bound, bound, weighted)
         weighted = weighted * beta.to(kl.dtype)
@@ -75,40 +76,46 @@ def divergence_terms(
     if capacity is not None:
         if isinstance(capacity, Tensor):
             capacity = capacity.to(kl.device, kl.dtype)
-        weighted = (weighted - (capacity if per_sample else capacity * batch)).abs()
+        of = "sample" if per_sample else "batch"
+        weighted = (weighted - capacity * counts_of(of, weight, mu, call.dtype)).abs()
     if kind == "row" and reduction != "none":
         kl, weighted = kl.sum(), weighted.sum()
-    scale = factor_of(reduction, mu)
+    scale = factor_of("sum" if call.latents.weighted and reduction == "mean" else reduction, mu)
     kl = times(scale, kl)
-    return kl.clone() if kl is weighted else kl, times(scale * total, weighted), found
+    weighted = times(scale * total, weighted)
+    if latents.weighted and reduction == "mean":
+        _, kl, weighted, _ = over_weights(call._replace(reduction=reduction), tensors, (None, kl, weighted, None))
+    return kl.clone() if kl is weighted else kl, weighted, found
 
 
-def weighted_kl(mu, logvar, posterior, prior, weighting, reduction: str, surrounded: bool) -> Tensor:
+def weighted_kl(mu, logvar, posterior, prior, weighting, kl_weight, reduction: str, surrounded: bool) -> Tensor:
     """What a weighting makes of the KL, also of each dimension or element; from what users pass."""
     if not surrounded and isinstance(weighting, Weighting) and weighting.capacity is None and reduction in REDUCTIONS:
-        plan, tensors = latents_plan_of(mu, logvar, posterior, prior, reduction, None, False, weighting)
+        plan, tensors = latents_plan_of(mu, logvar, posterior, prior, reduction, None, False, weighting, kl_weight)
         _, kl, weighted, _ = run(plan, tensors, None)
         return times(shares_of(weighting)[0], kl if weighted is None else weighted)
-    latents, tensors = check_latents(mu, logvar, posterior, prior)
+    latents, tensors = check_latents(mu, logvar, posterior, prior, kl_weight)
     weighting = check_weighting(weighting, tensors[0], latents.prior is not None, 1.0, reduction, REDUCTIONS_OF_KL)
     if reduction in REDUCTIONS:
         return divergence_terms(latents, tensors, weighting=weighting, reduction=reduction)[1]
     free_bits, (total, shares) = weighting.free_bits, shares_of(weighting)
     of = "element" if free_bits is not None and weighting.free_bits_per == "element" else reduction
-    _, kl, weighted, _ = latents_terms(KLCall(latents, result_dtype(*tensors), KINDS[of], of, None, shares), tensors)
+    mu, dtype, weight = tensors[0], dtype_of(latents, tensors), latents.split(tensors)[2]
+    _, kl, weighted, _ = latents_terms(KLCall(latents, dtype, KINDS[of], of, None, shares), tensors)
     weighted = kl if weighted is None else weighted
     if free_bits is not None:
-        weighted = torch.where(kl <= free_bits, free_bits, weighted)
-    return times(total, weighted if of == reduction else weighted.mean(0))
+        bound = free_bits if of == "dimension" else free_bits * counts_of("element", weight, mu, dtype)
+        weighted = torch.where(kl <= bound, bound, weighted)
+    return times(total, weighted if of == reduction else weighted.sum(0) / counts_of("dimension", weight, mu, dtype))
 
 
 def weighted_sample(
-    mu, logvar, posterior, prior, weighting, reduction: str, eps: Tensor | None, generator: torch.Generator | None
+    mu, logvar, posterior, prior, weighting, kl_weight, reduction: str, eps: Tensor | None, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """A sample, and what a weighting makes of the KL, from what users pass."""
-    latents, tensors = check_latents(mu, logvar, posterior, prior)
+    latents, tensors = check_latents(mu, logvar, posterior, prior, kl_weight)
     weighting = check_weighting(weighting, tensors[0], latents.prior is not None, 1.0, reduction)
-    noise, dtype = draw(tensors[0], tensors[1], eps, generator), result_dtype(*tensors)
+    noise, dtype = draw(tensors[0], tensors[1], eps, generator), dtype_of(latents, tensors)
     call = weighted_call(latents, dtype, weighting, reduction)
     if weighting.capacity is None and call.kind != "column":  # no pass over columns makes a sample
         z, kl, weighted, _ = latents_terms(call, tensors, noise)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..latents import gaussian
 from ..latents.posterior import LOGVAR, Latents
+from ..latents.weighting import counts_of
 from ..likelihoods import Likelihood
 from .call import Factors, KLCall, LossCall
 
@@ -84,14 +85,18 @@ def repeated(x: Tensor, prediction: Tensor) -> Tensor:
     return x if rows == batch else x.expand(rows // batch, *x.shape).flatten(0, 1)
 
 
-def divergence(call: KLCall, noise: Tensor | None, mu: Tensor, second: Tensor, *prior: Tensor | None):
+def divergence(call: KLCall, noise: Tensor | None, *tensors: Tensor):
     """`(z, kl, weighted, sums of mu and mu^2)` of latents, as the backends compute them; each may be None."""
     latents, kind = call.latents, call.kind
+    (mu, second), prior, weight = latents.split(tensors)
     z = weighted = sums = None
     if noise is not None:
         z = gaussian.sample(latents.posterior, mu, second, noise, call.dtype)
     if kind is None:
         return z, None, None, None
+    if weight is not None:
+        weight = weight.to(call.dtype)
+        mu, second, *prior = (torch.where(weight == 0, 0.5, t) for t in (mu, second, *prior))  # what does not count may be NaN
     values = to_weight = gaussian.kl_elements(latents, mu, second, *prior)
     if call.shares is not None:
         to_posterior = gaussian.kl_elements(latents, mu, second, *(p.detach() for p in prior))
@@ -99,16 +104,21 @@ def divergence(call: KLCall, noise: Tensor | None, mu: Tensor, second: Tensor, *
         to_weight = call.shares[0] * to_posterior + call.shares[1] * to_prior
     if call.floor is not None:
         to_weight = torch.where(values <= call.floor, call.floor, to_weight)
+    if weight is not None:
+        is_all, values = to_weight is values, values * weight
+        to_weight = values if is_all else to_weight * weight
     kl = scaled(by_kind(values, kind), call.scale(mu))
     if to_weight is not values:
         weighted = scaled(by_kind(to_weight, kind), call.scale(mu))
     if call.statistics:
         means = mu.detach().to(call.dtype)
         sums = means.sum(0), means.square().sum(0)
-    return z, *((kl, weighted, sums) if call.groups is None else with_free_bits(call, mu, kl, weighted, sums)[:3])
+    return z, *((kl, weighted, sums) if call.groups is None else with_free_bits(call, mu, kl, weighted, sums, weight)[:3])
 
 
-def with_free_bits(call: KLCall, mu: Tensor, kl: Tensor, weighted: Tensor | None, sums: Sequence | None):
+def with_free_bits(
+    call: KLCall, mu: Tensor, kl: Tensor, weighted: Tensor | None, sums: Sequence | None, weight: Tensor | None = None
+):
     """`(kl, weighted, sums, low)`: where groups have free bits, the sums of a kind all added up, and likewise with what is free
     in place of `low` groups. Before `sums` comes the KL of each column then."""
     if call.groups is None:
@@ -118,9 +128,9 @@ def with_free_bits(call: KLCall, mu: Tensor, kl: Tensor, weighted: Tensor | None
         of_groups = of_groups.flatten(1).sum(1)
     elif call.groups == "batch":
         of_groups = of_groups.sum()
-    floor = call.floor_of_groups(mu)
+    floor = call.floor_of_groups(mu, weight)
     low = of_groups <= floor
-    weighted = of_groups.masked_fill(low, floor)
+    weighted = torch.where(low, floor, of_groups) if isinstance(floor, Tensor) else of_groups.masked_fill(low, floor)
     sums = None if sums is None else (kl.detach(), *sums)
     if call.kind == "row" and call.reduction == "none":
         return kl, weighted, sums, low
@@ -142,6 +152,17 @@ def without_free_bits(call: KLCall, mu: Tensor, low: Tensor, grad_kl: Tensor | N
         if call.shares is None:
             return grad_weighted if grad_kl is None else grad_kl + grad_weighted, None
     return grad_kl, grad_weighted
+
+
+def over_weights(call: KLCall, tensors: Sequence[Tensor], found: Sequence) -> tuple:
+    """What was computed of latents, where the KL is a mean, which sums of weights divide."""
+    mu, weight = tensors[0], call.latents.split(tensors)[2]
+    if call.reduction == "dimension":
+        total = counts_of("dimension", weight, mu, call.dtype)
+    else:
+        total = weight.sum(dtype=call.dtype) * (mu.numel() // max(weight.numel(), 1))
+    z, kl, weighted, sums = found
+    return z, kl / total, weighted if weighted is None else weighted / total, sums
 
 
 def by_kind(values: Tensor, kind: str) -> Tensor:

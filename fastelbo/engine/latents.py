@@ -41,14 +41,16 @@ def run(plan: LatentsPlan, tensors: Sequence[Tensor], noise: Tensor | None) -> F
     if noise is not None and noise.is_floating_point():
         noise = noise.contiguous(memory_format=plan.layout)
     if not plan.wants:
-        return plan.backend.latents_forward(plan, tensors, noise)[:4]
-    z, kl, weighted, *sums = _apply((plan, noise), *tensors)
-    return z, kl, weighted, sums or None
+        found = plan.backend.latents_forward(plan, tensors, noise)[:4]
+    else:
+        z, kl, weighted, *sums = _apply((plan, noise), *tensors)
+        found = z, kl, weighted, sums or None
+    return formula.over_weights(plan.call, tensors, found) if plan.is_mean_of_weights else found
 
 
 class Latents(Function):
-    """Its tensors come as the plan lays them out, the prior's expanded to the shape of mu; the plan and the noise come in one
-    argument."""
+    """Its tensors come as the plan lays them out, the prior's expanded to the shape of mu, and weights as they are; the plan
+    and the noise come in one argument."""
 
     @staticmethod
     @never_compiled
@@ -89,13 +91,14 @@ def differentiated(plan: LatentsPlan, noise: Tensor | None, tensors, needs, upst
 
 
 def sample(
-    mu, logvar, posterior, prior, reduction: str | None, eps: Tensor | None, generator, surrounded: bool | None = None
-) -> tuple[Tensor, Any]:
+    mu, logvar, posterior, prior, reduction: str | None, eps: Tensor | None, generator, surrounded: bool | None = None,
+    kl_weight: Tensor | None = None,
+) -> tuple[Tensor, Any]:  # fmt: skip
     """A sample, and its KL, None if `reduction` is None, from what users pass. `surrounded`: whether the call is, if known."""
     if is_surrounded() if surrounded is None else surrounded:
-        call, tensors = check_kl(mu, logvar, posterior, prior, reduction, True)
+        call, tensors = check_kl(mu, logvar, posterior, prior, reduction, True, None, kl_weight)
         return traced.latents(call, tensors, draw(tensors[0], tensors[1], eps, generator))[:2]
-    plan, tensors = latents_plan_of(mu, logvar, posterior, prior, reduction, eps, True)
+    plan, tensors = latents_plan_of(mu, logvar, posterior, prior, reduction, eps, True, None, kl_weight)
     if eps is not None and generator is None:
         noise = eps  # which is checked
     elif eps is None and plan.backend is not None:

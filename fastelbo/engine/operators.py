@@ -163,7 +163,7 @@ LATENTS = (
 
 def encoded(call: KLCall) -> tuple:
     """The call as the last arguments of the operators, less what its sums are times."""
-    (posterior, prior), clamp, shares = call.latents, call.latents.posterior.clamp, call.shares
+    (posterior, prior, _), clamp, shares = call.latents, call.latents.posterior.clamp, call.shares
     return (
         posterior.parameter, clamp and list(clamp), prior, call.kind, call.floor, shares and list(shares), call.statistics,
         call.dtype,

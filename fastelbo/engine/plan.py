@@ -263,19 +263,37 @@ class LatentsPlan:
     """What is known of a sample or a KL before its values are."""
 
     __slots__ = (
-        "backend", "call", "dtype", "fits", "has_normals", "is_by_autograd", "is_dense", "is_plain", "is_simple", "is_whole",
-        "kl_scale", "latents_launches", "layout", "noise_layout", "per_sample", "strides", "wants",
+        "backend",
+        "call",
+        "dtype",
+        "fits",
+        "has_normals",
+        "is_by_autograd",
+        "is_dense",
+        "is_mean_of_weights",
+        "is_plain",
+        "is_simple",
+        "is_whole",
+        "kl_scale",
+        "latents_launches",
+        "layout",
+        "noise_layout",
+        "per_sample",
+        "strides",
+        "wants",
     )  # fmt: skip
 
     def __init__(self, call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None, grad_mode: bool) -> None:
         mu, self.call, self.latents_launches, self.fits = tensors[0], call, None, _unlike
         self.dtype, self.per_sample, self.kl_scale = call.dtype, call.kind == "row", call.scale(mu)
         self.is_plain, self.is_simple = call.is_plain, call.is_simple
+        self.is_mean_of_weights = call.is_mean_of_weights and call.kind is not None
         self.wants = grad_mode and any(t.requires_grad for t in tensors)
         strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or (
             noise is not None and (is_wrapper(noise) or noise.is_neg())
         )
-        seldom = noise is not None and grad_mode and noise.requires_grad
+        weight = call.latents.split(tensors)[2]
+        seldom = grad_mode and any(t is not None and t.requires_grad for t in (noise, weight))
         self.backend = None if strange or seldom or not mu.numel() else backend_for(mu.device)
         if self.backend is torch_backend and not self.is_simple and not (mu.device.type == "cpu" and call.is_whole):
             self.backend = None
@@ -293,8 +311,10 @@ class LatentsPlan:
 
     def dense(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors as the backends take them; copied only where they are not so yet."""
-        mu, second, *prior = tensors
-        return [mu.contiguous(memory_format=self.layout), second.contiguous(memory_format=self.layout), *prior]
+        mu, second, *rest = tensors
+        if self.call.latents.weighted and rest[-1].shape == mu.shape:
+            rest[-1] = rest[-1].contiguous(memory_format=self.layout)
+        return [mu.contiguous(memory_format=self.layout), second.contiguous(memory_format=self.layout), *rest]
 
     def again(self, tensors: Sequence[Tensor], noise: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         """Likewise, with the noise, or the seed of it, of what was saved: hooks may bring it back with other strides."""
@@ -316,15 +336,25 @@ def latents_plan(call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None) 
 
 
 def latents_plan_of(
-    mu, logvar, posterior, prior, reduction: str | None, eps: Tensor | None, samples: bool, weighting: Weighting | None = None
+    mu,
+    logvar,
+    posterior,
+    prior,
+    reduction: str | None,
+    eps: Tensor | None,
+    samples: bool,
+    weighting: Weighting | None = None,
+    kl_weight: Tensor | None = None,
 ) -> tuple[LatentsPlan, Sequence[Tensor]]:
     """The plan and the tensors of a call from what users pass; of a sample, its KL (unless `reduction` is None), or both, with
     what a `weighting` without capacity makes of the latter."""
     key = None
     if isinstance(mu, Tensor) and (prior is None or type(prior) is tuple):
         tensors = (mu, logvar) if prior is None else (mu, logvar, *prior)
+        if kl_weight is not None:
+            tensors = *tensors, kl_weight
         given = tensors if eps is None else (*tensors, eps)
-        start = posterior, reduction, samples, weighting, eps is None, len(given), torch.is_grad_enabled()
+        start = posterior, reduction, samples, weighting, eps is None, kl_weight is None, len(given), torch.is_grad_enabled()
         try:
             found = _last.get(start)
             if found is not None and not any(map(_is_nested, given)) and found.fits(*given):
@@ -336,7 +366,7 @@ def latents_plan_of(
         if found is not None:
             _again(start, found, given)
             return found, tensors
-    call, tensors = check_kl(mu, logvar, posterior, prior, reduction, samples, weighting)
+    call, tensors = check_kl(mu, logvar, posterior, prior, reduction, samples, weighting, kl_weight)
     if eps is not None:
         check_noise(eps, None, tensors[0])
     plan = latents_plan(call, tensors, eps)

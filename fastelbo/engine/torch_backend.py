@@ -7,6 +7,7 @@ in cache, and gradients come from the same pass.
 Tensors come as the plan's `dense` lays them out. A `beta` is a float, or a 0-d tensor on the device.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -142,16 +143,19 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
 
 
 class Slopes(NamedTuple):
-    """What backward needs of latents that `_any_latents` computed: derivatives of the KL, of z by the second tensor."""
+    """What backward needs of latents that `_any_latents` computed: derivatives of the KL, of z by the second tensor, and the
+    weights of the KL's elements."""
 
     of_kl: list[Slope]
     of_z: Slope | None
+    weight: Tensor | None
 
 
 def _any_latents(plan, tensors, noise):
     """`latents_forward` of any posterior and prior, with the derivatives that backward needs."""
     call, dtype = plan.call, plan.dtype
-    wide = [t.to(dtype) for t in tensors]
+    of_posterior, prior, weight = call.latents.split([t.to(dtype) for t in tensors])
+    wide = *of_posterior, *prior
     kl, z, slopes, of_z = None, None, [], None
     if noise is not None:
         z, of_z = sample_in_one_pass(call.latents.posterior.parameter, *wide[:2], noise.to(dtype))
@@ -166,8 +170,15 @@ def _any_latents(plan, tensors, noise):
             values = 2 * values.detach()
         else:
             values, slopes = found
+        if weight is not None:
+            values = without_nan(values.mul_(weight), weight)
         kl = formula.by_kind(values, call.kind).mul_(0.5 * plan.kl_scale)
-    return z, kl, None, None, Slopes(slopes, of_z)
+    return z, kl, None, None, Slopes(slopes, of_z, weight)
+
+
+def without_nan(product: Tensor, weight: Tensor) -> Tensor:
+    """0 where the weight is, whatever it was times."""
+    return product if math.isfinite(product.sum().item()) else product.masked_fill_(weight == 0, 0.0)
 
 
 def _of_slopes(plan, tensors, needs, grad_z, grad_kl, kept):
@@ -176,9 +187,12 @@ def _of_slopes(plan, tensors, needs, grad_z, grad_kl, kept):
     if grad_kl is not None:
         factor = grad_kl.reshape([-1, *[1] * (mu.dim() - 1)]) if plan.call.kind == "row" else grad_kl
         factor = factor if plan.kl_scale == 1 else factor * plan.kl_scale
+        factor = factor if kept.weight is None else factor * kept.weight
         for i, (tensor, number) in enumerate(kept.of_kl):
             if needs[i]:
                 found[i] = torch.mul(tensor, factor if number == 1 else factor * number)
+                if kept.weight is not None:
+                    found[i] = without_nan(found[i], kept.weight)
     if grad_z is not None:
         wide = grad_z.to(plan.dtype)
         tensor, number = kept.of_z

@@ -82,6 +82,9 @@ MANY_NORMALS = 2**11
 
 def latents(call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None):
     """`(z, kl, weighted, sums)` of latents, each None where it is not computed."""
+    if call.latents.weighted:  # which the operator does not have
+        found = formula.divergence(call, noise, *tensors)
+        return formula.over_weights(call, tensors, found) if call.is_mean_of_weights and call.kind is not None else found
     if not _goes_to_kernels(OF_LATENTS, *tensors, noise):
         return formula.divergence(call, noise, *tensors)
     z, kl, weighted, *sums = ops.latents(*(*tensors, None, None)[:4], noise, *encoded(call))

@@ -87,26 +87,28 @@ def loss_backward(plan, factors, tensors, divisor, upstreams, stored, sums, used
 def latents_forward(plan, tensors, noise, stateless=False):
     """See `torch_backend.latents_forward`; the noise may be a seed. `weighted` is the KL with a floor under each element, or
     with free bits, and `sums` are those over the batch of mu and mu^2, after those of the KL where there are free bits."""
-    call, (mu, second, *priors) = plan.call, tensors
+    call = plan.call
+    (mu, second), priors, weight = call.latents.split(tensors)
     if plan.is_plain:
         launches = plan.latents_launches or _sample(plan, mu, second)
         z, kl = launches.forward(mu, second, noise, call.kind is not None, stateless)
         return z, *((kl, None, None, None) if call.groups is None else formula.with_free_bits(call, mu, kl, None, None))
     priors = _priors(plan, priors)
-    launches = plan.latents_launches or _divergence(plan, mu, second, priors)
+    launches = plan.latents_launches or _divergence(plan, mu, second, priors, weight)
     if call.kind == "column":
-        kl, weighted, *of_columns = launches.columns(mu, second, *priors, call.statistics, stateless)
+        kl, weighted, *of_columns = launches.columns(mu, second, *priors, weight, call.statistics, stateless)
         if kl is not None:
             return None, kl, weighted, of_columns if call.statistics else None, of_columns[0]
-        return None, *formula.with_free_bits(call, mu, of_columns[0], None, of_columns[1:] or None)
-    z, kl, weighted = launches.forward(mu, second, noise, *priors, stateless)
-    return z, *formula.with_free_bits(call, mu, kl, weighted, None)
+        return None, *formula.with_free_bits(call, mu, of_columns[0], None, of_columns[1:] or None, weight)
+    z, kl, weighted = launches.forward(mu, second, noise, *priors, weight, stateless)
+    return z, *formula.with_free_bits(call, mu, kl, weighted, None, weight)
 
 
 def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted=None, kept=None):
     """See `torch_backend.latents_backward`. Gradients by the prior's two tensors as well, of the shape of mu, where needed;
     `grad_weighted` arrived at the KL with a floor."""
-    call, (mu, second, *priors) = plan.call, tensors
+    call = plan.call
+    (mu, second), priors, weight = call.latents.split(tensors)
     if grad_z is not None:
         grad_z = grad_z.contiguous(memory_format=plan.layout)
     if plan.is_plain:
@@ -114,9 +116,9 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
         if kept is not None:
             grad_kl, _ = formula.without_free_bits(call, mu, kept, grad_kl, grad_weighted)
         return launches.backward(grad_z, mu, second, noise, 1.0, (None, grad_kl))
-    priors = _priors(plan, priors)
-    launches = plan.latents_launches or _divergence(plan, mu, second, priors)
-    if call.groups == "dimension":
+    wants_prior, priors = needs[2:4] if priors else (False, False), _priors(plan, priors)
+    launches = plan.latents_launches or _divergence(plan, mu, second, priors, weight)
+    if call.groups == "dimension" and weight is None:
         of_columns = kept
     else:
         of_columns = None
@@ -124,9 +126,10 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
             grad_kl, grad_weighted = formula.without_free_bits(call, mu, kept, grad_kl, grad_weighted)
         grad_kl, grad_weighted = _as_latents(plan, grad_kl), _as_latents(plan, grad_weighted)
     grads = launches.backward(
-        grad_z, grad_kl, grad_weighted, mu, second, noise, *priors, needs[2:] or (False, False), of_columns
+        grad_z, grad_kl, grad_weighted, mu, second, noise, *priors, weight, wants_prior, of_columns
     )  # fmt: skip
-    return grads[: len(tensors)]
+    grads = grads if call.latents.prior is not None else grads[:2]
+    return grads if weight is None else (*grads, None)
 
 
 def log_ratio_forward(call, tensors, noise):
@@ -188,19 +191,19 @@ def _sample(plan, mu, logvar):
     return plan.latents_launches
 
 
-def _divergence(plan, mu, second, priors):
+def _divergence(plan, mu, second, priors, weight):
     """Those of the kernels for any posterior and prior, likewise."""
     call = plan.call
     plan.latents_launches = kernels.Divergence(
-        mu, second, *priors, kind=call.kind, floor=call.floor,
-        free_bits=call.floor_of_groups(mu) if call.groups == "dimension" else None, shares=call.shares or (1.0, 1.0),
-        kl_scale=plan.kl_scale, dtype=plan.dtype, **_gaussian(call.latents),
+        mu, second, *priors, weight, kind=call.kind, floor=call.floor,
+        free_bits=call.floor_of_groups(mu) if call.groups == "dimension" and weight is None else None,
+        shares=call.shares or (1.0, 1.0), kl_scale=plan.kl_scale, dtype=plan.dtype, **_gaussian(call.latents),
     )  # fmt: skip
     return plan.latents_launches
 
 
 def _gaussian(latents) -> dict:
-    posterior, prior = latents
+    posterior, prior, _ = latents
     return {"posterior": posterior.parameter, "clamp": posterior.clamp, "prior": prior}
 
 

@@ -61,7 +61,7 @@ def excess(raw: Tensor, parameter: str) -> Tensor:
 
 def kl_elements(latents: Latents, mu: Tensor, second: Tensor, *prior: Tensor | None) -> Tensor:
     """KL(N(mu, sigma^2) || prior) of each element, in nats."""
-    posterior, kind = latents
+    posterior, kind = latents.posterior, latents.prior
     dtype = result_dtype(mu, second, *(p for p in prior if p is not None))
     mu, raw, parameter = mu.to(dtype), clamped(second, posterior, dtype), posterior.parameter
     if kind is None:

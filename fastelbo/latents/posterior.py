@@ -1,12 +1,21 @@
 """What the latents of a call are: the posterior that the encoder parametrizes, and the prior that its KL is from."""
 
+from collections.abc import Sequence
 from math import inf
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from ..basics.arguments import broadcasts, check_alike, check_device, check_floats, check_prediction
+from ..basics.arguments import (
+    broadcasts,
+    check_alike,
+    check_broadcasts,
+    check_device,
+    check_floats,
+    check_prediction,
+    check_reals,
+)
 from ..basics.records import Record, canonical, check_choice, record
 from ..basics.scalars import check_real
 
@@ -58,10 +67,17 @@ BY_NAME = {parameter: Posterior(parameter) for parameter in PARAMETERS}
 
 
 class Latents(NamedTuple):
-    """What the tensors of a call's latents are: mu and its second parameter, then those of a prior that is not N(0, I)."""
+    """What the tensors of a call's latents are: mu and its second parameter, then those of a prior that is not N(0, I), and the
+    weights of the KL's elements."""
 
     posterior: Posterior
     prior: str | None = None  # what the prior's second tensor is, as `Posterior.parameter`
+    weighted: bool = False
+
+    def split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]:
+        """`(mu and second, the prior's two or none, weights or None)`."""
+        n = 2 if self.prior is None else 4
+        return tensors[:2], tensors[2:n], tensors[n] if self.weighted else None
 
 
 def find_posterior(posterior) -> Posterior:
@@ -74,8 +90,20 @@ def find_posterior(posterior) -> Posterior:
     return BY_NAME[posterior]
 
 
-def check_latents(mu, logvar, posterior, prior=None) -> tuple[Latents, tuple[Tensor, ...]]:
+def check_latents(mu, logvar, posterior, prior=None, kl_weight=None) -> tuple[Latents, tuple[Tensor, ...]]:
     """What the latents are, and their tensors, the prior's expanded to the shape of mu; from what users pass."""
+    latents, tensors = _gaussians(mu, logvar, posterior, prior)
+    if kl_weight is None:
+        return latents, tensors
+    if isinstance(kl_weight, int | float):
+        raise TypeError(f"kl_weight must be a tensor, with weights of elements of mu, got {kl_weight!r}: beta takes a number")
+    check_reals("kl_weight", kl_weight)
+    check_broadcasts("kl_weight", kl_weight, "mu", tensors[0].shape)
+    check_device("kl_weight", kl_weight, "mu", tensors[0])
+    return latents._replace(weighted=True), (*tensors, kl_weight)
+
+
+def _gaussians(mu, logvar, posterior, prior) -> tuple[Latents, tuple[Tensor, ...]]:
     posterior, is_normal = find_posterior(posterior), isinstance(mu, Distribution)
     if is_normal:
         normal = _normal("mu", mu)

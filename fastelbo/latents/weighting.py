@@ -143,6 +143,25 @@ def check_weighting(
     return weighting
 
 
+def counts_of(per: str, weight: Tensor | None, mu: Tensor, dtype) -> float | Tensor:
+    """How often each group of elements counts: once for each sample that it has, or by the samples' weights."""
+    if weight is None:
+        return 1.0 if per in ("element", "sample") else mu.shape[0]
+    weight = weight.to(dtype).reshape([1] * (mu.dim() - weight.dim()) + list(weight.shape))
+    if per in ("element", "dimension"):
+        weight = weight.expand(mu.shape)
+    else:
+        shared = 2 if per == "channel" else 1
+        if any(n != 1 for n in weight.shape[shared:]):
+            one = "channel of a sample" if per == "channel" else "sample"
+            raise ValueError(
+                f"kl_weight must have one number for each {one} with a weighting per {per!r}: got shape {tuple(weight.shape)}"
+            )
+        weight = weight.flatten(shared).squeeze(-1) if mu.dim() > shared else weight
+        weight = weight.expand(mu.shape[:shared])
+    return weight if per in ("element", "sample") else weight.sum(0)
+
+
 def is_of_each(beta) -> bool:
     """Whether it has a weight for each latent dimension."""
     return isinstance(beta, Tensor) and beta.dim() > 0
@@ -157,6 +176,6 @@ def check_beta(beta, mu: Tensor) -> float | Tensor:
     if not broadcasts(beta, mu.shape[1:]):
         raise ValueError(
             "beta must be a number, a 0-d tensor or a tensor that broadcasts to a sample of mu:"
-            f" got beta {tuple(beta.shape)} and mu {tuple(mu.shape)}"
+            f" got beta {tuple(beta.shape)} and mu {tuple(mu.shape)}; kl_weight takes weights of samples and elements"
         )
     return beta.expand(mu.shape[1:])
