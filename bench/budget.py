@@ -186,6 +186,10 @@ def kernels() -> Iterator[Kernel]:
             yield _kernel(f"sample {step}, prior", f"float32 {parameter}", prior, dtypes)
         normal = launch(F32, posterior="logvar", prior="std")
         yield _kernel(f"sample {step}, prior", "float32 logvar, of a Normal", normal, dtypes)
+        for weight in (F32, U8):
+            weighted = launch(F32, weight=torch.ones(128, 64, dtype=weight))
+            kind = f"float32 logvar, {_name(weight)}"
+            yield _kernel(f"sample {step}, weights", kind, weighted, dtypes | {"kl_weight": weight})
     dtypes = dict.fromkeys((*GAUSSIAN, *PRIOR, "grad_log_q", "grad_log_p", "path_scale"), F32)
     for step, launch in (("forward", compiled.log_ratio_forward), ("backward", compiled.log_ratio_backward)):
         for suffix, prior in (("", None), (", prior", "logvar")):

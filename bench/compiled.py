@@ -158,23 +158,29 @@ def _positions(launches, prediction, x, per_sample, options):
     return record(lambda: launches.forward(prediction, x, None, 1.0, guess))
 
 
-def divergence_forward(latent, *, posterior="logvar", prior=None, kind="sum"):
-    launches, mu, noise, priors = _divergence(latent, posterior, prior, kind)
-    return record(lambda: launches.forward(mu, mu.clone(), noise, *priors, None))
+def divergence_forward(latent, *, posterior="logvar", prior=None, kind="sum", weight=None):
+    launches, mu, noise, priors = _divergence(latent, posterior, prior, kind, weight)
+    return record(lambda: launches.forward(mu, mu.clone(), noise, *priors, weight))
 
 
-def divergence_backward(latent, *, posterior="logvar", prior=None):
-    launches, mu, noise, priors = _divergence(latent, posterior, prior, "sum")
+def divergence_backward(latent, *, posterior="logvar", prior=None, weight=None):
+    launches, mu, noise, priors = _divergence(latent, posterior, prior, "sum", weight)
     upstream = torch.ones((), dtype=torch.promote_types(latent, torch.float32))
     upstreams, wants = (mu.clone(), upstream, None), [prior is not None] * 2
-    return record(lambda: launches.backward(*upstreams, mu, mu.clone(), noise, *priors, None, wants))
+    return record(lambda: launches.backward(*upstreams, mu, mu.clone(), noise, *priors, weight, wants))
 
 
-def _divergence(latent, posterior, prior, kind):
+def divergence_columns(latent, *, weight=None):
+    launches, mu, _, priors = _divergence(latent, "logvar", None, "column", weight)
+    return record(lambda: launches.columns(mu, mu.clone(), *priors, weight, False))
+
+
+def _divergence(latent, posterior, prior, kind, weight):
+    """`weight` broadcasts to latents of the shape `[128, 64]`."""
     mu, noise, dtype = _latents(latent, True, 64)
     priors = (None, None) if prior is None else (mu.clone(), mu.clone())
     launches = kernels.Divergence(
-        mu, mu, *priors, None, posterior=posterior, clamp=None, prior=prior, kind=kind, floor=None,
+        mu, mu, *priors, weight, posterior=posterior, clamp=None, prior=prior, kind=kind, floor=None,
         free_bits=None, shares=(1.0, 1.0), kl_scale=1.0,
         dtype=dtype,
     )  # fmt: skip

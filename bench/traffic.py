@@ -17,6 +17,7 @@ class Stream(NamedTuple):
 RECONSTRUCTION = "prediction", "target"
 LATENTS = "mu", "logvar"
 PRIOR = "prior_mu", "prior_second"
+WEIGHT = ("kl_weight",)  # of each element
 GAUSSIAN = "mu", "second"  # a posterior of any parametrization
 PARAMETERS = "first", "second", "third"  # of a likelihood that has several
 
@@ -40,6 +41,8 @@ BUDGET = {
     "sample backward, prior": (
         Stream(("grad_z", *LATENTS, *PRIOR), ("grad_mu", "grad_logvar", "grad_prior_mu", "grad_prior_second")),
     ),
+    "sample forward, weights": (Stream((*LATENTS, *WEIGHT), ("z",)),),
+    "sample backward, weights": (Stream(("grad_z", *LATENTS, *WEIGHT), ("grad_mu", "grad_logvar")),),
     "log ratio forward": (Stream(GAUSSIAN, ("z",)),),
     "log ratio forward, prior": (Stream((*GAUSSIAN, *PRIOR), ("z",)),),
     "log ratio backward": of_samples(GAUSSIAN, ("grad_mu", "grad_second")),
