@@ -22,13 +22,14 @@ from .engine.plan import find_objective, is_little, latents_plan_of
 from .latents.posterior import LOGVAR, Latents, Posterior, check_latents
 from .latents.weighting import ALL, Weighting, check_beta, check_weighting, is_of_each, shares_of
 from .likelihoods import Likelihood
+from .likelihoods.distributions import of_distribution
 
 Reduction = str | tuple[str, str]
 Prior = tuple[Tensor, Tensor] | Distribution
 
 
 def loss(
-    recon_x: Tensor | tuple[Tensor, ...],
+    recon_x: Tensor | tuple[Tensor, ...] | Distribution,
     x: Tensor,
     mu: Tensor | Distribution | None = None,
     logvar: Tensor | None = None,
@@ -52,7 +53,11 @@ def loss(
 
     Args:
         recon_x: the decoder's output, `[B, ...]`, float16, bfloat16, float32 or float64; or the tuple of tensors that
-            parametrize the likelihood. A tuple of one is that one.
+            parametrize the likelihood. A tuple of one is that one. Or a distribution, which stands for both: of Torch a
+            `Normal`, `Laplace`, `StudentT`, `Bernoulli`, `ContinuousBernoulli`, `Poisson`, `NegativeBinomial`, `Categorical`,
+            `OneHotCategorical` or `Multinomial`, scvi-tools' `NegativeBinomial` or `ZeroInflatedNegativeBinomial`, or an
+            `Independent` of one. Then the reconstruction is minus the sum of its `log_prob(x)`, with gradients to what it was
+            made of, and no `likelihood` is given.
         x: the target, of the shape of `recon_x` and any real dtype; integers and booleans are converted on the fly.
         mu: mean of the encoder's Gaussian, `[B, ...]`, of any such shape and floating dtype; or a `torch.distributions.Normal`,
             or an `Independent` of one, which stands for `mu` and `logvar`. Its batch may be another one than that of `x`, as of
@@ -90,13 +95,16 @@ def loss(
         float32. The dtypes of `x`, `weight` and `beta` do not count.
 
     Raises:
-        TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes, devices, names or options do not fit. On a CPU, too, if a value that has a weight lies where its
+        TypeError: an argument is of the wrong type or dtype, or a distribution of another kind.
+        ValueError: shapes, devices, names or options do not fit, or a likelihood is given beside a distribution that is
+            another one (the default counts as not given). On a CPU, too, if a value that has a weight lies where its
             likelihood has none: probabilities and targets of `"bernoulli"`, or integer targets of `"bernoulli_logits"`, outside
             [0, 1]; counts, rates or means below 0; scales or dispersions that are not positive; unknown labels or levels. NaN
             passes. On a GPU, looking would need a sync, and a tracer sees no values. There a target of a Bernoulli likelihood
             outside [0, 1], and counts of a multinomial below 0, give a loss that means nothing; the others give NaN.
     """
+    if isinstance(recon_x, Distribution):
+        likelihood, recon_x = of_distribution("recon_x", recon_x, likelihood)
     surrounded = is_surrounded()
     if surrounded and monitor is None and is_dynamo_compiling():
         values = {
@@ -157,7 +165,7 @@ def loss(
 
 
 def elbo(
-    decoder: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
+    decoder: Callable[[Tensor], Tensor | tuple[Tensor, ...] | Distribution],
     x: Tensor,
     mu: Tensor | Distribution,
     logvar: Tensor | None = None,
@@ -196,8 +204,8 @@ def elbo(
 
     Args:
         decoder: a module, bound method or function from z, of the shape of `mu`, to `recon_x`: a prediction of the shape of
-            `x`, or the tuple of the likelihood's parameters. With several samples it gets and returns `[chunk * B, ...]`, with
-            one batch for `mu` and `x`.
+            `x`, the tuple of the likelihood's parameters, or a distribution, as in `loss`. With several samples it gets and
+            returns `[chunk * B, ...]`, with one batch for `mu` and `x`.
         x, mu, logvar, beta, likelihood, posterior, prior, weighting, weight, recon_weight, kl_weight, reduction, monitor: as in
             `loss`.
         eps: noise to use, of the shape of `mu`; with several samples, or by an `IWAE`, `[n_samples, *mu.shape]`.
@@ -210,7 +218,7 @@ def elbo(
 
     Raises:
         TypeError, ValueError: as `loss`; also if `bound` is no bound, or if the decoder returns anything but a tensor of the
-            shape of `x`, or the parameters of the likelihood.
+            shape of `x`, the parameters of the likelihood, or a distribution that `loss` takes.
         RuntimeError: with several samples and fewer in a chunk: in backward with `create_graph=True` or
             `is_grads_batched=True`; if a leaf that the decoder uses was given a hook, or was written to, after this call; or if
             the decoder changes its state.
@@ -224,7 +232,10 @@ def elbo(
             found = in_graph(_before_decoder, values, posterior=posterior, reduction=reduction)
             if found is not None:
                 z, kl = found
-                values = {"prediction": decoder(z), "x": x, "beta": beta, "weight": weight, "kl": kl}
+                prediction = decoder(z)
+                if isinstance(prediction, Distribution):
+                    likelihood, prediction = of_distribution("decoder(z)", prediction, likelihood)
+                values = {"prediction": prediction, "x": x, "beta": beta, "weight": weight, "kl": kl}
                 values["recon_weight"] = recon_weight
                 found = in_graph(_behind_decoder, values, likelihood=likelihood, reduction=reduction)
                 return _behind_decoder(**values, likelihood=likelihood, reduction=reduction) if found is None else found
@@ -248,6 +259,8 @@ def elbo(
         z, kl = sample(mu, logvar, posterior, prior, reduction_of_kl, eps, generator, surrounded, kl_weight)
         _check_target(x, z, objective.reduction)
         given = decoder(z)
+        if isinstance(given, Distribution):
+            objective, given = _of_decoded(given, objective)
         given = _parameters(given, objective.likelihood) if isinstance(given, tuple | list) else (given,)
         behind = (mu, logvar) if inside else (kl,)
         tensors = (*given, x, *behind) if weight is None else (*given, x, weight, *behind)
@@ -258,7 +271,10 @@ def elbo(
     _check_target(x, tensors[0], objective.reduction)
     kl, beta, weighted, statistics = _divergence(latents, tensors, objective, beta, weighting, monitor)
     z, _ = sample(tensors[0], tensors[1], latents.posterior, None, None, eps, generator)
-    given = _parameters(decoder(z), objective.likelihood)
+    given = decoder(z)
+    if isinstance(given, Distribution):
+        objective, given = _of_decoded(given, objective)
+    given = _parameters(given, objective.likelihood)
     return _with_kl("decoder(z)", objective, given, x, weight, kl, (beta, recon_weight), weighted, monitor, statistics)
 
 
@@ -278,6 +294,12 @@ def _behind_decoder(
     given = _parameters(prediction, objective.likelihood)
     factors = _checked_beta(beta, x), _checked_recon_weight(recon_weight, x)
     return _with_kl("decoder(z)", objective, given, x, weight, kl, factors, None, None)
+
+
+def _of_decoded(distribution: Distribution, objective: Objective) -> tuple[Objective, tuple[Tensor, ...]]:
+    """The objective with the likelihood of what a decoder returned, and the tensors of that."""
+    likelihood, given = of_distribution("decoder(z)", distribution, objective.likelihood)
+    return objective._replace(likelihood=likelihood, is_sum=True), given
 
 
 def _parameters(prediction: Any, likelihood: Likelihood) -> tuple[Tensor, ...]:

@@ -28,10 +28,11 @@ from .engine.plan import find_objective, latents_plan_of
 from .latents.posterior import LOGVAR, Posterior, check_latents
 from .latents.weighting import ALL, Weighting
 from .likelihoods import Likelihood
+from .likelihoods.distributions import of_distribution
 
 
 def nll(
-    recon_x: Tensor | tuple[Tensor, ...],
+    recon_x: Tensor | tuple[Tensor, ...] | Distribution,
     x: Tensor,
     *,
     likelihood: str | Likelihood = "bernoulli",
@@ -44,7 +45,7 @@ def nll(
 
     Args:
         recon_x: the decoder's output, `[B, ...]`, float16, bfloat16, float32 or float64; or the tuple of tensors that
-            parametrize the likelihood. A tuple of one is that one.
+            parametrize the likelihood. A tuple of one is that one. Or a distribution, which stands for both, as in `loss`.
         x: the target, of the shape of `recon_x` and any real dtype.
         likelihood: what `recon_x` parametrizes, a name or an object of `fastelbo.likelihoods`, as in `loss`.
         weight: weights of the elements of `x`, such as a mask, as in `loss`: what has the weight 0 does not count.
@@ -58,6 +59,8 @@ def nll(
     Raises:
         TypeError, ValueError: as `loss`.
     """
+    if isinstance(recon_x, Distribution):
+        likelihood, recon_x = of_distribution("recon_x", recon_x, likelihood)
     surrounded = is_surrounded()
     if surrounded and is_dynamo_compiling():
         values = {"recon_x": recon_x, "x": x, "weight": weight}

@@ -434,6 +434,20 @@ def test_a_call_is_one_node(call, likelihood, device):
     assert counter.op_count <= len(ours) + 4 * results + 2  # the rest takes results apart, and sums them up
 
 
+def test_a_distribution_is_one_node(device):
+    """What is made of it goes into the call."""
+    counter = CompileCounterWithBackend("aot_eager")
+    recon_x, x, mu, logvar = make_inputs("mse", (5, 9), (5, 3), device=device)
+
+    def call(recon_x):
+        return fastelbo.loss(torch.distributions.Normal(recon_x, 0.5), x, mu, logvar).recon
+
+    torch.testing.assert_close(torch.compile(call, fullgraph=True, backend=counter)(recon_x), call(recon_x))
+    (graph,) = counter.graphs
+    ours = [n for n in graph.graph.nodes if n.op == "call_function" and n.target.__module__.startswith("fastelbo")]
+    assert len(ours) == 1
+
+
 def test_options_made_inside(device):
     """A record that compiled code makes has its own fields, and one that changes is noticed."""
     recon_x, x, mu, logvar = make_inputs("mse", (5, 9), (5, 3), device=device)

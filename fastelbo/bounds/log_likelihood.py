@@ -16,7 +16,7 @@ from ..latents.posterior import Posterior
 from ..likelihoods import Likelihood
 from .records import IWAE
 from .replay import autocast_without_cache
-from .samples import prepared, sample, score
+from .samples import decoded, prepared, sample, score
 
 
 class LogLikelihood(NamedTuple):
@@ -28,7 +28,7 @@ class LogLikelihood(NamedTuple):
 
 @torch.no_grad()
 def log_likelihood(
-    decoder: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
+    decoder: Callable[[Tensor], Tensor | tuple[Tensor, ...] | Distribution],
     x: Tensor,
     mu: Tensor | Distribution,
     logvar: Tensor | None = None,
@@ -84,7 +84,7 @@ def log_likelihood(
     for where in chunks:
         with contextlib.nullcontext() if is_traced(*given) else autocast_without_cache(given.mu.device.type):
             z, log_q, log_p = sample(call, given, where, generator, None)
-            rows, _, _ = score(call, given, where, decoder(z), log_q, log_p)
+            rows, _, _ = score(call, given, where, decoded(call, z), log_q, log_p)
         log_w = -rows.double()
         sums = torch.logsumexp(log_w, 0), torch.logsumexp(2 * log_w, 0)
         total, squares = sums if total is None else (torch.logaddexp(total, sums[0]), torch.logaddexp(squares, sums[1]))

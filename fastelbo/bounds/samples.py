@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from ..basics.arguments import (
     check_batch,
@@ -32,6 +33,8 @@ from ..engine.log_ratio import Held, draw_rows, log_ratio
 from ..engine.loss import ELBOTerms, composed_terms
 from ..latents.posterior import Latents, check_latents
 from ..latents.weighting import ALL, check_beta, check_weighting, is_of_each
+from ..likelihoods import Likelihood
+from ..likelihoods.distributions import of_distribution
 from .graph import decoder_leaves
 from .records import ELBO, IWAE
 from .replay import CHANGED, Modules, Replay, autocast_without_cache
@@ -96,10 +99,10 @@ def many_samples(
             of_kl, tensors, weighting=weighting, beta=kl_beta, reduction=kl_reduction,
             statistics=monitor is not None,
         )  # fmt: skip
-    value, recon, first = _estimate(call, given, generator)
+    value, recon, (likelihood, first) = _estimate(call, given, generator)
     dtype = result_dtype(value, kl)
     # Anew, since a chunk is scored without gradient, and a mean divides by the weights' sum.
-    of_mean = LossCall(objective.likelihood, "mean", "mean", dtype, 1, weight is not None, 0)
+    of_mean = LossCall(likelihood, "mean", "mean", dtype, 1, weight is not None, 0)
     shaped = of_mean.shaped(weight, first, x)
     if monitor is not None:
         monitor.record(x.shape[0], recon.sum(), of_mean.divisor(first, x, shaped), statistics)
@@ -132,8 +135,9 @@ def prepared(decoder, x, mu, logvar, objective: Objective, bound: ELBO, *, prior
     return Call(decoder, bound, latents, objective), Given(*(*tensors, None, None)[:4], x, weight, 1.0, 1.0, eps)
 
 
-def _estimate(call: Call, given: Given, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each datum the objective, and the mean of its reconstructions, `[B]`; and a first parameter of one sample's shape."""
+def _estimate(call: Call, given: Given, generator: torch.Generator | None) -> tuple[Tensor, Tensor, tuple[Likelihood, Tensor]]:
+    """Of each datum the objective, and the mean of its reconstructions, `[B]`; the likelihood, with a first parameter of one
+    sample's shape."""
     eager = not is_traced(*given)
     if call.bound.estimator == "dreg" and not eager:
         raise RuntimeError("estimator 'dreg' scales gradients in backward: it can be neither compiled nor transformed")
@@ -153,7 +157,7 @@ def _estimate(call: Call, given: Given, generator: torch.Generator | None) -> tu
         with torch.set_grad_enabled(torch.is_grad_enabled() and leaves is None):
             for where, held in list(zip(call.bound.chunks, helds, strict=True))[1:]:
                 z, log_q, log_p = sample(call, given, where, generator, held)
-                found = score(call, given, where, call.decoder(z), log_q, log_p)
+                found = score(call, given, where, decoded(call, z), log_q, log_p)
                 rows.append(found[0])
                 recon.append(found[1].sum(0))
                 del z, log_q, log_p, found
@@ -183,17 +187,17 @@ class Run(NamedTuple):
 
 def _first_chunk(call: Call, given: Given, generator, held: Held | None, run: Run | None):
     """Decode it with its graph, which shows the leaves; they are None where the graph has to be kept. Without `run` it is not
-    looked at. Returns `(leaves, rows, sum of the reconstructions, first parameter)`."""
+    looked at. Returns `(leaves, rows, sum of the reconstructions, likelihood and first parameter)`."""
     where = call.bound.chunks[0]
     z, log_q, log_p = sample(call, given, where, generator, held)
     if run is None:
-        rows, recon, first = score(call, given, where, call.decoder(z), log_q, log_p)
+        rows, recon, first = score(call, given, where, decoded(call, z), log_q, log_p)
         return None, rows, recon.sum(0), first
     z, edge = _with_edge(z)
-    prediction = call.decoder(z)
-    leaves = _leaves(prediction, edge)
+    prediction = decoded(call, z)
+    leaves = _leaves(prediction.values, edge)
     if leaves is not None:
-        run.modules.first_run(_outputs(prediction), edge.node)
+        run.modules.first_run(_outputs(prediction.values), edge.node)
     with torch.set_grad_enabled(leaves is None):
         rows, recon, first = score(call, given, where, prediction, log_q, log_p)
     return leaves, rows, recon.sum(0), first
@@ -216,29 +220,44 @@ def _with_edge(z: Tensor):
     return z, torch.autograd.graph.get_gradient_edge(z)
 
 
-def _outputs(prediction, leaf: bool = False) -> list[Tensor]:
+class Decoded(NamedTuple):
+    """A decoder's output."""
+
+    values: list  # which are checked to be tensors later
+    likelihood: Likelihood  # that of the call, or that which a distribution stands for
+
+
+def decoded(call: Call, z: Tensor) -> Decoded:
+    """What the decoder makes of z."""
+    prediction, likelihood = call.decoder(z), call.objective.likelihood
+    if isinstance(prediction, Distribution):
+        likelihood, prediction = of_distribution("decoder(z)", prediction, likelihood)
+    return Decoded(list(prediction) if isinstance(prediction, tuple | list) else [prediction], likelihood)
+
+
+def _outputs(values: list, leaf: bool = False) -> list[Tensor]:
     """What of a decoder's output has a graph; or what is a leaf of one, as a scale that is learned by itself."""
-    values = prediction if isinstance(prediction, tuple | list) else [prediction]
     return [t for t in values if isinstance(t, Tensor) and t.requires_grad and t.is_leaf == leaf]
 
 
-def _leaves(prediction, edge) -> list[Tensor] | None:
-    own = _outputs(prediction, leaf=True)
-    found = decoder_leaves(_outputs(prediction), edge)
+def _leaves(values: list, edge) -> list[Tensor] | None:
+    own = _outputs(values, leaf=True)
+    found = decoder_leaves(_outputs(values), edge)
     if found is None or any(leaf._backward_hooks for leaf in own):
         return None
     return list({id(leaf): leaf for leaf in (*found, *own)}.values())
 
 
 def score(
-    call: Call, given: Given, where: slice, prediction, log_q, log_p, known: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the objective is made of, and the reconstruction, of each sample, `[samples, B]`, and a first parameter.
+    call: Call, given: Given, where: slice, prediction: Decoded, log_q, log_p, known: Tensor | None = None
+) -> tuple[Tensor, Tensor, tuple[Likelihood, Tensor]]:
+    """What the objective is made of, and the reconstruction, of each sample, `[samples, B]`; and the likelihood, with a first
+    parameter.
 
     `known`, `[samples, B]`: the upstream factors of the former, if backward is next.
     """
     x, samples, batch = given.x, where.stop - where.start, given.x.shape[0]
-    values = list(prediction) if isinstance(prediction, tuple | list) else [prediction]
+    values, likelihood = prediction
     for i, value in enumerate(values):
         check_dense(f"decoder(z)[{i}]" if len(values) > 1 else "decoder(z)", value)
     if values and values[0].shape[:1] != (samples * batch,):
@@ -248,20 +267,21 @@ def score(
     def terms_of(parameters: Sequence[Tensor], kl: Tensor, known: Tensor | None, samples: int = 1) -> ELBOTerms:
         tensors = (*parameters, x) if given.weight is None else (*parameters, x, given.weight)
         shape, factors = (len(parameters), given.weight is not None), (given.beta, given.recon_weight)
-        return composed_terms("decoder(z)", call.objective._replace(samples=samples), tensors, *shape, kl, factors, known)
+        objective = call.objective._replace(likelihood=likelihood, samples=samples)
+        return composed_terms("decoder(z)", objective, tensors, *shape, kl, factors, known)
 
     def sample_of(i: int) -> list[Tensor]:
         """Its parameters: a row of each that has one for each of the first one's."""
         rows = slice(i * batch, (i + 1) * batch)
         return [v[rows] if v.dim() == values[0].dim() and v.shape[0] == samples * batch else v for v in values]
 
-    if samples == 1 or call.objective.likelihood.takes_samples(len(values), given.weight is not None):
+    if samples == 1 or likelihood.takes_samples(len(values), given.weight is not None):
         found = [terms_of(values, kl, known if known is None else known.reshape(-1), samples)]
     else:  # their kernels and formulas take as many targets as predictions: the same one again, in a view of a sample each
         parts = zip(kl.view(samples, batch), [None] * samples if known is None else known, strict=True)
         found = [terms_of(sample_of(i), k, factor) for i, (k, factor) in enumerate(parts)]
     loss, recon = (torch.cat([getattr(terms, name) for terms in found]).view(samples, batch) for name in ("loss", "recon"))
-    return loss, recon.detach(), sample_of(0)[0].detach().to("meta")
+    return loss, recon.detach(), (likelihood, sample_of(0)[0].detach().to("meta"))
 
 
 def _combined(call: Call, rows: Tensor) -> Tensor:
@@ -344,8 +364,8 @@ def _differentiated(call: Call, given: Given, where: slice, factors, held, gener
     """Decode a chunk again. Gradients of its part of the objective by all of `wrt`."""
     z, log_q, log_p = sample(call, given, where, generator, held)
     z, edge = _with_edge(z)
-    prediction = call.decoder(z)
-    found = _leaves(prediction, edge)
+    prediction = decoded(call, z)
+    found = _leaves(prediction.values, edge)
     if found is None or not {id(leaf) for leaf in found} <= {id(leaf) for leaf in leaves}:
         raise RuntimeError(
             "the decoder of fastelbo.elbo uses a tensor now that its first sample did not use, or one that was computed before"

@@ -28,6 +28,9 @@ but for `"mse"` and `"l1"`, which are no densities, and `"multinomial"`, without
 
 Each has `target_scale`, 1 by default: `x` is multiplied by it, such as 1/255 for `uint8` images.
 
+A distribution of `torch.distributions` in the place of `recon_x` brings its likelihood with it, and its own constants: a
+`Multinomial` its coefficient, a `NegativeBinomial` no 1e-8.
+
 A likelihood of your own is a subclass of `Likelihood` with its formula, `nll`; it is computed in Torch.
 """
 
