@@ -453,6 +453,30 @@ def test_rare_counts():
     assert gradients(got, failures)[0].isfinite().all()
 
 
+@pytest.mark.skipif(BACKEND != "torch" or DEVICE.type != "cpu", reason="about the CPU")
+@pytest.mark.parametrize("weighted", (False, True), ids=("", "weighted"))
+@pytest.mark.parametrize("shape", ((), (300,), (40, 1), (40, 300)), ids=str)
+@pytest.mark.parametrize("rate", (0.05, 3.0, 200.0))
+def test_counts_in_one_pass(rate, shape, weighted):
+    """Mostly zeros, few of them, and none; failures that all share, and each its own: with the digits of float32."""
+    logits = (2 * torch.randn(40, 300)).requires_grad_()
+    failures = torch.exp(2 * torch.randn(shape)).requires_grad_()
+    x = torch.poisson(torch.full((40, 300), rate))
+    likelihood, tensors = of_distribution("recon_x", D.NegativeBinomial(failures, logits=logits), "bernoulli")
+    out = [torch.empty_like(x) for _ in tensors]
+    assert likelihood.one_pass([t.detach() for t in tensors], x, True, out, [None] * 10) is not None
+    weight = torch.rand(40, 1) if weighted else None
+    wide = [t.detach().double().requires_grad_() for t in (logits, failures)]
+    for reduction in ("sum", "none"):
+        got = fastelbo.nll(D.NegativeBinomial(failures, logits=logits), x, weight=weight, reduction=reduction)
+        terms = -D.NegativeBinomial(wide[1], logits=wide[0]).log_prob(x.double())
+        expected = reduce(terms, reduction, weight)
+        torch.testing.assert_close(got.double(), expected, rtol=3e-6, atol=1e-5)
+        found = zip(gradients(got.sum(), logits, failures), gradients(expected.sum(), *wide), strict=True)
+        for a, b in found:
+            assert relative(a, b) < 1e-5
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="kernels do not look at values")
 def test_targets_outside_their_support():
     one, minus = torch.ones(B, K), -torch.ones(B, K)

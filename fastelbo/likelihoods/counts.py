@@ -166,6 +166,50 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         return OnePass(values, slopes=(1.0, 1.0, 1.0))
 
 
+@record
+class NegativeBinomialLogits(Likelihood):
+    """Torch's `NegativeBinomial`, which stands for it: by logits of success and the number of failures.
+
+    Its mean, `total_count * exp(logits)`, would overflow where its log-likelihood does not, and scvi-tools' 1e-8 hide a small
+    one.
+    """
+
+    name = "negative_binomial"
+    parameters = ("logits", "total_count")
+    ranges = (None, NONNEGATIVE)
+
+    def support(self, first, x):
+        return NONNEGATIVE
+
+    def nll(self, parameters, x):
+        logits, failures = parameters
+        nothing = (failures == 0) & (x == 0)
+        ways = log_gamma_ratio(torch.where(nothing, 1.0, failures), x)
+        return failures * softplus(logits) + x * softplus(-logits) + log_factorial(x) - ways
+
+    def one_pass(self, parameters, x, wants_value, out, spare):
+        (logits, failures), (to_logits, to_failures), values = parameters, out, None
+        if not is_seen(x) or x.dtype != torch.float32 or not (logits.is_contiguous() and x.is_contiguous()):
+            return None
+        (lowest, highest), (least, most) = torch.aminmax(failures), torch.aminmax(x)
+        if not ((lowest >= LEAST) & (highest + most < MOST) & (least >= 0)):
+            return None
+        # Each softplus is a maximum and log1p(exp(-|l|)), so that no two terms cancel.
+        rest = torch.abs(logits, out=spare[1]).neg_().exp_().log1p_()
+        above = torch.clamp_min(logits, 0, out=spare[2])
+        if to_failures is not None:
+            torch.add(above, rest, out=to_failures)
+        if wants_value:
+            values = torch.add(x, failures, out=spare[0]).mul_(rest).addcmul_(above, failures)
+            values.addcmul_(above.sub_(logits), x)
+        if to_logits is not None:
+            torch.sigmoid(logits, out=to_logits).mul_(failures)
+            to_logits.addcmul_(torch.neg(logits, out=spare[1]).sigmoid_(), x, value=-1)
+        index = None if 4 * torch.sign(x, out=spare[1]).sum() > x.numel() else _indices(x)
+        _add_beyond_zero(logits, failures, x, index, values, None, to_failures, _ways_of)
+        return OnePass(values, slopes=(1.0, 1.0))
+
+
 def zeros_nll(mean: Tensor, theta: Tensor) -> Tensor:
     """-log p(0) of a negative binomial."""
     return torch.where((mean >= 0) & (theta > 0), theta, torch.nan) * torch.log1p(mean / (theta + EPS))
@@ -206,16 +250,17 @@ def _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare) -> Tensor:
 CHUNK = 2**17  # elements
 
 
-def _add_beyond_zero(mean, theta, x, index, values, to_mean, to_theta) -> None:
+def _add_beyond_zero(mean, theta, x, index, values, to_mean, to_theta, of=None) -> None:
     """Add what a negative binomial's -log p(x) is more than -log p(0), and the derivatives: of the elements in `index`, which
-    the others are zeros beside, or of all if it is None."""
+    the others are zeros beside, or of all if it is None. `of` computes it: `_beyond_zero_of`, or another one."""
+    of = of or _beyond_zero_of
     if index is None:  # some rows at a time, since a dozen tensors of their size are needed
         height = max(1, CHUNK // max(1, x[0].numel()))
         for i in range(0, x.shape[0], height):
             rows = slice(i, i + height)
             own = theta[rows] if theta.dim() == x.dim() and theta.shape[0] == x.shape[0] else theta
             to_values, by_mean, by_theta = (t if t is None else t[rows] for t in (values, to_mean, to_theta))
-            _beyond_zero_of(mean[rows], own, x[rows], to_values, by_mean, by_theta, lambda total, part: total.add_(part))
+            of(mean[rows], own, x[rows], to_values, by_mean, by_theta, lambda total, part: total.add_(part))
         return
     own = theta.shape
     while own[:1] == (1,):
@@ -226,7 +271,7 @@ def _add_beyond_zero(mean, theta, x, index, values, to_mean, to_theta) -> None:
         t = theta.reshape(-1).index_select(0, index if theta.numel() == x.numel() else index % theta.numel())
     else:
         t = theta.expand_as(x).reshape(-1).index_select(0, index)
-    _beyond_zero_of(
+    of(
         mean.view(-1).index_select(0, index), t, x.view(-1).index_select(0, index), values, to_mean, to_theta,
         lambda total, part: total.view(-1).index_add_(0, index, part),
     )  # fmt: skip
@@ -242,3 +287,12 @@ def _beyond_zero_of(mean, theta, count, values, to_mean, to_theta, add) -> None:
         add(to_mean, torch.div(theta, mean).mul_(by_sum).neg_())
     if to_theta is not None:
         add(to_theta, by_sum.sub_(slope))
+
+
+def _ways_of(_, failures, count, values, to_logits, to_failures, add) -> None:
+    """Likewise, the number of ways to come by so many successes, by its logarithm, which depends on no logits."""
+    gamma, slope = log_gamma_ratio_and_derivative(failures, count)
+    if values is not None:
+        add(values, log_factorial(count).sub_(gamma))
+    if to_failures is not None:
+        add(to_failures, slope.neg_())

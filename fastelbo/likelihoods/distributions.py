@@ -11,16 +11,16 @@ import torch.distributions as D
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from ..basics.numerics import log_factorial, log_gamma_ratio, softplus
+from ..basics.numerics import log_factorial, log_gamma_ratio
 from ..basics.records import record
 from ..basics.tracing import is_seen
 from . import BY_NAME, find_likelihood
 from .base import Likelihood, OnePass
 from .bernoulli import Bernoulli, BernoulliLogits, ContinuousBernoulli, ContinuousBernoulliLogits
 from .classes import Categorical, Multinomial
-from .counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from .counts import NegativeBinomial, NegativeBinomialLogits, Poisson, ZeroInflatedNegativeBinomial
 from .location import Gaussian, Laplace, StudentT
-from .values import NONNEGATIVE, POSITIVE
+from .values import POSITIVE
 
 Found = tuple[Likelihood, tuple[Tensor, ...]]
 
@@ -103,25 +103,6 @@ class StudentTOfTensors(Likelihood):
         tail = torch.log1p(((x - mean) / scale).square() / df)
         normalizer = 0.5 * torch.log(torch.pi * df) - log_gamma_ratio(0.5 * df, torch.full_like(df, 0.5))
         return 0.5 * (df + 1) * tail + torch.log(scale) + normalizer
-
-
-@record
-class NegativeBinomialLogits(Likelihood):
-    """Torch's `NegativeBinomial`, of logits of success and the number of failures. Its mean, `total_count * exp(logits)`, would
-    overflow where its log-likelihood does not, and the 1e-8 of scvi-tools' formula hide a small one."""
-
-    name = "negative_binomial"
-    parameters = ("logits", "total_count")
-    ranges = (None, NONNEGATIVE)
-
-    def support(self, first, x):
-        return NONNEGATIVE
-
-    def nll(self, parameters, x):
-        logits, failures = parameters
-        nothing = (failures == 0) & (x == 0)
-        ways = log_gamma_ratio(torch.where(nothing, 1.0, failures), x)
-        return failures * softplus(logits) + x * softplus(-logits) + log_factorial(x) - ways
 
 
 @record
