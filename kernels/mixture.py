@@ -35,8 +35,10 @@ def parameter_tile(prediction, offsets, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def pixel_column(x, offsets, inside, steps, half, INTEGER: tl.constexpr, DTYPE: tl.constexpr):
-    """The target as it is, a column: levels less half of their range in half steps, or a number; and that number; and whether
+def pixel_column(
+    x, offsets, inside, steps, half, INTEGER: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, DTYPE: tl.constexpr
+):
+    """The target, a column: levels less half of their range in half steps, or a number in [-1, 1]; and that number; and whether
     it is of the lowest and of the highest bin."""
     value = tl.load(x + offsets, mask=inside, other=0).to(DTYPE)[:, None]
     if INTEGER:
@@ -44,6 +46,10 @@ def pixel_column(x, offsets, inside, steps, half, INTEGER: tl.constexpr, DTYPE: 
         value = tl.where(tl.abs(level) > steps, float("nan"), level)  # is no level
         return value, value * half, level < 1.0 - steps, level > steps - 1.0
     else:
+        if SCALE != 1.0:
+            value *= SCALE
+        if SHIFT != 0.0:
+            value += SHIFT
         inside = tl.where(tl.abs(value) > 1.0 + half, float("nan"), value)
         return inside, inside, value < half - 1.0, value > 1.0 - half
 
@@ -74,8 +80,9 @@ def mixture_kernel(
     prediction, x, weight, gradient, factor, used, seen, partials, arrived, recon, divisor,
     recon_scale: tl.float64, half_step: tl.float64, levels: tl.int32,
     outer: tl.int64, components: tl.int32, inner: tl.int64, channels: tl.int32, programs: tl.int32,
-    CHANNELS: tl.constexpr, INTEGER: tl.constexpr, PER_SAMPLE: tl.constexpr, DTYPE: tl.constexpr, LAST: tl.constexpr,
-    ALIGN: tl.constexpr, WIDE: tl.constexpr, POSITIONS: tl.constexpr, COMPONENTS: tl.constexpr, FINISH: tl.constexpr,
+    CHANNELS: tl.constexpr, INTEGER: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    DTYPE: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, POSITIONS: tl.constexpr,
+    COMPONENTS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """CHANNELS: 3 or 1, or 0 for another number, `channels`. The rest is as in `categorical.categorical_kernel`."""
     if not WIDE:
@@ -120,9 +127,9 @@ def mixture_kernel(
             pixel = index * channels * inner + i
             logit = tl.load(prediction + o, mask=mask, other=-float("inf")).to(DTYPE)
             if CHANNELS == 3:
-                v_r, r, low_r, high_r = pixel_column(x, pixel, inside, steps, half, INTEGER, DTYPE)
-                v_g, g, low_g, high_g = pixel_column(x, pixel + inner, inside, steps, half, INTEGER, DTYPE)
-                v_b, _, low_b, high_b = pixel_column(x, pixel + 2 * inner, inside, steps, half, INTEGER, DTYPE)
+                v_r, r, low_r, high_r = pixel_column(x, pixel, inside, steps, half, INTEGER, SCALE, SHIFT, DTYPE)
+                v_g, g, low_g, high_g = pixel_column(x, pixel + inner, inside, steps, half, INTEGER, SCALE, SHIFT, DTYPE)
+                v_b, _, low_b, high_b = pixel_column(x, pixel + 2 * inner, inside, steps, half, INTEGER, SCALE, SHIFT, DTYPE)
                 mean_r = parameter_tile(prediction, o + apart, mask, DTYPE)
                 scale_r = parameter_tile(prediction, o + 2 * apart, mask, DTYPE)
                 g_by_r, g_by_r_slope = tanh_and_slope(parameter_tile(prediction, o + 3 * apart, mask, DTYPE))
@@ -138,14 +145,14 @@ def mixture_kernel(
                 log_b, mean_b, scale_b = channel(v_b, mean_b, b_shift, scale_b, low_b, high_b, steps, half, INTEGER)
                 log_p = log_r + log_g + log_b
             elif CHANNELS == 1:
-                v_r, _, low_r, high_r = pixel_column(x, pixel, inside, steps, half, INTEGER, DTYPE)
+                v_r, _, low_r, high_r = pixel_column(x, pixel, inside, steps, half, INTEGER, SCALE, SHIFT, DTYPE)
                 mean_r = parameter_tile(prediction, o + apart, mask, DTYPE)
                 scale_r = parameter_tile(prediction, o + 2 * apart, mask, DTYPE)
                 log_p, mean_r, scale_r = channel(v_r, mean_r, 0.0, scale_r, low_r, high_r, steps, half, INTEGER)
             else:
                 log_p = tl.zeros([POSITIONS, COMPONENTS], dtype=DTYPE)
                 for c in tl.range(0, channels):
-                    v, _, low, high = pixel_column(x, pixel + c * inner, inside, steps, half, INTEGER, DTYPE)
+                    v, _, low, high = pixel_column(x, pixel + c * inner, inside, steps, half, INTEGER, SCALE, SHIFT, DTYPE)
                     mean = parameter_tile(prediction, o + (1 + 2 * c) * apart, mask, DTYPE)
                     scale = parameter_tile(prediction, o + (2 + 2 * c) * apart, mask, DTYPE)
                     log_c, _, _ = channel(v, mean, 0.0, scale, low, high, steps, half, INTEGER)
@@ -183,7 +190,7 @@ def mixture_kernel(
                     store_parameter(gradient, o + 2 * apart, scale_r * slope, keep, mask)
                 else:
                     for c in tl.range(0, channels):
-                        v, _, low, high = pixel_column(x, pixel + c * inner, inside, steps, half, INTEGER, DTYPE)
+                        v, _, low, high = pixel_column(x, pixel + c * inner, inside, steps, half, INTEGER, SCALE, SHIFT, DTYPE)
                         mean = parameter_tile(prediction, o + (1 + 2 * c) * apart, mask, DTYPE)
                         scale = parameter_tile(prediction, o + (2 + 2 * c) * apart, mask, DTYPE)
                         _, mean, scale = channel(v, mean, 0.0, scale, low, high, steps, half, INTEGER)
@@ -220,12 +227,16 @@ class Mixture(Positions):
     """Of pixels: `likelihoods.mixture.nll`.
 
     - The prediction: parameters, seen as `[outer, P, inner]`.
-    - The target: `[outer, channels, inner]`, in [-1, 1], or levels of an integer dtype.
+    - The target: `[outer, channels, inner]`, in [-1, 1] once it is multiplied by `target_scale` and `target_shift` is added,
+      or levels of an integer dtype.
     """
 
-    def __init__(self, *, per_sample, dtype, device, levels, inner, channels) -> None:
+    def __init__(
+        self, *, per_sample, dtype, device, levels, inner, channels, target_scale: float = 1.0, target_shift: float = 0.0
+    ) -> None:
         super().__init__(per_sample, dtype, device)
         self.levels, self.inner, self.channels = levels, inner, channels
+        self.target_scale, self.target_shift = target_scale, target_shift
 
     def layout(self, prediction, x, with_gradient):
         channels, inner, dtype, numel = self.channels, self.inner, self.dtype, prediction.numel()
@@ -237,6 +248,7 @@ class Mixture(Positions):
         programs = programs_of(blocks, rows, self.device, 0)
         constants = {
             "CHANNELS": channels if channels in (1, 3) else 0, "INTEGER": not x.is_floating_point(),
+            "SCALE": self.target_scale, "SHIFT": self.target_shift,
             "PER_SAMPLE": self.per_sample, "DTYPE": TRITON_DTYPE[dtype], "LAST": inner == 1,
             "ALIGN": math.gcd(components if inner == 1 else inner, 16),
             # The last tiles reach beyond the end, and so do the blocks.

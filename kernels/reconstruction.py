@@ -57,7 +57,7 @@ def reconstruction_tile(
     second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
     soft_min, target_scale, constant,
     LIKELIHOOD: tl.constexpr, SCALE: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr, WEIGHT: tl.constexpr,
-    SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, CENTERED: tl.constexpr, SUMS_SECOND: tl.constexpr,
+    SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, SHIFT: tl.constexpr, SUMS_SECOND: tl.constexpr,
     SUMS_THIRD: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Weighted negative log-likelihood of a tile and its derivatives by a second and third parameter that the row has one of.
@@ -67,8 +67,8 @@ def reconstruction_tile(
     """
     a = tl.load(first + o, mask=mask, other=0.5).to(DTYPE)
     t = tl.load(target + o, mask=mask, other=0).to(DTYPE) * target_scale
-    if CENTERED:
-        t -= 1.0
+    if SHIFT != 0.0:
+        t += SHIFT
     b, c, chain = a, a, a
     if SECOND != ABSENT:
         b = load_operand(second, o, mask, row_start, None, second_inner, second_groups, SECOND, WIDE, DTYPE)
@@ -119,7 +119,7 @@ def reconstruction_kernel(
     second_inner: tl.int64, second_groups: tl.int64, third_inner: tl.int64, third_groups: tl.int64,
     weight_apart: tl.int64, weight_inner: tl.int64, weight_groups: tl.int64,
     LIKELIHOOD: tl.constexpr, SCALE: tl.constexpr, SOFT: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr,
-    WEIGHT: tl.constexpr, SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, CENTERED: tl.constexpr, APART: tl.constexpr,
+    WEIGHT: tl.constexpr, SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, SHIFT: tl.constexpr, APART: tl.constexpr,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
     FINISH: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +147,7 @@ def reconstruction_kernel(
                 first, second, third, target, weight, grad_first, grad_second, grad_third, base + o, o < end, base, by,
                 second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
                 floor, ts, extra,
-                LIKELIHOOD, SCALE, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, CENTERED,
+                LIKELIHOOD, SCALE, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, SHIFT,
                 second_out is not None, third_out is not None, WIDE, DTYPE,
             )  # fmt: skip
             if recon_out is not None:
@@ -163,7 +163,7 @@ def reconstruction_kernel(
                     first, second, third, target, weight, grad_first, grad_second, grad_third, base + o, o < columns, base, by,
                     second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
                     floor, ts, extra,
-                    LIKELIHOOD, SCALE, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, CENTERED,
+                    LIKELIHOOD, SCALE, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, SHIFT,
                     second_out is not None, third_out is not None, WIDE, DTYPE,
                 )  # fmt: skip
                 sums += tiles[0]
@@ -197,7 +197,7 @@ class Family(NamedTuple):
     soft_min: float | None = None  # the soft lower bound of the scale's logarithm
     constant: float = 0.0
     target_scale: float = 1.0  # the target is multiplied by it
-    centered: bool = False  # and has 1 taken away then
+    target_shift: float = 0.0  # and this is added then
 
 
 _SCALES = {None: None, "scale": from_scale, "log_scale": from_log_scale, "logvar": from_logvar}
@@ -242,7 +242,7 @@ class Pass:
         constants = {
             "LIKELIHOOD": getattr(likelihoods, family.likelihood), "SCALE": _SCALES[family.scale],
             "SOFT": family.soft_min is not None, "SECOND": second.mode, "THIRD": third.mode, "WEIGHT": weight.mode,
-            "SECOND_WHOLE": second.whole, "THIRD_WHOLE": third.whole, "CENTERED": family.centered, "APART": weight.apart != 0,
+            "SECOND_WHOLE": second.whole, "THIRD_WHOLE": third.whole, "SHIFT": family.target_shift, "APART": weight.apart != 0,
             "DTYPE": TRITON_DTYPE[dtype], "ALIGNED": segment.aligned, "WIDE": segment.wide, "BLOCK": tile,
             "THREADS": THREADS, "FINISH": FINISH,
         }  # fmt: skip

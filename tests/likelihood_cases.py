@@ -122,6 +122,25 @@ def _weighted_bernoulli(parameters, x):
     return -(weight * x * F.logsigmoid(logits) + (1 - x) * F.logsigmoid(-logits))
 
 
+def _bins_over(low: float, high: float):
+    return lambda: low + (_bins() + 1) * (high - low) / 2
+
+
+def _discretized_over(low: float, high: float, levels: int = 256):
+    """In the interval's own units."""
+
+    def truth(parameters, x):
+        half = (high - low) / (levels - 1) / 2
+        mean, scale = low + (parameters[0] + 1) * (high - low) / 2, parameters[1].exp() * (high - low) / 2
+        b, a = ((x + side - mean) / scale for side in (-half, half))
+        a, b = torch.where(x > high - half / 2, torch.inf, a), torch.where(x < low + half / 2, -torch.inf, b)
+        a, b = torch.where(a + b > 0, -b, a), torch.where(a + b > 0, -a, b)
+        upper, lower = F.logsigmoid(a), F.logsigmoid(b)
+        return -(upper + torch.log(-torch.expm1(lower - upper)))
+
+    return truth
+
+
 def _discretized(kind: str, levels: int = 256):
     def truth(parameters, x):
         mean, inverse, half = parameters[0], 1 / scale_of(kind, parameters[1]), 1 / (levels - 1)
@@ -228,6 +247,10 @@ CASES = {
         Case(
             "discretized_logistic, scale", DiscretizedLogistic("scale"), _logistic(False), _bins, _discretized("scale"),
             OF_CHANNELS,
+        ),
+        Case(
+            "discretized_logistic, [0, 1]", DiscretizedLogistic(interval=(0, 1)), _logistic(True), _bins_over(0, 1),
+            _discretized_over(0, 1), EACH,
         ),
         Case("continuous_bernoulli", "continuous_bernoulli", _uniform, _units, _continuous, WHOLE),
         Case("continuous_bernoulli_logits", "continuous_bernoulli_logits", _real, _units, _continuous_logits, WHOLE),

@@ -273,23 +273,27 @@ def test_a_float_that_changes_compiles_twice(device):
     assert compiled.compilations <= 2
 
 
-@pytest.mark.parametrize("record", (Gaussian, DiscretizedLogistic), ids=("float", "integer"))
+RECORDS_OF_A_NUMBER = {
+    "float": (lambda n: Gaussian(scale=n), (0.1, 0.2, 0.35)),
+    "integer": (lambda n: DiscretizedLogistic(levels=n), (16, 32, 64)),
+    "pair": (lambda n: DiscretizedLogistic(interval=(-n, n)), (1.0, 1.5, 2.25)),
+}
+
+
+@pytest.mark.parametrize("kind", RECORDS_OF_A_NUMBER)
 @pytest.mark.parametrize("made", ("inside", "outside", "in a module"))
-def test_numbers_of_a_record(made, record, device):
+def test_numbers_of_a_record(made, kind, device):
     """They may differ from call to call, and be symbols to the compiler, which sees them differ."""
     mean, x, mu, logvar = make_inputs("gaussian", (5, 9), (5, 3), device=device)
-    x = torch.tanh(x)  # in [-1, 1], where both have it
-    recon_x = mean if record is Gaussian else (mean, torch.zeros((), device=device))
-
-    def record_of(number):
-        return Gaussian(scale=number) if record is Gaussian else DiscretizedLogistic(levels=number)
+    record_of, numbers = RECORDS_OF_A_NUMBER[kind]
+    x = torch.tanh(x)  # in [-1, 1], where all have it
+    recon_x = mean if kind == "float" else (mean, torch.zeros((), device=device))
 
     def call(number_or_record, recon_x, x, mu, logvar):
         likelihood = record_of(number_or_record) if made == "inside" else number_or_record
         return fastelbo.loss(recon_x, x, mu, logvar, likelihood=likelihood)
 
     compiled, counter = Counted(call), CompileCounterWithBackend("aot_eager")
-    numbers = (0.1, 0.2, 0.35) if record is Gaussian else (16, 32, 64)
     for number in numbers:
         if made == "in a module":
             criterion = fastelbo.nn.ELBOLoss(record_of(number)).to(device)

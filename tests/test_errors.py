@@ -336,6 +336,8 @@ def test_records_hold_plain_numbers():
         (lk.Categorical(np.int64(-1), np.int8(5)), lk.Categorical(-1, 5)),
         (lk.Multinomial(np.int32(2)), lk.Multinomial(2)),
         (lk.DiscretizedLogistic(levels=np.uint16(32)), lk.DiscretizedLogistic(levels=32)),
+        (lk.DiscretizedLogistic(interval=[np.int64(-1), Fraction(1)]), lk.DiscretizedLogistic()),
+        (lk.DiscretizedLogisticMixture(interval=(0, np.float32(1))), lk.DiscretizedLogisticMixture(interval=[0.0, 1.0])),
         (lk.DiscretizedLogisticMixture(np.int64(32), np.int64(-1)), lk.DiscretizedLogisticMixture(32, -1)),
         (fastelbo.ELBO(np.int64(5), chunk=np.uint8(9)), fastelbo.ELBO(5, chunk=5)),
         (fastelbo.IWAE(np.int64(5), chunk=9), fastelbo.IWAE(5, estimator="standard", chunk=5)),

@@ -488,6 +488,75 @@ def test_levels(device):
         nll = recon((mean, log_scale), levels, likelihood, "none")
         torch.testing.assert_close(torch.exp(-nll).sum().item(), 1.0, rtol=1e-12, atol=0)
         torch.testing.assert_close(nll, recon((mean, log_scale), 2 * levels.double() / 15 - 1, likelihood, "none"))
+        # Neither an interval nor a scale of numbers is theirs.
+        other = replace(likelihood, interval=(0, 1), target_scale=0.5)
+        assert torch.equal(nll, recon((mean, log_scale), levels, other, "none"))
+        torch.testing.assert_close(nll, recon((mean, log_scale), 2 * levels.double() / 15, other, "none"))
+
+
+INTERVALS = ((0.0, 1.0), (0.0, 255.0), (-1e-3, -9e-4))
+KINDS_IN_STEPS = {
+    "logistic": DiscretizedLogistic(),
+    "mixture": DiscretizedLogisticMixture(),
+    "last": DiscretizedLogisticMixture(dim=-1),
+}
+
+
+@pytest.mark.parametrize(("kind", "channels"), (("logistic", 2), ("mixture", 1), ("mixture", 2), ("mixture", 3), ("last", 3)))
+@pytest.mark.parametrize("interval", INTERVALS, ids=str)
+def test_intervals(interval, kind, channels, device):
+    """The loss and gradients, that by the target too, of the same values in [-1, 1]; whichever dtype the target has, with a
+    mask."""
+    plain, (low, high) = KINDS_IN_STEPS[kind], interval
+    likelihood = replace(plain, interval=interval)
+    levels = torch.randint(0, 256, (2, channels, 3), device=device)
+    levels[:, 0, :2] = torch.tensor([0, 255])
+    mask = torch.rand(2, 1, 3, device=device) > 0.3
+    if kind == "logistic":
+        parameters = [0.5 * torch.randn(2, channels, 3), 0.5 * torch.randn(channels, 1) - 2]
+    else:
+        parameters = [torch.randn(2, 20 if channels == 3 else 2 * (1 + 2 * channels), 3)]
+    if kind == "last":
+        levels, mask, *parameters = (t.movedim(1, -1).contiguous() for t in (levels, mask, *parameters))
+    parameters = [p.to(device, torch.float64).requires_grad_() for p in parameters]
+    x = low + levels.double() * (high - low) / 255
+    terms = plain.nll(parameters, 2 * levels.double() / 255 - 1)
+    of_terms = mask if kind == "logistic" else mask.squeeze(plain.dim)
+    expected = reduce(terms, "none", of_terms)
+    by_truth = gradients(expected.sum(), *parameters)
+    by_target = replace(likelihood, target_scale=0.25)
+    for values, record in (
+        (x, likelihood),
+        (4 * x, by_target),
+        (x.clone().requires_grad_(), likelihood),
+    ):  # the last by autograd
+        value = recon(parameters, values, record, "none", weight=mask)
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=0)
+        torch.testing.assert_close(gradients(value.sum(), *parameters), by_truth, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(recon(parameters, x, likelihood), terms.sum(), rtol=1e-9, atol=0)
+    if interval == (0.0, 255.0):
+        narrow = [p.detach().float().requires_grad_() for p in parameters]
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.testing.assert_close(recon(narrow, levels.to(dtype), likelihood).double(), terms.sum(), rtol=1e-5, atol=0)
+    by_x = lambda v: recon([p.detach() for p in parameters], v, likelihood)  # noqa: E731
+    middle = (low + (levels.double().clamp(3, 250) + 0.3) * (high - low) / 255).requires_grad_()
+    assert torch.autograd.gradcheck(by_x, middle, eps=1e-7 * (high - low), atol=1e-4 / (high - low), rtol=1e-4)
+
+
+@pytest.mark.skipif(BACKEND != "triton", reason="Torch's converts a block at a time")
+@pytest.mark.parametrize("kind", ("logistic", "mixture"))
+def test_kernels_read_the_data_itself(kind, device, monkeypatch):
+    """Of any interval and scale: nothing is copied for them."""
+    from fastelbo import kernels
+
+    likelihood = replace(KINDS_IN_STEPS[kind], interval=(0, 1), target_scale=2.0)
+    x = torch.rand(2, 1, 6, device=device) / 2
+    shapes = [(2, 1, 6), (2, 1, 6)] if kind == "logistic" else [(2, 3, 6)]
+    launches, read = kernels.Reconstruction if kind == "logistic" else kernels.Mixture, []
+    forward = launches.forward
+    monkeypatch.setattr(launches, "forward", lambda self, p, x, *rest: read.append(x) or forward(self, p, x, *rest))
+    assert recon([torch.randn(shape, device=device) for shape in shapes], x, likelihood).isfinite()
+    assert [t.data_ptr() for t in read] == [x.data_ptr()]
 
 
 @pytest.mark.parametrize("dtype", (torch.int64, torch.int32, torch.uint8), ids=str)
@@ -613,6 +682,30 @@ def test_errors(name, device):
         (lambda: Categorical(dim=0), "Categorical.dim must not be 0"),
         (lambda: Categorical(ignore_index=1.5), "Categorical.ignore_index must be an integer"),
         (lambda: DiscretizedLogistic(levels=1), "DiscretizedLogistic.levels must be at least 2"),
+        *(
+            (
+                lambda bad=bad, kind=kind: kind(interval=bad),
+                rf"{kind.__name__}.interval must be a pair \(low, high\) of finite .*low < high; got",
+            )
+            for kind in (DiscretizedLogistic, DiscretizedLogisticMixture)
+            for bad in (
+                (1.0, 0.0),
+                (0.0, 0.0),
+                (0.0, math.nan),
+                (-math.inf, 1.0),
+                (0.0, math.inf),
+                (0.0,),
+                (0, 1, 2),
+                1.0,
+                None,
+                "01",
+                ("0", "1"),
+                (None, 1.0),
+                (False, True),
+                (0.0, 5e-324),
+                (torch.zeros(()), torch.ones(())),
+            )
+        ),
     ),
 )
 def test_options_are_checked(make, message):

@@ -53,7 +53,15 @@ CASES = {
     "multinomial, floats": Case(Multinomial(1), (0.3,), 2.0, {"x": (-0.5,)}, {"x": "not be negative"}),
     "categorical, soft": Case("categorical", (0.3,), 0.25, {"x": (-0.25,)}, {"x": "not be negative"}),
     "discretized_logistic": Case("discretized_logistic", (0.3, -1.0), 0.5, {"x": (-1.5, 255.0)}, {"x": r"lie in \[-1, 1\]"}),
-    "levels": Case(DiscretizedLogistic(levels=9), (0.3, -1.0), 4, {"x": (-1, 9)}, {"x": "have levels from 0 to 8"}),
+    "interval": Case(
+        DiscretizedLogistic(interval=(0, 2)), (0.3, -1.0), 1.5, {"x": (-0.01, 2.01, 255.0)}, {"x": r"lie in \[0, 2\]"}
+    ),
+    "mixture's interval": Case(
+        DiscretizedLogisticMixture(interval=(0, 255)), (0.3,), 200.0, {"x": (-1.0, 256.0)}, {"x": r"lie in \[0, 255\]"}
+    ),
+    "levels": Case(
+        DiscretizedLogistic(levels=9, interval=(0, 1)), (0.3, -1.0), 4, {"x": (-1, 9)}, {"x": "have levels from 0 to 8"}
+    ),
     "mixture": Case(DiscretizedLogisticMixture(8), (0.3,), 4, {"x": (-1, 8)}, {"x": "have levels from 0 to 7"}),
     **{
         f"{name}, x={x}": Case(likelihood, (0.3, 0.5), x, {1: (0.0, -0.5, -math.inf)}, {1: "be positive"})
@@ -162,9 +170,9 @@ def test_what_does_not_count_may_be_anything(name):
             got = loss(parameters, x, case.likelihood, weight=weights(case.likelihood, True)).loss
             found = torch.autograd.grad(got, parameters)
             # The formula may be taken in place of the form in one pass, which rounds elsewhere.
-            atol = 5e-7 if name == "mixture" else 1e-7
+            atol = 5e-7 if "mixture" in name else 1e-7
             torch.testing.assert_close((got, found), (expected, slopes), rtol=1e-5, atol=atol)
-            if name != "mixture":
+            if "mixture" not in name:
                 assert all(torch.equal(a == 0, b == 0) for a, b in zip(found, slopes, strict=True))
             out = weights(case.likelihood, True) == 0
             large = [a for a in found if a.dim() == out.dim() and a.shape[0] == out.shape[0]]
@@ -307,9 +315,24 @@ def test_images_in_the_unit_interval_are_told_of_once(likelihood, parameters, fr
     for good in (2 * x - 1, x.mul(255).byte(), x[:1, :, :4, :4], torch.cat((x, -x)), torch.full_like(x, math.nan)):
         loss(parameters(good), good, likelihood)  # a warning would be an error
     torch.func.vmap(lambda x: loss(parameters(x), x, likelihood).loss)(x[None])  # traced: nobody looks
-    with pytest.warns(UserWarning, match=r"all of x lies in \[0, 1\].*pass 2 \* x - 1"):
+    for interval in ((0, 1), (-1, 2), (-0.5, 1)):
+        loss(parameters(x), x, replace(likelihood, interval=interval))
+    with pytest.warns(UserWarning, match=r"all of x lies in \[0, 1\].*give it interval=\(0, 1\), or pass integers"):
         loss(parameters(x), 255 * x, replace(likelihood, target_scale=1 / 255))
     loss(parameters(x), x, likelihood)
+
+
+def test_bytes_as_floats_are_told_what_to_do():
+    x = 255 * torch.rand(2, 3, 8, 8)
+    for likelihood, parameters in IMAGES:
+        with pytest.raises(
+            ValueError, match=r"x must lie in \[-1, 1\].*pass integers, or give the likelihood interval=\(0, 255\)$"
+        ):
+            loss(parameters(x), x, likelihood)
+        with pytest.raises(
+            ValueError, match=r"x must lie in \[0, 1\] for the likelihood '\w+', got values from 0.\d+ to 25\d.\d+$"
+        ):
+            loss(parameters(x), x, replace(likelihood, interval=(0, 1)))
 
 
 def test_nobody_looks_twice_where_all_is_well(monkeypatch):

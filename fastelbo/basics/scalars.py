@@ -7,14 +7,19 @@ import torch
 
 def check_real(name: str, value, expected: str = "a number") -> float:
     """A real number as a float; one that depends on a shape while `torch.export` traces, as that."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        if isinstance(value, torch.SymInt | torch.SymFloat):
-            return torch.sym_float(value)
+    if isinstance(value, torch.SymInt | torch.SymFloat):
+        return torch.sym_float(value)
+    if not is_real(value):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
     try:
         return float(value)
     except OverflowError:
         raise ValueError(f"{name} must be {expected}, and fit into a float: got one beyond 1.8e308") from None
+
+
+def is_real(value) -> bool:
+    """Whether it is a real number, or a symbol of one."""
+    return isinstance(value, Real | torch.SymInt | torch.SymFloat) and not isinstance(value, bool)
 
 
 def check_integer(name: str, value, expected: str = "an integer") -> int:

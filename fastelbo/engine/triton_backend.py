@@ -253,8 +253,6 @@ def _over_classes(plan, parameters, x, weight):
     likelihood, (prediction,) = plan.likelihood, parameters
     if weight is not None:
         weight = weight.expand(likelihood.terms(prediction, x)).contiguous()
-    if likelihood.target_scale != 1 and "target_scale" not in plan.options and x.is_floating_point():
-        x = x.to(plan.dtype) * likelihood.target_scale  # its kernel does not
     if plan.loss_launches is None:
         of_positions = {"categorical": kernels.Categorical, "mixture": kernels.Mixture}[likelihood.kernel]
         plan.loss_launches = of_positions(per_sample=plan.per_sample, dtype=plan.dtype, device=x.device, **plan.options)

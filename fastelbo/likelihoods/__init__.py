@@ -26,7 +26,8 @@ first may be smaller, as long as they broadcast to its shape: a 0-d tensor, a nu
 All are negative log-likelihoods in nats with their constants, so that they can be compared with others and be turned into bits;
 but for `"mse"` and `"l1"`, which are no densities, and `"multinomial"`, without the coefficient that only the data determine.
 
-Each has `target_scale`, 1 by default: `x` is multiplied by it, such as 1/255 for `uint8` images.
+Each has `target_scale`, 1 by default: `x` is multiplied by it, such as 1/255 for `uint8` images. The discretized logistics have
+`interval` on top of it, where the values of a floating `x` lie then, and take an `x` of integers as the levels that these are.
 
 A distribution of `torch.distributions` in the place of `recon_x` brings its likelihood with it, and its own constants: a
 `Multinomial` its coefficient, a `NegativeBinomial` no 1e-8.
@@ -90,14 +91,28 @@ def code_of(likelihood: Likelihood) -> tuple[str, list[float]] | None:
     kind = type(likelihood)
     if _KINDS.get(likelihood.name) is not kind:
         return None
-    values = [getattr(likelihood, field) for field in kind.field_names]
-    numbers = [value for value in values if isinstance(value, int | float)]
-    return likelihood.name + repr([0 if isinstance(value, int | float) else value for value in values]), numbers
+    numbers: list[float] = []
+
+    def emptied(value):
+        if isinstance(value, tuple):
+            return tuple(map(emptied, value))
+        if not isinstance(value, int | float):
+            return value
+        numbers.append(value)
+        return 0
+
+    return likelihood.name + repr([emptied(getattr(likelihood, field)) for field in kind.field_names]), numbers
 
 
 @functools.lru_cache
 def likelihood_of(code: str, numbers: tuple[float, ...]) -> Likelihood:
     name, values = code[:-1].split("[")
     given = iter(numbers)
-    found = [next(given) if value == "0" else ast.literal_eval(value) for value in values.split(", ")]
+
+    def filled(value):
+        if isinstance(value, tuple):
+            return tuple(map(filled, value))
+        return next(given) if value == 0 else value
+
+    found = map(filled, ast.literal_eval(f"[{values}]"))
     return _KINDS[name](**dict(zip(_KINDS[name].field_names, found, strict=True)))

@@ -183,7 +183,7 @@ class Likelihood(metaclass=Record):
     def constants(self, parameters: Sequence[Tensor], x: Tensor) -> dict[str, Any]:
         """What its kernel asks for beside tensors."""
         scale, shift = self.scaling(x)
-        found = {"target_scale": scale, "centered": shift != 0}
+        found = {"target_scale": scale, "target_shift": shift}
         return found if self.constant is None else found | {"constant": self.constant}
 
 

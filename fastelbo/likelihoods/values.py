@@ -27,6 +27,7 @@ class Range(NamedTuple):
     integers: bool = False  # it is one of integer targets alone
     unscaled: bool = False  # it is one of targets before `target_scale`, which does not apply
     but: int | None = None  # a target that may lie outside
+    signed: bool = False  # it is [-1, 1], where a target in [0, 1], or bytes that are none, may be meant otherwise
 
 
 UNIT = Range("lie in [0, 1]", 0, 1, silent=True)
@@ -45,7 +46,7 @@ def support_to_check(likelihood, first: Tensor, x: Tensor) -> Range | None:
 def silent_range(support: Range | None, factor: float, x: Tensor) -> tuple[float, float] | None:
     """Where a target has to lie, whose loss may be finite outside, before it is multiplied by `factor`; None: anywhere. Nothing
     lies in an empty one, for which `check_values` has to look closely."""
-    if support is not None and -math.inf < support.low < 0:  # it warns of a target that lies inside
+    if support is not None and support.signed:  # it warns of a target that lies inside
         return math.inf, -math.inf
     if support is None or not support.silent or x.dtype == torch.bool or x.numel() == 0:
         return None
@@ -79,7 +80,7 @@ def check_values(plan, name: str, tensors: Sequence[Tensor], recon: Tensor) -> N
     support, likelihood = plan.support, plan.likelihood
     parameters, x, *others = tensors[: plan.count], *tensors[plan.count :]
     factor = 1.0 if support is None or support.unscaled else likelihood.target_scale
-    if support is not None and -math.inf < support.low < 0:
+    if support is not None and support.signed:
         _warn_of_unit_interval(likelihood.name, x, factor)
     if math.isfinite((recon.sum() if recon.dim() else recon).item()):
         if support is None or not support.silent or x.dtype == torch.bool or x.numel() == 0:
@@ -143,8 +144,8 @@ def _advice(support: Range, x: Tensor, low: float, high: float, factor: float) -
         if low >= -1 and high <= 1:
             return "; for targets in [-1, 1] pass (x + 1) / 2, or take a likelihood of real numbers, such as 'gaussian'"
         return "; for others take a likelihood of real numbers, such as 'gaussian'"
-    if -math.inf < support.low < 0 and low >= 0:
-        return "; for 8-bit images pass integers, or x / 127.5 - 1"
+    if support.signed and low >= 0:
+        return "; for 8-bit images pass integers, or give the likelihood interval=(0, 255)"
     return ""
 
 
@@ -165,7 +166,7 @@ def _warn_of_unit_interval(likelihood: str, x: Tensor, factor: float) -> None:
         return
     _warned = True
     warnings.warn(
-        f"all of x lies in [0, 1], where the likelihood {likelihood!r} has targets in [-1, 1]: pass 2 * x - 1, or integers"
-        " as levels (this is said once)",
+        f"all of x lies in [0, 1], where the likelihood {likelihood!r} has targets in [-1, 1]: give it"
+        " interval=(0, 1), or pass integers as levels (this is said once)",
         stacklevel=stacklevel_of_user(),
     )
