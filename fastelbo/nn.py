@@ -64,7 +64,7 @@ class ELBOLoss(nn.Module):
 
     def forward(
         self,
-        recon_x: Tensor | tuple[Tensor, ...] | Distribution,
+        recon_x: Tensor | tuple[Tensor | float, ...] | Distribution,
         x: Tensor,
         mu: Tensor | Distribution | None = None,
         logvar: Tensor | None = None,

@@ -13,7 +13,7 @@ from .basics.tracing import is_surrounded
 from .bounds.records import ELBO, ONE_SAMPLE, check_bound
 from .bounds.samples import many_samples
 from .diagnostics import Monitor
-from .engine.call import Factors, Objective
+from .engine.call import TENSORS, Factors, Objective, with_numbers
 from .engine.compiled import in_graph
 from .engine.divergence import Statistics, divergence_terms, kl_of, times
 from .engine.latents import run, sample
@@ -29,7 +29,7 @@ Prior = tuple[Tensor, Tensor] | Distribution
 
 
 def loss(
-    recon_x: Tensor | tuple[Tensor, ...] | Distribution,
+    recon_x: Tensor | tuple[Tensor | float, ...] | Distribution,
     x: Tensor,
     mu: Tensor | Distribution | None = None,
     logvar: Tensor | None = None,
@@ -53,7 +53,8 @@ def loss(
 
     Args:
         recon_x: the decoder's output, `[B, ...]`, float16, bfloat16, float32 or float64; or the tuple of tensors that
-            parametrize the likelihood. A tuple of one is that one. Or a distribution, which stands for both: of Torch a
+            parametrize the likelihood, of which all but the first may be numbers. A tuple of one is that one. Or a
+            distribution, which stands for both: of Torch a
             `Normal`, `Laplace`, `StudentT`, `Bernoulli`, `ContinuousBernoulli`, `Poisson`, `NegativeBinomial`, `Categorical`,
             `OneHotCategorical` or `Multinomial`, scvi-tools' `NegativeBinomial` or `ZeroInflatedNegativeBinomial`, or an
             `Independent` of one. Then the reconstruction is minus the sum of its `log_prob(x)`, with gradients to what it was
@@ -115,7 +116,10 @@ def loss(
         if found is not None:
             return found
     objective = (Objective.of if surrounded else find_objective)(likelihood, posterior, reduction)
-    given = (recon_x,) if isinstance(recon_x, Tensor) else tuple(recon_x) if isinstance(recon_x, tuple | list) else (recon_x,)
+    given: Sequence[Any] = (recon_x,)
+    if isinstance(recon_x, tuple | list):
+        is_usual = len(recon_x) < 2 or TENSORS.issuperset(map(type, recon_x))
+        given = recon_x if is_usual else with_numbers("recon_x", recon_x, objective.likelihood)
     if type(beta) is not float:
         beta = _checked_beta(beta, x)
     if type(recon_weight) is not float:
@@ -165,7 +169,7 @@ def loss(
 
 
 def elbo(
-    decoder: Callable[[Tensor], Tensor | tuple[Tensor, ...] | Distribution],
+    decoder: Callable[[Tensor], Tensor | tuple[Tensor | float, ...] | Distribution],
     x: Tensor,
     mu: Tensor | Distribution,
     logvar: Tensor | None = None,
@@ -311,7 +315,8 @@ def _parameters(prediction: Any, likelihood: Likelihood) -> tuple[Tensor, ...]:
             f"decoder(z) must be a tensor, got {type(prediction).__name__}: pass the decoder alone, not the whole VAE, or"
             " lambda z: decoder(z)[0]"
         )
-    return tuple(prediction)
+    is_usual = len(prediction) < 2 or TENSORS.issuperset(map(type, prediction))
+    return tuple(prediction) if is_usual else with_numbers("decoder(z)", prediction, likelihood)
 
 
 def _checked_beta(beta: Any, x: Any) -> float | Tensor:
@@ -387,7 +392,7 @@ def _divergence(
 
 
 def _with_kl(
-    name: str, objective: Objective, given: tuple[Tensor, ...], x: Tensor, weight: Tensor | None, kl: Tensor,
+    name: str, objective: Objective, given: Sequence[Tensor], x: Tensor, weight: Tensor | None, kl: Tensor,
     factors: Factors, weighted: Tensor | None, monitor: Monitor | None, statistics: Statistics | None = None,
 ) -> ELBOTerms:  # fmt: skip
     """The objective of a KL that is reduced already; `weighted`, if it is not None, is what of it beta weighs."""

@@ -18,7 +18,7 @@ from .basics.arguments import (
     result_dtype,
 )
 from .basics.tracing import is_surrounded
-from .engine.call import ONE, REDUCTIONS_OF_KL, Objective, check_kl
+from .engine.call import ONE, REDUCTIONS_OF_KL, Objective, check_kl, with_numbers
 from .engine.compiled import in_graph
 from .engine.divergence import weighted_kl, weighted_sample
 from .engine.latents import latents_terms, run, sample
@@ -32,7 +32,7 @@ from .likelihoods.distributions import of_distribution
 
 
 def nll(
-    recon_x: Tensor | tuple[Tensor, ...] | Distribution,
+    recon_x: Tensor | tuple[Tensor | float, ...] | Distribution,
     x: Tensor,
     *,
     likelihood: str | Likelihood = "bernoulli",
@@ -70,7 +70,7 @@ def nll(
     if not isinstance(reduction, str):  # a pair has one for the KL
         check_reduction(reduction)
     objective = (Objective.of if surrounded else find_objective)(likelihood, LOGVAR, reduction)
-    given = tuple(recon_x) if isinstance(recon_x, tuple | list) else (recon_x,)
+    given = with_numbers("recon_x", recon_x, objective.likelihood) if isinstance(recon_x, tuple | list) else (recon_x,)
     tensors = (*given, x) if weight is None else (*given, x, weight)
     if not objective.is_sum:
         return composed_terms("recon_x", objective, tensors, len(given), weight is not None, None).recon

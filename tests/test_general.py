@@ -1,14 +1,18 @@
 """Likelihoods of several parameters, weights, posteriors, priors and weightings keep what the four-argument call promises."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Independent, Normal
 
 import fastelbo
 from conftest import BACKEND
-from fastelbo.likelihoods import Gaussian, Multinomial
+from fastelbo import ELBO, IWAE
+from fastelbo.diagnostics import Monitor
+from fastelbo.likelihoods import Gaussian, Multinomial, StudentT
 from likelihood_cases import CASES, recon_x, reduce
 from support import gradients, relative
 from test_compile import Counted, assert_same
@@ -334,3 +338,124 @@ def test_elbo_of_a_name_takes_a_tuple_too(reduction, device):
     got = fastelbo.elbo(lambda z: (z, z.exp()), x, mu, logvar, 0.3, likelihood="gaussian", eps=eps, reduction=reduction)
     expected = fastelbo.loss((z, z.exp()), x, mu, logvar, 0.3, likelihood="gaussian", reduction=reduction)
     torch.testing.assert_close(got, expected)
+
+
+# Numbers in the place of tensors behind the first.
+NUMBERS = {
+    "gaussian, scale": (0.5,), "gaussian, logvar": (-1,), "gaussian, soft log scale": (-0.5,), "student_t": (0.3,),
+    "laplace, scale": (np.float32(2),), "student_t, log scale": (Fraction(1, 4),), "negative_binomial": (2,),
+    "zero_inflated": (1.5, -0.25), "discretized_logistic": (-2.0,), "pos_weight of features": (3.0,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float16), ids=str)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_parameters(name, dtype, device):
+    """In value and gradients as 0-d tensors of all their digits; with a mask over NaN, of each reduction."""
+    likelihood, (first, *_), x, mu, logvar = make(name, device, dtype)
+    wide, numbers = first.detach().double().requires_grad_(), [float(n) for n in NUMBERS[name]]
+    terms = CASES[name].truth([wide, *(torch.tensor(n, dtype=torch.float64, device=device) for n in numbers)], x.double())
+    weight = torch.rand(x.shape[1:], device=device) > 0.3
+    bad = torch.where(weight, x, torch.nan)
+    close = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 2e-3, "atol": 1e-4}
+    for reduction in ("sum", "batchmean", "mean", "none"):
+        given = (first, *NUMBERS[name])
+        got = fastelbo.loss(given, bad, mu, logvar, likelihood=likelihood, weight=weight, reduction=reduction).recon
+        expected = reduce(terms, reduction, weight)
+        torch.testing.assert_close(
+            got.double(), expected, **(close if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5})
+        )
+        factors = torch.rand_like(expected)
+        slope = gradients(got, first, grad_outputs=factors.to(got.dtype))[0]
+        torch.testing.assert_close(
+            slope.double(), gradients(expected, wide, grad_outputs=factors, retain_graph=True)[0], **close
+        )
+
+
+def test_numbers_where_a_decoder_returns_them(device):
+    """With every bound, by the module, and for the log-likelihood: as the scale of the record, or as a tensor."""
+    x, eps = torch.randn(4, 6, device=device), torch.randn(4, 4, 2, device=device)
+    mu, logvar = (torch.randn(4, 2, device=device, requires_grad=True) for _ in range(2))
+    weights = torch.randn(2, 6, device=device, requires_grad=True)
+
+    def value(decoder, likelihood, bound):
+        one = bound is None or (bound.n_samples == 1 and not isinstance(bound, IWAE))
+        return fastelbo.elbo(
+            decoder, x, mu, logvar, likelihood=likelihood, bound=bound, eps=eps[0] if one else eps[: bound.n_samples]
+        ).loss
+
+    for bound in (None, ELBO(), ELBO(4, chunk=2), ELBO(4), IWAE(1), IWAE(4, chunk=2), IWAE(4, estimator="dreg")):
+        got = value(lambda z: (z @ weights, 0.3), "gaussian", bound)
+        expected = value(lambda z: z @ weights, Gaussian(scale=0.3), bound)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+        ours, theirs = (gradients(v, mu, logvar, weights) for v in (got, expected))
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-4)
+    monitored = fastelbo.elbo(lambda z: (z @ weights, 0.3), x, mu, logvar, likelihood="gaussian", eps=eps[0], monitor=Monitor())
+    torch.testing.assert_close(monitored.loss, value(lambda z: z @ weights, Gaussian(scale=0.3), None), rtol=1e-5, atol=0)
+    options = {"n_samples": 4, "chunk": 2, "eps": eps}
+    torch.testing.assert_close(
+        fastelbo.log_likelihood(lambda z: (z @ weights, 0.3), x, mu, logvar, likelihood="gaussian", **options),
+        fastelbo.log_likelihood(lambda z: z @ weights, x, mu, logvar, likelihood=Gaussian(scale=0.3), **options),
+    )
+    mean = mu @ weights
+    criterion = fastelbo.nn.ELBOLoss(Gaussian(parameter="log_scale"))
+    expected = fastelbo.loss(
+        (mean, torch.tensor(-1.0, device=device)), x, mu, logvar, likelihood=Gaussian(parameter="log_scale")
+    )
+    torch.testing.assert_close(criterion([mean, -1], x, mu, logvar), expected)
+    by_vmap = torch.func.vmap(
+        lambda m, x: fastelbo.loss((m[None], 0.3), x[None], kl=m.new_zeros(()), likelihood="gaussian").recon
+    )
+    torch.testing.assert_close(by_vmap(mean, x).sum(), fastelbo.loss((mean, 0.3), x, mu, logvar, likelihood="gaussian").recon)
+
+
+def test_numbers_that_change_compile_twice_at_most(device):
+    torch.compiler.reset()
+    likelihood, (mean, _), x, mu, logvar = make("gaussian, scale", device)
+
+    def of_loss(scale, mean, mu, logvar):
+        return fastelbo.loss((mean, scale), x, mu, logvar, likelihood=likelihood)
+
+    def of_elbo(scale, mean, mu, logvar):
+        return fastelbo.elbo(lambda z: (mean * z.sum(), scale), x, mu, logvar, likelihood=likelihood, eps=torch.ones_like(mu))
+
+    for call in (of_loss, of_elbo):
+        compiled = Counted(call)
+        for scale in (0.5, 0.25, 3.0, 1.0):
+            assert_same(call, compiled, (mean, mu, logvar), scale, mean, mu, logvar, rtol=1e-5, atol=1e-4)
+        assert compiled.compilations <= 2
+
+
+BAD_NUMBERS = (
+    ("gaussian", (True,), TypeError, r"\[1\] must be a tensor or a number, got bool"),
+    ("gaussian", ("0.5",), TypeError, r"\[1\] must be a tensor or a number, got str"),
+    ("laplace", (None,), TypeError, r"\[1\] must be a tensor or a number, got NoneType"),
+    ("laplace", (math.nan,), ValueError, r"\[1\] must be a tensor or a number, got nan"),
+    ("gaussian", (0,), ValueError, r"\[1\] must be positive for the likelihood 'gaussian', got 0"),
+    (StudentT(3.0), (-0.5,), ValueError, r"\[1\] must be positive for the likelihood 'student_t', got -0.5"),
+    ("negative_binomial", (-2,), ValueError, r"\[1\] must be positive for the likelihood 'negative_binomial', got -2"),
+    ("zero_inflated_negative_binomial", (2.0, math.nan), ValueError, r"\[2\] must be a tensor or a number, got nan"),
+    ("zero_inflated_negative_binomial", (0.0, 1.0), ValueError, r"\[1\] must be positive for .*, got 0"),
+    (Gaussian(scale=0.3), (0.5,), ValueError, r"give Gaussian.scale or the tuple \(mean, scale\), not both"),
+    ("bernoulli", (0.5,), (TypeError, ValueError), " must be a tensor"),
+    ("gaussian", (10**400,), ValueError, r"\[1\] must be a tensor or a number, and fit into a float"),
+)
+
+
+@pytest.mark.parametrize(("likelihood", "numbers", "error", "message"), BAD_NUMBERS)
+def test_bad_numbers_are_named(likelihood, numbers, error, message, device):
+    mean, x = torch.rand(3, 4, device=device), torch.ones(3, 4, device=device)
+    latents = torch.zeros(3, 2, device=device), torch.zeros(3, 2, device=device)
+    with pytest.raises(error, match="^recon_x" + message if "give" not in message else message):
+        fastelbo.loss((mean, *numbers), x, *latents, likelihood=likelihood)
+    for bound, times in ((None, 1), (ELBO(2), 1), (IWAE(2, chunk=2), 2)):  # samples of a chunk
+        with pytest.raises(error, match=r"^decoder\(z\)" + message if "give" not in message else message):
+            fastelbo.elbo(
+                lambda z, times=times: (mean.repeat(times, 1), *numbers), x, *latents, likelihood=likelihood, bound=bound
+            )
+
+
+def test_the_first_is_a_tensor(device):
+    mean, x = torch.rand(3, 4, device=device), torch.ones(3, 4, device=device)
+    with pytest.raises(TypeError, match=r"recon_x\[0\] must be a tensor, got float"):
+        fastelbo.loss((0.5, mean), x, mean, mean, likelihood="gaussian")

@@ -28,7 +28,7 @@ class LogLikelihood(NamedTuple):
 
 @torch.no_grad()
 def log_likelihood(
-    decoder: Callable[[Tensor], Tensor | tuple[Tensor, ...] | Distribution],
+    decoder: Callable[[Tensor], Tensor | tuple[Tensor | float, ...] | Distribution],
     x: Tensor,
     mu: Tensor | Distribution,
     logvar: Tensor | None = None,

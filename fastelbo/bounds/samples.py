@@ -26,7 +26,7 @@ from ..basics.arguments import (
 )
 from ..basics.tracing import is_differentiated, is_traced, never_compiled
 from ..basics.warnings import stacklevel_of_user
-from ..engine.call import Factors, LossCall, Objective
+from ..engine.call import Factors, LossCall, Objective, with_numbers
 from ..engine.divergence import divergence_terms, times
 from ..engine.formula import weighted_by
 from ..engine.log_ratio import Held, draw_rows, log_ratio
@@ -258,6 +258,8 @@ def score(
     """
     x, samples, batch = given.x, where.stop - where.start, given.x.shape[0]
     values, likelihood = prediction
+    if len(values) > 1:
+        values = with_numbers("decoder(z)", values, likelihood)
     for i, value in enumerate(values):
         check_dense(f"decoder(z)[{i}]" if len(values) > 1 else "decoder(z)", value)
     if values and values[0].shape[:1] != (samples * batch,):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..basics.arguments import (
     OF_EACH,
@@ -20,6 +21,7 @@ from ..basics.arguments import (
     result_dtype,
     split_reduction,
 )
+from ..basics.scalars import check_real
 from ..latents.posterior import LOGVAR, Latents, Posterior, check_latents, find_posterior
 from ..latents.weighting import Weighting, check_weighting, counts_of, shares_of
 from ..likelihoods import Likelihood, find_likelihood
@@ -47,6 +49,32 @@ class Objective(NamedTuple):
         is_usual = posterior.parameter == "logvar" and posterior.clamp is None
         is_sum = likelihood.inner is None
         return cls(likelihood, posterior, *split_reduction(reduction), is_sum, is_usual and is_sum)
+
+
+TENSORS = frozenset((Tensor, Parameter))
+
+
+def with_numbers(name: str, given: Sequence, likelihood: Likelihood) -> tuple:
+    """A likelihood's parameters, which errors call `name`, with a 0-d tensor for each number behind the first. What the number
+    has to be needs no look at the device."""
+    if not given or not isinstance(given[0], Tensor):
+        return tuple(given)  # an error further in
+    first, *others = given
+    dtype = torch.promote_types(first.dtype, torch.float32)  # which keeps its digits
+    found = [first]
+    for i, value in enumerate(others, 1):
+        if not isinstance(value, Tensor):
+            value = check_real(f"{name}[{i}]", value, "a tensor or a number")
+            if value != value:
+                raise ValueError(f"{name}[{i}] must be a tensor or a number, got nan")
+            if i < len(likelihood.ranges) and (allowed := likelihood.ranges[i]) is not None and not allowed.holds(value):
+                raise ValueError(f"{name}[{i}] must {allowed.words} for the likelihood {likelihood.name!r}, got {value:g}")
+            if isinstance(value, float):
+                value = torch.full((), value, dtype=dtype, device=first.device)
+            else:  # a symbol, which `full` would fix
+                value = torch.ones((), dtype=dtype, device=first.device) * value
+        found.append(value)
+    return tuple(found)
 
 
 class LossCall(NamedTuple):

@@ -3,7 +3,8 @@
 Wherever a likelihood is asked for, a name stands for one with its defaults, and an object of this module for one with options
 of its own. A likelihood of several parameters takes them as a tuple in place of `recon_x`, in the order given here; all but the
 first may be smaller, as long as they broadcast to its shape: a 0-d tensor, a number a channel `[C, 1, 1]`, a number a feature
-`[G]`.
+`[G]`. A number stands for a 0-d tensor, which is made at every call: one that stays belongs to the object where it has a field
+for it.
 
 | name | object | `recon_x` |
 |---|---|---|

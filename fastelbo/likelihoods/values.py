@@ -29,6 +29,10 @@ class Range(NamedTuple):
     but: int | None = None  # a target that may lie outside
     signed: bool = False  # it is [-1, 1], where a target in [0, 1], or bytes that are none, may be meant otherwise
 
+    def holds(self, value: float) -> bool:
+        """Whether a parameter may be this number."""
+        return self.low <= value <= self.high and not (self.is_open and value == self.low)
+
 
 UNIT = Range("lie in [0, 1]", 0, 1, silent=True)
 # As Torch does, logits go with any floating target; bytes above 1 are images that were not scaled.
