@@ -54,11 +54,11 @@ def loss(
     Args:
         recon_x: the decoder's output, `[B, ...]`, float16, bfloat16, float32 or float64; or the tuple of tensors that
             parametrize the likelihood, of which all but the first may be numbers. A tuple of one is that one. Or a
-            distribution, which stands for both: of Torch a
-            `Normal`, `Laplace`, `StudentT`, `Bernoulli`, `ContinuousBernoulli`, `Poisson`, `NegativeBinomial`, `Categorical`,
-            `OneHotCategorical` or `Multinomial`, scvi-tools' `NegativeBinomial` or `ZeroInflatedNegativeBinomial`, or an
-            `Independent` of one. Then the reconstruction is minus the sum of its `log_prob(x)`, with gradients to what it was
-            made of, and no `likelihood` is given.
+            distribution, which stands for both: of Torch a `Normal`, `Laplace`, `StudentT`, `Bernoulli`,
+            `ContinuousBernoulli`, `Poisson`, `NegativeBinomial`, `Categorical`, `OneHotCategorical` or `Multinomial`,
+            scvi-tools' `NegativeBinomial` or `ZeroInflatedNegativeBinomial`, or an `Independent` of one. Then the
+            reconstruction is minus the sum of its `log_prob(x)`, with gradients to what it was made of, and no `likelihood` is
+            given.
         x: the target, of the shape of `recon_x` and any real dtype; integers and booleans are converted on the fly.
         mu: mean of the encoder's Gaussian, `[B, ...]`, of any such shape and floating dtype; or a `torch.distributions.Normal`,
             or an `Independent` of one, which stands for `mu` and `logvar`. Its batch may be another one than that of `x`, as of

@@ -5,13 +5,28 @@ derivatives by second and third)`: tiles of the accumulation dtype, or scalars, 
 before a division that may overflow, as that by a rate of 1e-39. A parameter that a likelihood does not have it does not read,
 and what it returns in its place means nothing. Those with a scale get its logarithm as `second` and its reciprocal as `third`,
 and return the derivative by the logarithm. The formulas in Torch are in `fastelbo/likelihoods/`.
+
+One from elsewhere is found by the name "module:function".
 """
+
+import importlib
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import KernelInterface
 
 from .gamma import lgamma_and_digamma, log_gamma_ratio
 from .numerics import exp_and_expm1, exp_and_softplus, exp_below, log, log1p, log_of_positive
+
+
+def __getattr__(name: str):
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise AttributeError(f"kernel must be a device function of {__name__} or 'module:function', got {name!r}")
+    found = getattr(importlib.import_module(module), function, None)
+    if not isinstance(found, KernelInterface):
+        raise TypeError(f"kernel {name!r} must be a function with triton.jit, got {found!r}")
+    return found
 
 
 @triton.jit

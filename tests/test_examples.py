@@ -108,6 +108,26 @@ def test_sigma(monkeypatch):
     assert optimal < learned - 1 < fixed - 2
 
 
+def plain_log_cosh(model, x):
+    x, batch = x.double(), len(x)
+    q = normal(*model.encode(x))
+    mean = model.decode(q.mean + q.stddev * noise_like(q.mean))
+    if model.likelihood.name == "log_cosh":
+        nll = torch.log(torch.pi * 0.1 * torch.cosh((x - mean) / 0.1))
+    else:
+        nll = -Normal(mean, F.mse_loss(mean, x).sqrt()).log_prob(x)
+    recon, kl = nll.sum() / batch, standard_kl(q).sum() / batch
+    return recon + kl, recon, kl
+
+
+def test_log_cosh(monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    checked = run(monkeypatch, "log_cosh", plain_log_cosh, "--steps", 40)
+    assert_fall(checked, 2, 0.05)
+    errors = {line.split()[0]: float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[1:]}
+    assert 0.1 < errors["log-cosh"] < errors["Gaussian"] - 0.03
+
+
 def plain_counts(model, x, beta=1.0):
     x, batch = x.double(), len(x)
     q = normal(*model.encode(x))

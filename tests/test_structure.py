@@ -65,7 +65,7 @@ def is_likelihood(node: ast.AST) -> bool:
 
 def questions(path: Path) -> list[str]:
     """Where a file asks which likelihood it has."""
-    kinds = {name for name in likelihoods.__all__ if name != "Likelihood"}
+    kinds = {name for name in likelihoods.__all__ if name not in ("Likelihood", "Range", "record")}
     modules = [(name.split("."), line) for name, line in imported(path)]
     found = [f"{path}:{line}" for parts, line in modules if parts[0] == "likelihoods" and parts[-1] in kinds]
     for node in ast.walk(ast.parse(path.read_text())):

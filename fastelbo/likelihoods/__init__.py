@@ -33,18 +33,20 @@ Each has `target_scale`, 1 by default: `x` is multiplied by it, such as 1/255 fo
 A distribution of `torch.distributions` in the place of `recon_x` brings its likelihood with it, and its own constants: a
 `Multinomial` its coefficient, a `NegativeBinomial` no 1e-8.
 
-A likelihood of your own is a subclass of `Likelihood` with its formula, `nll`; it is computed in Torch.
+A likelihood of your own is a subclass of `Likelihood` with its formula, `nll`.
 """
 
 import ast
 import functools
 
+from ..basics.records import record
 from .base import Likelihood
 from .bernoulli import Bernoulli, BernoulliLogits, ContinuousBernoulli, ContinuousBernoulliLogits
 from .classes import Categorical, Multinomial
 from .counts import NegativeBinomial, Poisson, PoissonLog, ZeroInflatedNegativeBinomial
 from .location import L1, MSE, Gaussian, Laplace, StudentT
 from .logistic import DiscretizedLogistic, DiscretizedLogisticMixture
+from .values import Range
 
 __all__ = [
     "L1",
@@ -63,12 +65,14 @@ __all__ = [
     "NegativeBinomial",
     "Poisson",
     "PoissonLog",
+    "Range",
     "StudentT",
     "ZeroInflatedNegativeBinomial",
+    "record",
 ]
 
 _KINDS: dict[str, type[Likelihood]] = {
-    kind.name: kind for kind in map(globals().__getitem__, __all__) if kind is not Likelihood
+    kind.name: kind for kind in map(globals().__getitem__, __all__) if kind not in (Likelihood, Range, record)
 }
 
 BY_NAME: dict[str, Likelihood] = {name: kind() for name, kind in sorted(_KINDS.items()) if kind.has_defaults}

@@ -30,7 +30,23 @@ class OnePass(NamedTuple):
 
 @record
 class Likelihood(metaclass=Record):
-    """p(x | z): what a decoder's output parametrizes. The base of all likelihoods.
+    """p(x | z): what a decoder's output parametrizes. The base of all likelihoods, and of your own.
+
+    One of your own has to have `nll`, the formula of a term, and may have a `name`. It is then differentiated by autograd, a
+    block at a time, and goes wherever a likelihood does: weights, reductions, bounds, checks and torch.compile need no more.
+
+        @record
+        class LogCosh(Likelihood):
+            scale: float = 1.0
+            name = "log_cosh"
+
+            def nll(self, parameters, x):
+                distance = (x - parameters[0]) / self.scale
+                return torch.logaddexp(distance, -distance) + math.log(self.scale * math.pi / 2)
+
+    `record`, of this package, makes options of annotated fields, and the class frozen and compared by value; without fields of
+    its own a class needs none. `parameters` names the tensors, if there are several. Each of `ranges`, `support`, `is_density`,
+    `one_pass` and `kernel` is one more step that may be left out; docs/likelihoods.md goes through them.
 
     Args:
         target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
@@ -39,19 +55,23 @@ class Likelihood(metaclass=Record):
     target_scale: float = field(default=1.0, kw_only=True)
 
     name: ClassVar[str]
-    """By which it can be asked for, and under which errors speak of it."""
+    """By which it can be asked for, if it is one of this package's, and under which errors speak of it. If there is none, that
+    of its class."""
     parameters: ClassVar[tuple[str, ...]] = ("recon_x",)
     """What its tensors are; all but the first may be smaller, as long as they broadcast to it."""
     is_density: ClassVar[bool] = True
     """Whether exp(-nll) is a density or a probability."""
     kernel: ClassVar[str | None] = None
-    """Its device function in `kernels/likelihoods.py`; of one with a `dim`, the module of `kernels`; None: there is none."""
+    """Its device function in `kernels/likelihoods.py`, or elsewhere as "module:function", which is imported when a kernel first
+    needs it; of one with a `dim`, the module of `kernels`; None: there is none."""
     compiled_passes: ClassVar[int] = 7
     """Passes over the first parameter that its formula and the gradient take once `torch.compile` has fused them: counted in
     Inductor's code of torch 2.11. A kernel's take 5 with one parameter."""
 
     def __init_subclass__(cls) -> None:
         """A formula of one's own has neither its parent's one-pass form nor its kernel."""
+        if not hasattr(cls, "name"):
+            cls.name = cls.__name__
         if "nll" in cls.__dict__:
             for name in ("one_pass", "kernel"):
                 setattr(cls, name, cls.__dict__.get(name))
