@@ -540,7 +540,19 @@ RARE = {
     "labels of nothing": ("categorical", [[0.5, 1.0, 2.0], [1.0, -1.0, 0.0]], [7, 2]),
     "masked items": ("multinomial", [[-INF, 1.0, 0.5], [1.0, -INF, 0.0]], [[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]]),
     "items that cannot be": ("multinomial", [[-INF, 1.0, 0.5]], [[1.0, 2.0, 1.0]]),
-}
+    "counts": ("poisson_log", [[0.0, 1.0, -9.0, 7.0, 0.5, 0.5]], [[0.0, 1.0, 2.0, 1500.0, 0.25, 2e6]]),
+    "no counts": ("poisson_log", [[0.0], [1.0]], [[-0.5], [NAN]]),
+    "small dispersions": (
+        "negative_binomial", ([[0.5, 3.0, 0.0, 0.1]], [[1e-12, 1e-37, 1e-3, 5e-39]]), [[0.0, 4.0, 0.0, 2e4]],
+    ),
+    "large dispersions": ("negative_binomial", ([[0.5, 3.0, 2.0, 1.0]], [[1e5, 1e12, 1e20, 1e30]]), [[1.0, 4.0, 0.0, 3e7]]),
+    "dispersions of all": ("negative_binomial", ([[0.5, 3.0], [2.0, 1.0]], [0.3, 7.0]), [[1.0, 4.0], [0.0, 300.0]]),
+    "no dispersions": ("negative_binomial", ([[0.5], [3.0], [1.0]], [[0.0], [-1.0], [NAN]]), [[1.0], [4.0], [0.0]]),
+    "more zeros": (
+        "zero_inflated_negative_binomial", ([[2.0, 1e3, 3.0, 0.0, 1.0]], [[1.0, 50.0, 4.0, 1e-9, 2.0]],
+        [[-60.0, -120.0, 40.0, 0.0, 0.3]]), [[0.0, 0.0, 2.0, 0.0, 7.0]],
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -548,14 +560,16 @@ RARE = {
 def test_rare_values(name, backend):
     """Likelihoods have forms of their own for the compiler: they give what the formula gives."""
     likelihood, first, x = RARE[name]
-    recon_x, x = torch.tensor(first, requires_grad=True), torch.tensor(x)
+    given = first if isinstance(first, tuple) else (first,)
+    parameters, x = [torch.tensor(p, requires_grad=True) for p in given], torch.tensor(x)
 
-    def call(recon_x):
+    def call(*parameters):
+        recon_x = parameters if len(parameters) > 1 else parameters[0]
         return fastelbo.loss(recon_x, x, kl=torch.zeros(len(x)), likelihood=likelihood, reduction="none").recon
 
     with FlopCounterMode(display=False):  # under which no backend computes
-        expected = call(recon_x)
+        expected = call(*parameters)
     upstream = torch.rand(len(x))
-    got = Counted(call, backend)(recon_x)
+    got = Counted(call, backend)(*parameters)
     torch.testing.assert_close(got, expected, equal_nan=True)
-    torch.testing.assert_close(*(torch.autograd.grad(v, recon_x, upstream) for v in (got, expected)), equal_nan=True)
+    torch.testing.assert_close(*(torch.autograd.grad(v, parameters, upstream) for v in (got, expected)), equal_nan=True)

@@ -318,16 +318,19 @@ def exact(likelihood, x, parameters):
     return float(function(*point)), [float(s) for s in slopes]
 
 
+@pytest.mark.parametrize("compiled", (False, True), ids=("", "compiled"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("name", EDGES)
-def test_edges(name, dtype, device):
+def test_edges(name, dtype, compiled, device):
     """At the ends of what occurs nothing overflows, and digits are lost only where the formula's own terms cancel."""
     likelihood, targets, grids = EDGES[name]
     points = torch.cartesian_prod(torch.tensor(targets).double(), *(torch.tensor(g).double() for g in grids))
     points = points.to(dtype)
     x, *parameters = (column.contiguous().view(-1, 1).to(device) for column in points.T)
     parameters = [p.requires_grad_() for p in parameters]
-    values = recon(parameters, x, likelihood, "none")
+    torch.compiler.reset()
+    call = torch.compile(recon, fullgraph=True, backend="aot_eager") if compiled else recon
+    values = call(parameters, x, likelihood, "none")
     ours = gradients(values.sum(), *parameters)
     eps = 8 * torch.finfo(dtype).eps
     for i, (target, *point) in enumerate(points.double().tolist()):

@@ -1,6 +1,7 @@
 """Value and gradients of a likelihood in one pass, in Torch on a CPU: the formula's numbers, whatever is rare and however the
 blocks are cut."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import fastelbo
 from conftest import BACKEND
-from fastelbo.basics.numerics import log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative
+from fastelbo.basics.numerics import log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative, ratio_and_derivatives
 from fastelbo.engine import blocks, formula
 from fastelbo.likelihoods import BernoulliLogits, DiscretizedLogisticMixture, Gaussian, Laplace, StudentT, find_likelihood
 from likelihood_cases import CASES, recon_x
@@ -256,3 +257,19 @@ def test_ratio_of_gamma_functions_and_derivative():
     slopes = torch.digamma(wide + n.double()) - torch.digamma(wide)
     torch.testing.assert_close(ratio.double(), expected.detach(), rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(derivative.double(), slopes.detach(), rtol=2e-6, atol=2e-6)
+
+
+def test_ratio_of_gamma_functions_for_the_compiler():
+    """Against 50 digits, over all of float32: roundings of the result, or of the logarithms that it is made of."""
+    mp = pytest.importorskip("mpmath")
+    a = torch.cat([torch.logspace(-37, 20, 115), torch.tensor([0.5, 1.0, 2.0])])[:, None]
+    n = torch.tensor([0.0, 1e-3, 0.5, 1.0, 2.0, 7.0, 300.0, 1e5, 1e8, 1e12])
+    found = torch.stack(ratio_and_derivatives(a, n), -1).double()
+    with mp.workdps(50):
+        for i, j in itertools.product(range(len(a)), range(len(n))):
+            low, count = mp.mpf(a[i].item()), mp.mpf(n[j].item())
+            high, fall = low + count, mp.log((low + count) / low)
+            expected = mp.loggamma(high) - mp.loggamma(low), mp.digamma(high) - mp.digamma(low), mp.digamma(high)
+            scales = abs(expected[0]) + fall, expected[1] + 1e-37, abs(expected[2]) + 1
+            for got, exact, scale in zip(found[i, j].tolist(), expected, scales, strict=True):
+                assert abs(got - exact) <= 2e-7 * scale

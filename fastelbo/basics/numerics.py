@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tracing import is_compiling, is_seen, is_transformed, never_compiled
+from .tracing import is_behind_dynamo, is_compiling, is_seen, is_transformed, never_compiled
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -148,6 +148,8 @@ def _log_mass(width: Tensor, log_width: Tensor) -> Tensor:
 def log_gamma_ratio(a: Tensor, n: Tensor) -> Tensor:
     """lgamma(a + n) - lgamma(a). Two values of the size of a log(a) leave nothing of a small difference, in float64 neither."""
     dtype = torch.promote_types(a.dtype, n.dtype)
+    if dtype == torch.float32 and is_behind_dynamo():
+        return _CompiledRatio.apply(a, n)
     a, n = a.double(), n.double()
     low = a < (16.0 if dtype == torch.float64 else 2.0**20)  # up to which the difference in float64 has the digits of `dtype`
     if is_seen(a) and low.all():
@@ -173,7 +175,64 @@ def log_factorial(n: Tensor) -> Tensor:
         low, high = torch.aminmax(n)
         if low.item() >= 0 and high.item() < len(_table(n.dtype)):
             return torch.index_select(_table(n.dtype), 0, n.reshape(-1).to(torch.int32)).view(n.shape)
+    if n.dtype == torch.float32 and is_behind_dynamo():
+        return _CompiledRatio.apply(torch.ones((), dtype=n.dtype, device=n.device), torch.where(n < 0, torch.nan, n))
     return torch.lgamma(torch.where(n < 0, torch.nan, n) + 1)
+
+
+class _CompiledRatio(torch.autograd.Function):
+    """`log_gamma_ratio` in float32 for the compiler, which has no digamma and takes float64 a few elements at a time."""
+
+    @staticmethod
+    def forward(ctx, a, n):
+        ctx.save_for_backward(a, n)
+        return ratio_and_derivatives(a, n)[0]
+
+    @staticmethod
+    def backward(ctx, upstream):
+        a, n = ctx.saved_tensors
+        _, by_a, by_n = ratio_and_derivatives(a, n)
+        return (upstream * by_a).sum_to_size(a.shape), (upstream * by_n).sum_to_size(n.shape)
+
+
+# Of what log Gamma(x) is more than (x - 1/2) log(x) - x + log(2 pi) / 2, for x of 1 or more: minimax fits of the derivative, in
+# powers of 1/x from the first on, which the kernels have, too.
+_FIT = (
+    0.5, 0.083329647170729325, 6.0338266159070335e-5, -0.0086852620121034721, 0.00086350995886548188, 0.0036078251299803805,
+    -0.0025540863956764276, 0.00059369724317517584,
+)  # fmt: skip
+
+
+def ratio_and_derivatives(a: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """lgamma(a + n) - lgamma(a) in float32, and its derivatives by a and by n, for positive a and n from 0 on.
+
+    No term is a difference of larger numbers. One step up by Gamma(x + 1) = x Gamma(x), after which the fits hold.
+    """
+    inverse = 1 / (a + n)
+    # A quotient may overflow, its logarithm does not.
+    step_log = torch.where(a < 1e-20, torch.log(a + n) - torch.log(a), torch.log1p(n / a))
+    step_fall = n * inverse / a
+    lower, upper = a + 1, a + n + 1
+    u, w = 1 / lower, 1 / upper
+    quotient, log_upper = n * u, torch.log(upper)
+    log_quotient, difference = torch.log1p(quotient), quotient * w
+    # The polynomial's value at w, and its rise to u over the distance.
+    of_value = [c / i for i, c in enumerate(_FIT) if i > 0]
+    correction = difference * _value_and_rise(w, u, of_value)[1]
+    at_upper, rise = _value_and_rise(w, u, _FIT)
+    ratio = n * (log_upper - 1) + ((lower - 0.5) * log_quotient - correction) - step_log
+    return ratio, log_quotient + difference * rise + step_fall, log_upper - at_upper - inverse
+
+
+def _value_and_rise(x: Tensor, y: Tensor, coefficients: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """p(x) and (p(y) - p(x)) / (y - x), of p(x) = x * the polynomial with these coefficients from the constant upwards."""
+    *rest, last = coefficients
+    value = last * x + rest[-1]
+    rise = last * y + value
+    for coefficient in reversed(rest[:-1]):
+        value = value * x + coefficient
+        rise = rise * y + value
+    return value * x, rise
 
 
 @functools.cache

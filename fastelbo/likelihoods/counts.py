@@ -78,7 +78,7 @@ class NegativeBinomial(Likelihood):
     """
 
     name = kernel = "negative_binomial"
-    compiled_passes = 26  # digamma is an operator of its own
+    compiled_passes = 8
     parameters = ("mean", "inverse_dispersion")
     ranges = (NONNEGATIVE, POSITIVE)
 
@@ -107,7 +107,7 @@ class ZeroInflatedNegativeBinomial(Likelihood):
     """
 
     name = kernel = "zero_inflated_negative_binomial"
-    compiled_passes = 26
+    compiled_passes = 11
     parameters = ("mean", "inverse_dispersion", "zi_logits")
     ranges = (NONNEGATIVE, POSITIVE, None)
 
