@@ -4,7 +4,7 @@ from . import diagnostics, likelihoods, nn, reference, schedules
 from .bounds.log_likelihood import LogLikelihood, log_likelihood
 from .bounds.records import ELBO, IWAE
 from .engine.loss import ELBOTerms
-from .latents.posterior import Posterior
+from .latents.posterior import CategoricalPosterior, Posterior
 from .latents.weighting import Weighting
 from .objective import elbo, loss
 from .parts import SampleKL, SampleLogRatio, kl_divergence, nll, reparameterize, sample_kl, sample_log_ratio
@@ -12,6 +12,7 @@ from .parts import SampleKL, SampleLogRatio, kl_divergence, nll, reparameterize,
 __all__ = [
     "ELBO",
     "IWAE",
+    "CategoricalPosterior",
     "ELBOTerms",
     "LogLikelihood",
     "Posterior",

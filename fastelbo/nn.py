@@ -11,7 +11,7 @@ from .basics.arguments import split_reduction
 from .basics.scalars import check_real
 from .diagnostics import Monitor
 from .engine.loss import ELBOTerms
-from .latents.posterior import LOGVAR, Posterior, find_posterior
+from .latents.posterior import LOGVAR, CategoricalPosterior, Posterior, find_posterior
 from .latents.weighting import ALL, Weighting
 from .likelihoods import Likelihood, find_likelihood
 from .objective import Prior, Reduction, loss
@@ -39,7 +39,7 @@ class ELBOLoss(nn.Module):
         likelihood: str | Likelihood = "bernoulli",
         beta: float = 1.0,
         reduction: Reduction = "sum",
-        posterior: str | Posterior = "logvar",
+        posterior: str | Posterior | CategoricalPosterior = "logvar",
         weighting: Weighting | None = None,
         recon_weight: float = 1.0,
     ) -> None:

@@ -19,13 +19,13 @@ from .engine.divergence import Statistics, divergence_terms, kl_of, times
 from .engine.latents import run, sample
 from .engine.loss import ELBOTerms, composed_terms, planned_terms, record_reconstruction, traced_terms
 from .engine.plan import find_objective, is_little, latents_plan_of
-from .latents.posterior import LOGVAR, Latents, Posterior, check_latents
+from .latents.posterior import LOGVAR, CategoricalPosterior, Latents, Posterior, check_latents
 from .latents.weighting import ALL, Weighting, check_beta, check_weighting, is_of_each, shares_of
 from .likelihoods import Likelihood
 from .likelihoods.distributions import of_distribution
 
 Reduction = str | tuple[str, str]
-Prior = tuple[Tensor, Tensor] | Distribution
+Prior = tuple[Tensor, Tensor] | Tensor | Distribution
 
 
 def loss(
@@ -37,7 +37,7 @@ def loss(
     *,
     kl: Tensor | None = None,
     likelihood: str | Likelihood = "bernoulli",
-    posterior: str | Posterior = "logvar",
+    posterior: str | Posterior | CategoricalPosterior = "logvar",
     prior: Prior | None = None,
     weighting: Weighting | None = None,
     weight: Tensor | None = None,
@@ -61,8 +61,9 @@ def loss(
             given.
         x: the target, of the shape of `recon_x` and any real dtype; integers and booleans are converted on the fly.
         mu: mean of the encoder's Gaussian, `[B, ...]`, of any such shape and floating dtype; or a `torch.distributions.Normal`,
-            or an `Independent` of one, which stands for `mu` and `logvar`. Its batch may be another one than that of `x`, as of
-            clips and their frames, unless the reduction is `"none"`: each term is averaged over its own.
+            or an `Independent` of one, which stands for `mu` and `logvar`. Of categorical latents logits, or a `Categorical` or
+            `OneHotCategorical`, as in `kl_divergence`. Its batch may be another one than that of `x`, as of clips and their
+            frames, unless the reduction is `"none"`: each term is averaged over its own.
         logvar: logarithm of its variance, of the shape of `mu`, or what `posterior` says that it is.
         beta: weight of the KL (Higgins et al., beta-VAE, 2017): a number, a 0-d tensor, or a tensor that broadcasts to a sample
             of `mu`, with a weight for each latent dimension. One of the shape `[B]`, where B is the number of latents, is that,
@@ -73,9 +74,10 @@ def loss(
             `F.binary_cross_entropy_with_logits`; `"mse"`: as `F.mse_loss`; `"gaussian"`: means, as
             `-Normal(recon_x, 1.0).log_prob(x)`. An object has options: `Gaussian(scale=0.3)`, and for bytes
             `Bernoulli(target_scale=1/255)`.
-        posterior: what `logvar` is: `"logvar"`, `"log_std"`, `"std"`, `"var"`, or a `Posterior`, which can clamp it.
-        prior: what the KL is from: a pair of tensors that is parametrized as the posterior is, or a Normal, as in
-            `kl_divergence`. None: N(0, I).
+        posterior: what `logvar` is: `"logvar"`, `"log_std"`, `"std"`, `"var"`, or a `Posterior`, which can clamp it;
+            `"categorical"` or a `CategoricalPosterior`: `mu` is logits.
+        prior: what the KL is from: a pair of tensors that is parametrized as the posterior is, or a Normal; or logits or a
+            Categorical, as in `kl_divergence`. None: N(0, I), or the uniform distribution.
         weighting: what of the KL enters the loss: free bits, capacity, balance. None: all of it. The result `kl` is always the
             KL itself.
         weight: weights of the elements of `x`, such as a mask: of any real dtype and a shape that broadcasts to that of `x`,
@@ -159,7 +161,7 @@ def loss(
         if weighting is not None and weighted is not None:
             weighted = times(shares_of(weighting)[0], weighted)
     else:
-        kind, of_latents = check_latents(mu, logvar, posterior, prior, kl_weight)
+        kind, of_latents = check_latents(mu, logvar, posterior, prior, kl_weight, samples=False)
         kl, beta, weighted, statistics = _divergence(kind, of_latents, objective, beta, weighting, monitor)
     check_reals("x", x)
     check_device("mu", of_latents[0], "recon_x", x)
@@ -360,7 +362,7 @@ def _check_sources(
     if monitor is not None and kl_weight is not None:
         raise ValueError("monitor must be None with kl_weight: its statistics are of all latents alike")
     if kl is None:
-        if mu is None or (logvar is None and not isinstance(mu, Distribution)):
+        if mu is None or (logvar is None and not isinstance(mu, Distribution) and objective.posterior.parameter != "logits"):
             advice = "; the reconstruction alone is fastelbo.nll" if mu is logvar is None else ""
             raise ValueError("give mu and logvar, or kl: got " + _given_or_not(mu=mu, logvar=logvar) + advice)
         return
@@ -380,7 +382,7 @@ def _divergence(
     latents: Latents, tensors: Sequence[Tensor], objective: Objective, beta: Any, weighting: Any, monitor: Monitor | None
 ) -> tuple[Tensor, float | Tensor, Tensor | None, Statistics | None]:
     """The KL, and beta, what of the KL it weighs, None for all of it, and a monitor's statistics."""
-    reduction, mu = objective.kl_reduction, tensors[0]
+    reduction, mu = objective.kl_reduction, latents.terms(tensors)
     beta = check_beta(beta, mu)
     weighting = check_weighting(weighting, mu, latents.prior is not None, beta, reduction)
     if weighting == ALL and monitor is None and not is_of_each(beta):

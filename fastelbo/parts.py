@@ -25,7 +25,7 @@ from .engine.latents import latents_terms, run, sample
 from .engine.log_ratio import draw_rows, log_density, log_ratio
 from .engine.loss import composed_terms, planned_terms, traced_terms
 from .engine.plan import find_objective, latents_plan_of
-from .latents.posterior import LOGVAR, Posterior, check_latents
+from .latents.posterior import LOGVAR, CategoricalPosterior, Posterior, check_latents
 from .latents.weighting import ALL, Weighting
 from .likelihoods import Likelihood
 from .likelihoods.distributions import of_distribution
@@ -168,27 +168,35 @@ def sample_kl(
 def kl_divergence(
     mu: Tensor | Distribution,
     logvar: Tensor | None = None,
-    prior: tuple[Tensor, Tensor] | Distribution | None = None,
+    prior: tuple[Tensor, Tensor] | Tensor | Distribution | None = None,
     *,
-    posterior: str | Posterior = "logvar",
+    posterior: str | Posterior | CategoricalPosterior = "logvar",
     weighting: Weighting | None = None,
     kl_weight: Tensor | None = None,
     reduction: str = "sum",
 ) -> Tensor:
-    """KL(N(mu, sigma^2) || prior), in nats, differentiable by every tensor.
+    """KL(N(mu, sigma^2) || prior), in nats, or that of categorical latents; differentiable by every tensor.
+
+    Categorical latents are groups of K classes, by logits `[B, ..., K]`, such as `[B, G, K]`. Each group has a KL, and so is
+    what an element is of Gaussian ones. The distributions of `torch.distributions` draw their samples:
+    `OneHotCategoricalStraightThrough(logits=logits).rsample()`, or `F.gumbel_softmax(logits, tau)`.
 
     With a `weighting` it is what that makes of the KL, which a loss of several terms adds up: the levels of a hierarchy, the
     heads of a world model.
 
     Args:
         mu: mean, `[B, ...]`, float16, bfloat16, float32 or float64; or a `torch.distributions.Normal`, or an `Independent` of
-            one, which stands for `mu` and `logvar`.
+            one, which stands for `mu` and `logvar`. Of categorical latents a `Categorical` or `OneHotCategorical`, or an
+            `Independent` of one; or their logits, with such a `posterior`.
         logvar: logarithm of the variance, of the shape of `mu`, or what `posterior` says that it is.
         prior: None: N(0, I). A Normal, or an Independent of one. Where `mu` is a tensor, also a pair of tensors that is
             parametrized as the posterior is: `(prior_mu, prior_logvar)`, or with `posterior="log_std"` `(prior_mu,
             prior_log_std)`. Of the shape of `mu`, or one that broadcasts to it. Deviations that are not positive give an
-            infinite KL or NaN.
-        posterior: what `logvar` is: `"logvar"`, `"log_std"`, `"std"`, `"var"`, or a `Posterior`.
+            infinite KL or NaN. Of categorical latents None: the uniform distribution; a `Categorical` or `OneHotCategorical`;
+            or, where `mu` is a tensor, logits, of the shape of `mu` or one that broadcasts to it, with all K classes. A class
+            that only the prior has at probability 0 gives an infinite KL; one that both have so adds nothing.
+        posterior: what `logvar` is: `"logvar"`, `"log_std"`, `"std"`, `"var"`, or a `Posterior`. `"categorical"` or a
+            `CategoricalPosterior`: `mu` is logits; the latter goes with a distribution as well, for its `unimix`.
         weighting: free bits, capacity or balance, and the result is the KL as weighted: `loss` has beta times it. None: the KL
             itself. It has to mean something with the reduction: free bits of the batch, dimensions or channels, and a capacity
             of the batch, have no value for each sample (`"none"`); `"dimension"` takes free bits of dimensions or elements,
@@ -199,14 +207,16 @@ def kl_divergence(
             not count, even if it is NaN. `"mean"` and `"dimension"` divide by the sum of the weights; so do the means in
             `weighting`, where each group has one weight a sample.
         reduction: `"sum"`, `"batchmean"` (sum / B), `"mean"` (over all elements), `"none"` (one value a sample, `[B]`),
-            `"dimension"` (the mean over the batch, `mu.shape[1:]`), or `"element"` (of the shape of `mu`).
+            `"dimension"` (the mean over the batch, `mu.shape[1:]`), or `"element"` (of the shape of `mu`). Of categorical
+            latents an element is a group: `logits.shape[1:-1]` and `logits.shape[:-1]`.
 
     Returns:
         The KL: float64 if an input is, otherwise float32.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or has an unknown name; a pair is the
-            prior of a Normal; or `weighting` is no `Weighting`, or has no meaning with the reduction or without a prior.
+            prior of a Normal, or logits that of a Categorical; or `weighting` is no `Weighting`, or has no meaning with the
+            reduction or without a prior.
     """
     if reduction is None:  # which stands for no KL further in
         check_reduction(reduction, REDUCTIONS_OF_KL)

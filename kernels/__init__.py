@@ -5,6 +5,7 @@ for tensors of one kind, which finds once what follows from their shapes, and wh
 """
 
 from .categorical import Categorical
+from .categorical_divergence import CategoricalDivergence
 from .direct import INTERPRETED
 from .divergence import Divergence
 from .latents import Sample, draw_noise
@@ -16,6 +17,7 @@ from .reconstruction import Family, Reconstruction
 __all__ = [
     "INTERPRETED",
     "Categorical",
+    "CategoricalDivergence",
     "Divergence",
     "Family",
     "Loss",

@@ -399,3 +399,28 @@ def test_with_a_clamp():
     torch.testing.assert_close(
         torch.autograd.grad(got, (mu, logvar), retain_graph=True), torch.autograd.grad(expected, (mu, logvar))
     )
+
+
+@pytest.mark.parametrize("reduction", ("sum", "mean", "none", "dimension"))
+def test_of_categorical_latents(reduction):
+    """A weight for each group, of which a masked one may be NaN; with the free bits of a world model's steps."""
+    q, p = (torch.randn(B, T, 6, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2))
+    weight = rand(B, T).double()
+    weight[1, 2] = 0
+    kl = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=t) for t in (q, p)))
+    reduced = {
+        "sum": (kl * weight).sum(),
+        "mean": (kl * weight).sum() / weight.sum(),
+        "none": (kl * weight).sum(1),
+        "dimension": (kl * weight).sum(0) / weight.sum(0),
+    }
+    upstream = torch.randn_like(reduced[reduction])
+    expected = torch.autograd.grad(reduced[reduction], (q, p), upstream)
+    q.data[1, 2] = torch.nan
+    got = kl_divergence(q, prior=p, posterior="categorical", kl_weight=weight, reduction=reduction)
+    torch.testing.assert_close(got, reduced[reduction])
+    torch.testing.assert_close(torch.autograd.grad(got, (q, p), upstream), expected)
+    steps = kl_divergence(
+        q[:1], prior=p[:1], posterior="categorical", kl_weight=weight[:1], weighting=Weighting(1.0), reduction="sum"
+    )
+    torch.testing.assert_close(steps, (kl[:1].clamp_min(1.0) * weight[:1]).sum())

@@ -557,10 +557,14 @@ def test_per_sample_gradients(device):
 A = torch.zeros(2, 3)
 BESIDE_A_NORMAL = "prior must be a Normal where mu is one: a pair is parametrized as the posterior's tensors are"
 MISUSE = (
-    ({"posterior": "sigma"}, ValueError, "posterior must be one of 'logvar', 'log_std', 'std', 'var'; got 'sigma'"),
+    (
+        {"posterior": "sigma"},
+        ValueError,
+        "posterior must be one of 'logvar', 'log_std', 'std', 'var', 'categorical'; got 'sigma'",
+    ),
     ({"posterior": lambda: Posterior("sigma")}, ValueError, "must be one of 'logvar'.*; got 'sigma'"),
     ({"posterior": lambda: Posterior(None)}, ValueError, "must be one of 'logvar'.*; got None"),
-    ({"posterior": 3}, TypeError, "posterior must be a name or a Posterior, got int"),
+    ({"posterior": 3}, TypeError, "posterior must be a name, a Posterior or a CategoricalPosterior, got int"),
     ({"posterior": lambda: Posterior("std", (1,))}, ValueError, r"Posterior.clamp must be a pair \(low, high\)"),
     ({"posterior": lambda: Posterior("std", (2.0, 1.0))}, ValueError, "low <= high"),
     ({"posterior": lambda: Posterior("std", ("a", 1.0))}, TypeError, r"Posterior.clamp\[0\] must be a number or None, got str"),

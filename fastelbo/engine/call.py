@@ -22,7 +22,7 @@ from ..basics.arguments import (
     split_reduction,
 )
 from ..basics.scalars import check_real
-from ..latents.posterior import LOGVAR, Latents, Posterior, check_latents, find_posterior
+from ..latents.posterior import LOGVAR, CategoricalPosterior, Latents, Posterior, check_latents, find_posterior
 from ..latents.weighting import Weighting, check_weighting, counts_of, shares_of
 from ..likelihoods import Likelihood, find_likelihood
 
@@ -35,7 +35,7 @@ class Objective(NamedTuple):
     """The options of a call that most calls have."""
 
     likelihood: Likelihood
-    posterior: Posterior
+    posterior: Posterior | CategoricalPosterior
     reduction: str
     kl_reduction: str
     is_sum: bool  # of the likelihood's terms, and not made of another one's sums
@@ -164,7 +164,8 @@ KINDS = {"none": "row", "dimension": "column", "element": "element"}
 
 
 class KLCall(NamedTuple):
-    """What is computed of latents. Their tensors are mu, its second parameter and the prior's two, if it is not N(0, I)."""
+    """What is computed of latents. Their tensors are mu, its second parameter and the prior's two, if it is not N(0, I); of
+    classes, logits, and the prior's, if it is not uniform."""
 
     latents: Latents
     dtype: torch.dtype
@@ -215,7 +216,7 @@ def check_kl(
 ) -> tuple[KLCall, tuple[Tensor, ...]]:
     """The call and its tensors, from what users pass. A reduction of None: no KL; `samples`: a sample is made, too; a
     `weighting` has no capacity."""
-    latents, tensors = check_latents(mu, logvar, posterior, prior, kl_weight)
+    latents, tensors = check_latents(mu, logvar, posterior, prior, kl_weight, samples=samples)
     if weighting is not None:
         weighting = check_weighting(weighting, tensors[0], prior is not None, 1.0, reduction)
         return weighted_call(latents, dtype_of(latents, tensors), weighting, reduction), tensors
@@ -227,7 +228,8 @@ def check_kl(
 
 def dtype_of(latents: Latents, tensors: Sequence[Tensor]) -> torch.dtype:
     """That of the KL, in which weights have no part."""
-    return result_dtype(*tensors[: 2 if latents.prior is None else 4])
+    posterior, prior, _ = latents.split(tensors)
+    return result_dtype(*posterior, *prior)
 
 
 def weighted_call(latents: Latents, dtype: torch.dtype, weighting: Weighting, reduction: str) -> KLCall:

@@ -42,10 +42,11 @@ def divergence_terms(
     other.
     """
     each = is_of_each(beta)
+    statistics = statistics and not latents.is_categorical  # which have no means
     if weighting.capacity is None and not each:
         call = weighted_call(latents, dtype_of(latents, tensors), weighting, reduction)
         return _in_one_pass(call, tensors, weighting, statistics)
-    mu, weight = tensors[0], latents.split(tensors)[2]
+    mu, weight = latents.terms(tensors), latents.split(tensors)[2]
     free_bits, capacity = weighting.free_bits, weighting.capacity
     total, shares = shares_of(weighting)
     floor = free_bits if weighting.free_bits_per == "element" else None
@@ -94,13 +95,13 @@ def weighted_kl(mu, logvar, posterior, prior, weighting, kl_weight, reduction: s
         plan, tensors = latents_plan_of(mu, logvar, posterior, prior, reduction, None, False, weighting, kl_weight)
         _, kl, weighted, _ = run(plan, tensors, None)
         return times(shares_of(weighting)[0], kl if weighted is None else weighted)
-    latents, tensors = check_latents(mu, logvar, posterior, prior, kl_weight)
+    latents, tensors = check_latents(mu, logvar, posterior, prior, kl_weight, samples=False)
     weighting = check_weighting(weighting, tensors[0], latents.prior is not None, 1.0, reduction, REDUCTIONS_OF_KL)
     if reduction in REDUCTIONS:
         return divergence_terms(latents, tensors, weighting=weighting, reduction=reduction)[1]
     free_bits, (total, shares) = weighting.free_bits, shares_of(weighting)
     of = "element" if free_bits is not None and weighting.free_bits_per == "element" else reduction
-    mu, dtype, weight = tensors[0], dtype_of(latents, tensors), latents.split(tensors)[2]
+    mu, dtype, weight = latents.terms(tensors), dtype_of(latents, tensors), latents.split(tensors)[2]
     _, kl, weighted, _ = latents_terms(KLCall(latents, dtype, KINDS[of], of, None, shares), tensors)
     weighted = kl if weighted is None else weighted
     if free_bits is not None:

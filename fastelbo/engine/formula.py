@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..latents import gaussian
+from ..latents import categorical, gaussian
 from ..latents.posterior import LOGVAR, Latents
 from ..latents.weighting import counts_of
 from ..likelihoods import Likelihood
@@ -87,20 +87,22 @@ def repeated(x: Tensor, prediction: Tensor) -> Tensor:
 
 def divergence(call: KLCall, noise: Tensor | None, *tensors: Tensor):
     """`(z, kl, weighted, sums of mu and mu^2)` of latents, as the backends compute them; each may be None."""
-    latents, kind = call.latents, call.kind
-    (mu, second), prior, weight = latents.split(tensors)
+    latents, kind, mu = call.latents, call.kind, call.latents.terms(tensors)
+    posterior, prior, weight = latents.split(tensors)
+    kl_elements = categorical.kl_elements if latents.is_categorical else gaussian.kl_elements
     z = weighted = sums = None
     if noise is not None:
-        z = gaussian.sample(latents.posterior, mu, second, noise, call.dtype)
+        z = gaussian.sample(latents.posterior, *posterior, noise, call.dtype)
     if kind is None:
         return z, None, None, None
-    if weight is not None:
+    if weight is not None:  # what does not count may be NaN
         weight = weight.to(call.dtype)
-        mu, second, *prior = (torch.where(weight == 0, 0.5, t) for t in (mu, second, *prior))  # what does not count may be NaN
-    values = to_weight = gaussian.kl_elements(latents, mu, second, *prior)
+        uncounted = (weight == 0).unsqueeze(-1) if latents.is_categorical else weight == 0
+        posterior, prior = ([torch.where(uncounted, 0.5, t) for t in given] for given in (posterior, prior))
+    values = to_weight = kl_elements(latents, *posterior, *prior)
     if call.shares is not None:
-        to_posterior = gaussian.kl_elements(latents, mu, second, *(p.detach() for p in prior))
-        to_prior = gaussian.kl_elements(latents, mu.detach(), second.detach(), *prior)
+        to_posterior = kl_elements(latents, *posterior, *(p.detach() for p in prior))
+        to_prior = kl_elements(latents, *(p.detach() for p in posterior), *prior)
         to_weight = call.shares[0] * to_posterior + call.shares[1] * to_prior
     if call.floor is not None:
         to_weight = torch.where(values <= call.floor, call.floor, to_weight)
@@ -156,7 +158,7 @@ def without_free_bits(call: KLCall, mu: Tensor, low: Tensor, grad_kl: Tensor | N
 
 def over_weights(call: KLCall, tensors: Sequence[Tensor], found: Sequence) -> tuple:
     """What was computed of latents, where the KL is a mean, which sums of weights divide."""
-    mu, weight = tensors[0], call.latents.split(tensors)[2]
+    mu, weight = call.latents.terms(tensors), call.latents.split(tensors)[2]
     if call.reduction == "dimension":
         total = counts_of("dimension", weight, mu, call.dtype)
     else:

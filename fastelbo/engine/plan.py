@@ -263,30 +263,15 @@ class LatentsPlan:
     """What is known of a sample or a KL before its values are."""
 
     __slots__ = (
-        "backend",
-        "call",
-        "dtype",
-        "fits",
-        "has_normals",
-        "is_by_autograd",
-        "is_dense",
-        "is_mean_of_weights",
-        "is_plain",
-        "is_simple",
-        "is_whole",
-        "kl_scale",
-        "latents_launches",
-        "layout",
-        "noise_layout",
-        "per_sample",
-        "strides",
+        "backend", "call", "dtype", "fits", "has_normals", "is_by_autograd", "is_categorical", "is_dense", "is_mean_of_weights",
+        "is_plain", "is_simple", "is_whole", "kl_scale", "latents_launches", "layout", "noise_layout", "per_sample", "strides",
         "wants",
     )  # fmt: skip
 
     def __init__(self, call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None, grad_mode: bool) -> None:
         mu, self.call, self.latents_launches, self.fits = tensors[0], call, None, _unlike
-        self.dtype, self.per_sample, self.kl_scale = call.dtype, call.kind == "row", call.scale(mu)
-        self.is_plain, self.is_simple = call.is_plain, call.is_simple
+        self.dtype, self.per_sample, self.kl_scale = call.dtype, call.kind == "row", call.scale(call.latents.terms(tensors))
+        self.is_plain, self.is_simple, self.is_categorical = call.is_plain, call.is_simple, call.latents.is_categorical
         self.is_mean_of_weights = call.is_mean_of_weights and call.kind is not None
         self.wants = grad_mode and any(t.requires_grad for t in tensors)
         strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or (
@@ -294,14 +279,18 @@ class LatentsPlan:
         )
         weight = call.latents.split(tensors)[2]
         seldom = grad_mode and any(t is not None and t.requires_grad for t in (noise, weight))
+        seldom = seldom or (self.is_categorical and weight is not None)  # which no kernel has
         self.backend = None if strange or seldom or not mu.numel() else backend_for(mu.device)
-        if self.backend is torch_backend and not self.is_simple and not (mu.device.type == "cpu" and call.is_whole):
+        in_one_pass = mu.device.type == "cpu" and (call.is_whole or self.is_categorical)
+        if self.backend is torch_backend and not self.is_simple and not in_one_pass:
             self.backend = None
         if self.backend is torch_backend and call.groups is not None and noise is not None:
             self.backend = None  # which has no sample beside free bits
-        self.layout, self.noise_layout = layout_of(mu), layout_of(tensors[1])
+        self.layout = self.noise_layout = torch.contiguous_format
+        if not self.is_categorical:
+            self.layout, self.noise_layout = layout_of(mu), layout_of(tensors[1])
         # To the Torch backend: one small block, in the dtype of the arithmetic.
-        self.is_whole = mu.numel() <= SMALL and mu.dtype == tensors[1].dtype == call.dtype
+        self.is_whole = mu.numel() <= SMALL and all(t.dtype == call.dtype for t in tensors[:2])
         # A sample alone of few elements, for which autograd costs less than a Function.
         self.is_by_autograd = self.backend is torch_backend and call.kind is None and self.is_simple and self.is_whole
         dense = self.dense(tensors)
@@ -311,10 +300,11 @@ class LatentsPlan:
 
     def dense(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors as the backends take them; copied only where they are not so yet."""
-        mu, second, *rest = tensors
-        if self.call.latents.weighted and rest[-1].shape == mu.shape:
-            rest[-1] = rest[-1].contiguous(memory_format=self.layout)
-        return [mu.contiguous(memory_format=self.layout), second.contiguous(memory_format=self.layout), *rest]
+        posterior, prior, weight = self.call.latents.split(tensors)
+        found = [*(t.contiguous(memory_format=self.layout) for t in posterior), *prior]
+        if weight is not None:
+            found.append(weight.contiguous(memory_format=self.layout) if weight.shape == tensors[0].shape else weight)
+        return found
 
     def again(self, tensors: Sequence[Tensor], noise: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         """Likewise, with the noise, or the seed of it, of what was saved: hooks may bring it back with other strides."""

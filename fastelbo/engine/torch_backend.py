@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..latents.gaussian import Slope, kl_elements, kl_in_one_pass, sample_in_one_pass
 from ..likelihoods.base import HALF
-from . import formula
+from . import categorical, formula
 from .blocks import SMALL, added_up, converted, cut_alike, scratch
 from .reconstruction import reconstruct
 
@@ -94,7 +94,7 @@ def latents_forward(plan, tensors, noise, stateless=False):
     themselves; the KL, `[]`, `[B]` or of each column, unless the call's kind is None; the KL with free bits; the sums of
     columns over the batch; and what backward needs of it."""
     if not plan.is_simple:
-        return _any_latents(plan, tensors, noise)
+        return categorical.forward(plan, tensors) if plan.is_categorical else _any_latents(plan, tensors, noise)
     kind, dtype, per_sample, (mu, logvar) = plan.call.kind, plan.dtype, plan.per_sample, tensors
     if kind == "column":
         wide = mu.to(dtype)
@@ -131,6 +131,8 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
         grad_z = grad_z.contiguous(memory_format=plan.layout)
     if isinstance(kept, Slopes):
         return _of_slopes(plan, tensors, needs, grad_z, grad_kl, kept)
+    if isinstance(kept, categorical.Kept):
+        return categorical.backward(plan, tensors, needs, grad_kl, grad_weighted, kept)
     if isinstance(kept, tuple):
         return _of_kept(grad_z, tensors[0], *kept, grad_kl, plan.kl_scale)
     if kept is not None:

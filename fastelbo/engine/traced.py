@@ -85,7 +85,8 @@ def latents(call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None):
     if call.latents.weighted:  # which the operator does not have
         found = formula.divergence(call, noise, *tensors)
         return formula.over_weights(call, tensors, found) if call.is_mean_of_weights and call.kind is not None else found
-    if not _goes_to_kernels(OF_LATENTS, *tensors, noise):
+    # Of classes, the compiler fuses the formula about as well, and there is no operator.
+    if call.latents.is_categorical or not _goes_to_kernels(OF_LATENTS, *tensors, noise):
         return formula.divergence(call, noise, *tensors)
     z, kl, weighted, *sums = ops.latents(*(*tensors, None, None)[:4], noise, *encoded(call))
     if call.kind is None:

@@ -88,6 +88,8 @@ def latents_forward(plan, tensors, noise, stateless=False):
     """See `torch_backend.latents_forward`; the noise may be a seed. `weighted` is the KL with a floor under each element, or
     with free bits, and `sums` are those over the batch of mu and mu^2, after those of the KL where there are free bits."""
     call = plan.call
+    if plan.is_categorical:
+        return _categorical_forward(plan, tensors, stateless)
     (mu, second), priors, weight = call.latents.split(tensors)
     if plan.is_plain:
         launches = plan.latents_launches or _sample(plan, mu, second)
@@ -108,6 +110,8 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
     """See `torch_backend.latents_backward`. Gradients by the prior's two tensors as well, of the shape of mu, where needed;
     `grad_weighted` arrived at the KL with a floor."""
     call = plan.call
+    if plan.is_categorical:
+        return _categorical_backward(plan, tensors, needs, grad_kl, grad_weighted, kept)
     (mu, second), priors, weight = call.latents.split(tensors)
     if grad_z is not None:
         grad_z = grad_z.contiguous(memory_format=plan.layout)
@@ -130,6 +134,48 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
     )  # fmt: skip
     grads = grads if call.latents.prior is not None else grads[:2]
     return grads if weight is None else (*grads, None)
+
+
+def _categorical_forward(plan, tensors, stateless):
+    """`latents_forward` of classes."""
+    call, like = plan.call, plan.call.latents.terms(tensors)
+    logits, prior = _both_logits(tensors)
+    launches = plan.latents_launches or _categorical(plan, logits, prior)
+    kl, weighted = launches.forward(logits, prior, stateless)
+    if call.kind == "column":
+        kl = formula.scaled(kl.sum(0), plan.kl_scale)
+    return None, *formula.with_free_bits(call, like, kl, weighted, None)
+
+
+def _categorical_backward(plan, tensors, needs, grad_kl, grad_weighted, kept):
+    call, like = plan.call, plan.call.latents.terms(tensors)
+    logits, prior = _both_logits(tensors)
+    launches = plan.latents_launches or _categorical(plan, logits, prior)
+    if kept is not None:
+        grad_kl, grad_weighted = formula.without_free_bits(call, like, kept, grad_kl, grad_weighted)
+    upstreams = (g if g is None else g.contiguous() for g in (grad_kl, grad_weighted))
+    return launches.backward(logits, prior, *upstreams, (*needs, False)[:2])[: len(tensors)]
+
+
+def _both_logits(tensors):
+    """Those of the posterior and of the prior as the kernels take them: of what is the same along the first dimensions, one."""
+    logits, *prior = tensors
+    if not prior:
+        return logits, None
+    found = prior[0]
+    while found.dim() > 1 and (found.shape[0] == 1 or not found.stride(0)):
+        found = found[0]
+    return logits, found.contiguous()
+
+
+def _categorical(plan, logits, prior):
+    """The launches of the kernels for classes, which the plan keeps."""
+    call = plan.call
+    plan.latents_launches = kernels.CategoricalDivergence(
+        logits, prior, unimix=call.latents.posterior.unimix, kind=call.kind, floor=call.floor,
+        shares=call.shares or (1.0, 1.0), kl_scale=plan.kl_scale, dtype=plan.dtype,
+    )  # fmt: skip
+    return plan.latents_launches
 
 
 def log_ratio_forward(call, tensors, noise):

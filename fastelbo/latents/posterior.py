@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from math import inf
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Categorical, Distribution, Independent, Normal, OneHotCategorical
 
 from ..basics.arguments import (
     broadcasts,
@@ -62,49 +63,109 @@ def _checked_clamp(name: str, clamp) -> tuple[float, float] | None:
     return None if (low, high) == (-inf, inf) else (low, high)
 
 
-LOGVAR, STD = Posterior(), Posterior("std")
-BY_NAME = {parameter: Posterior(parameter) for parameter in PARAMETERS}
+@record
+class CategoricalPosterior(metaclass=Record):
+    """Latents that are groups of classes, by logits `[B, ..., K]` of K classes, which stand in the place of `mu`; there is no
+    `logvar`. Pass it as `posterior=`, or its name, `"categorical"`, which stands for one without `unimix`. It is frozen and
+    compared by value. A `Categorical` or `OneHotCategorical` in the place of `mu` has it by itself.
+
+    The KL is from a prior's logits, which broadcast to those of the posterior; None: from the uniform distribution.
+
+    Args:
+        unimix: the share of the uniform distribution over the K classes that is mixed into the probabilities of posterior and
+            prior, so that no KL is infinite: 0.01 in DreamerV3 (Hafner et al., Mastering Diverse Domains through World Models,
+            2023). A sample has to be drawn from the same mixture.
+
+    Raises:
+        TypeError, ValueError: `unimix` is no number from 0 to less than 1.
+    """
+
+    unimix: float = 0.0
+    parameter: ClassVar[str] = "logits"
+    clamp: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        canonical(self, "unimix", _checked_share)
+
+
+def _checked_share(name: str, share) -> float:
+    share = check_real(name, share)
+    if not 0 <= share < 1:
+        raise ValueError(f"{name} must be a share from 0 to less than 1, got {share}")
+    return share
+
+
+LOGVAR, STD, CATEGORICAL = Posterior(), Posterior("std"), CategoricalPosterior()
+BY_NAME: dict[str, Posterior | CategoricalPosterior] = {parameter: Posterior(parameter) for parameter in PARAMETERS}
+BY_NAME["categorical"] = CATEGORICAL
 
 
 class Latents(NamedTuple):
-    """What the tensors of a call's latents are: mu and its second parameter, then those of a prior that is not N(0, I), and the
-    weights of the KL's elements."""
+    """What the tensors of a call's latents are: those of the posterior, mu and its second parameter or logits alone, those of a
+    prior that is not N(0, I) or uniform, and the weights of the KL's elements."""
 
-    posterior: Posterior
-    prior: str | None = None  # what the prior's second tensor is, as `Posterior.parameter`
+    posterior: Posterior | CategoricalPosterior
+    prior: str | None = None  # what the prior's second tensor is, as `Posterior.parameter`; or "logits"
     weighted: bool = False
 
+    @property
+    def is_categorical(self) -> bool:
+        return self.posterior.parameter == "logits"
+
     def split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]:
-        """`(mu and second, the prior's two or none, weights or None)`."""
-        n = 2 if self.prior is None else 4
-        return tensors[:2], tensors[2:n], tensors[n] if self.weighted else None
+        """The posterior's, the prior's, and the weights or None."""
+        count = 1 if self.is_categorical else 2
+        behind = count if self.prior is None else 2 * count
+        return tensors[:count], tensors[count:behind], tensors[behind] if self.weighted else None
+
+    def terms(self, tensors: Sequence[Tensor]) -> Tensor:
+        """A tensor of the shape of what has a KL of its own: mu, or a class of the logits."""
+        return tensors[0].select(-1, 0) if self.is_categorical else tensors[0]
 
 
-def find_posterior(posterior) -> Posterior:
+def find_posterior(posterior) -> Posterior | CategoricalPosterior:
     """The posterior that a name stands for, or the object that it is."""
-    if isinstance(posterior, Posterior):
+    if isinstance(posterior, Posterior | CategoricalPosterior):
         return posterior
     if not isinstance(posterior, str):
-        raise TypeError(f"posterior must be a name or a Posterior, got {type(posterior).__name__}")
-    check_choice("posterior", posterior, PARAMETERS)
+        raise TypeError(f"posterior must be a name, a Posterior or a CategoricalPosterior, got {type(posterior).__name__}")
+    check_choice("posterior", posterior, (*PARAMETERS, "categorical"))
     return BY_NAME[posterior]
 
 
-def check_latents(mu, logvar, posterior, prior=None, kl_weight=None) -> tuple[Latents, tuple[Tensor, ...]]:
-    """What the latents are, and their tensors, the prior's expanded to the shape of mu; from what users pass."""
-    latents, tensors = _gaussians(mu, logvar, posterior, prior)
+def is_categorical(mu, posterior) -> bool:
+    """Whether latents are classes, from what users pass."""
+    if isinstance(mu, Distribution):
+        return isinstance(_inner(mu), Categorical | OneHotCategorical)
+    return posterior == "categorical" or isinstance(posterior, CategoricalPosterior)
+
+
+def check_latents(
+    mu, logvar, posterior, prior=None, kl_weight=None, *, samples: bool = True
+) -> tuple[Latents, tuple[Tensor, ...]]:
+    """What the latents are, and their tensors, the prior's expanded to the shape of mu; from what users pass. `samples`: they
+    are to be drawn."""
+    latents, tensors = _unweighted(mu, logvar, posterior, prior, samples)
     if kl_weight is None:
         return latents, tensors
     if isinstance(kl_weight, int | float):
         raise TypeError(f"kl_weight must be a tensor, with weights of elements of mu, got {kl_weight!r}: beta takes a number")
     check_reals("kl_weight", kl_weight)
-    check_broadcasts("kl_weight", kl_weight, "mu", tensors[0].shape)
+    check_broadcasts("kl_weight", kl_weight, "mu", latents.terms(tensors).shape)
     check_device("kl_weight", kl_weight, "mu", tensors[0])
     return latents._replace(weighted=True), (*tensors, kl_weight)
 
 
-def _gaussians(mu, logvar, posterior, prior) -> tuple[Latents, tuple[Tensor, ...]]:
+def _unweighted(mu, logvar, posterior, prior, samples: bool) -> tuple[Latents, tuple[Tensor, ...]]:
     posterior, is_normal = find_posterior(posterior), isinstance(mu, Distribution)
+    if posterior.parameter == "logits" or (is_normal and is_categorical(mu, posterior)):
+        if samples:
+            raise ValueError(
+                "categorical latents have no sample by a shift and a scale, which this function draws: draw one by"
+                " OneHotCategoricalStraightThrough(logits=logits).rsample() or F.gumbel_softmax(logits), decode it, and call"
+                " loss(recon_x, x, Categorical(logits=logits)), or loss(recon_x, x, kl=kl_divergence(...))"
+            )
+        return _check_categorical(mu, logvar, posterior, prior)
     if is_normal:
         normal = _normal("mu", mu)
         if logvar is not None:
@@ -133,13 +194,63 @@ def _gaussians(mu, logvar, posterior, prior) -> tuple[Latents, tuple[Tensor, ...
     return Latents(posterior, posterior.parameter), (mu, logvar, *tensors)
 
 
+def _inner(distribution: Distribution) -> Distribution:
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    return distribution
+
+
 def _normal(name: str, distribution: Distribution) -> Normal:
-    found = distribution
-    while isinstance(found, Independent):
-        found = found.base_dist
+    found = _inner(distribution)
     if not isinstance(found, Normal):
         raise TypeError(f"{name} must be a Normal, or an Independent of one, if a distribution; got {distribution}")
     return found
+
+
+def _check_categorical(mu, logvar, posterior, prior) -> tuple[Latents, tuple[Tensor, ...]]:
+    """`check_latents` of classes."""
+    if logvar is not None:
+        raise ValueError(
+            "logvar must be None where the latents are categorical, whose logits stand in the place of mu; beta goes by name"
+        )
+    is_distribution = isinstance(mu, Distribution)
+    logits = _logits("mu", mu) if is_distribution else mu
+    if posterior.parameter != "logits":
+        if posterior != LOGVAR:
+            raise ValueError(f"posterior must be a CategoricalPosterior where mu is a Categorical; got {posterior!r}")
+        posterior = CATEGORICAL
+    check_prediction("mu", logits)
+    if logits.dim() < 2 or logits.shape[-1] == 0:
+        raise ValueError(f"mu must have logits [B, ..., K] of K classes, with the batch first; got {tuple(logits.shape)}")
+    if prior is None:
+        return Latents(posterior), (logits,)
+    name = "prior"
+    if isinstance(prior, Distribution):
+        name, prior = "prior.logits", _logits("prior", prior)
+    elif is_distribution or not isinstance(prior, Tensor):
+        expected = "None, a tensor of logits or a Categorical"
+        if is_distribution:
+            expected = "None, a Categorical or a OneHotCategorical where mu is a distribution"
+        raise TypeError(f"prior must be {expected}; got {type(prior).__name__}")
+    check_floats(name, prior)
+    if prior.dim() == 0 or prior.shape[-1] != logits.shape[-1]:
+        raise ValueError(f"{name} must have {logits.shape[-1]} classes in its last dimension, as mu; got {tuple(prior.shape)}")
+    return Latents(posterior, "logits"), (logits, _expanded(name, prior, logits))
+
+
+def _logits(name: str, distribution: Distribution) -> Tensor:
+    """Logits of a distribution, by what it was made of: its own are clamped where that were probabilities."""
+    found = _inner(distribution)
+    if not isinstance(found, Categorical | OneHotCategorical):
+        raise TypeError(
+            f"{name} must be a Categorical or a OneHotCategorical, or an Independent of one, where the latents are categorical;"
+            f" got {distribution}"
+        )
+    made = vars(getattr(found, "_categorical", found))
+    if "probs" not in made or made.get("_param") is made.get("logits"):
+        return found.logits
+    possible = found.probs > 0
+    return torch.where(possible, torch.log(torch.where(possible, found.probs, 1.0)), -inf)
 
 
 def _expanded(name: str, value, mu: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ class Weighting(metaclass=Record):
     `Weighting()` are the same, all of the KL. It is frozen and compared by value.
 
     The loss has beta times what the weighting makes of the KL; `kl` in its results is the KL itself. `kl_divergence` and
-    `sample_kl` return what the weighting makes of it, for the loss that it is added to. B samples b have latent dimensions d.
+    `sample_kl` return what the weighting makes of it, for the loss that it is added to. B samples b have latent dimensions d;
+    of categorical latents, groups.
 
     Args:
         free_bits: lambda: a KL below it counts as lambda and has no gradient. None: no free bits.

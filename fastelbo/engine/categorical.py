@@ -1,0 +1,99 @@
+"""The KL of categorical latents by the Torch backend, on a CPU: some rows at a time, value and derivatives in one pass."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..latents.categorical import kl_elements, kl_in_one_pass
+from . import formula
+from .blocks import block_size, converted, spare
+
+
+class Kept(NamedTuple):
+    """What backward needs: derivatives of each group's KL, and which groups, or which of their sums, lie below what is free."""
+
+    slopes: list[Tensor | None]
+    low: Tensor | None
+
+
+def forward(plan, tensors: Sequence[Tensor]):
+    """`torch_backend.latents_forward` of classes."""
+    call, like = plan.call, plan.call.latents.terms(tensors)
+    values, slopes = _kl_of_groups(plan, tensors)
+    kl, weighted, low = formula.scaled(formula.by_kind(values, call.kind), plan.kl_scale), None, None
+    if call.floor is not None:
+        low = values <= call.floor
+        weighted = formula.scaled(formula.by_kind(values.masked_fill(low, call.floor), call.kind), plan.kl_scale)
+    if call.groups is not None:
+        kl, weighted, _, low = formula.with_free_bits(call, like, kl, weighted, None)
+    return None, kl, weighted, None, Kept(slopes, low)
+
+
+def backward(plan, tensors: Sequence[Tensor], needs: Sequence[bool], grad_kl, grad_weighted, kept: Kept):
+    """`torch_backend.latents_backward` of classes."""
+    factors = factors_of(plan.call, plan.call.latents.terms(tensors), grad_kl, grad_weighted, kept.low)
+    found: list[Tensor | None] = [None] * len(tensors)
+    for i, t in enumerate(tensors):
+        if needs[i]:
+            factor = factors[i] if plan.kl_scale == 1 else factors[i] * plan.kl_scale
+            found[i] = torch.mul(kept.slopes[i], factor.unsqueeze(-1)).to(t.dtype)
+    return found
+
+
+def factors_of(call, like: Tensor, grad_kl: Tensor | None, grad_weighted: Tensor | None, low: Tensor | None) -> list[Tensor]:
+    """What arrives at the KL of each group, or of all of them: of the posterior, and of the prior."""
+    if call.groups is not None:
+        grad_kl, grad_weighted = formula.without_free_bits(call, like, low, grad_kl, grad_weighted)
+    if call.kind == "row":
+        shape = [-1, *[1] * (like.dim() - 1)]
+        grad_kl, grad_weighted = (g if g is None else g.reshape(shape) for g in (grad_kl, grad_weighted))
+    if call.floor is not None and grad_weighted is not None:
+        grad_weighted = grad_weighted.expand(like.shape).masked_fill(low, 0.0)
+    if grad_weighted is None:
+        return [grad_kl, grad_kl]
+    shared = [grad_weighted * share for share in call.shares or (1.0, 1.0)]
+    return shared if grad_kl is None else [grad_kl + g for g in shared]
+
+
+def _kl_of_groups(plan, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """The KL of each group, and its derivatives by the logits of both sides, if gradients are wanted."""
+    latents, dtype, (logits, *prior) = plan.call.latents, plan.dtype, tensors
+    prior = [narrowed(p) for p in prior]
+    values = torch.empty(logits.shape[:-1], dtype=dtype, device=logits.device)
+    slopes: list[Tensor | None] = [None, None]
+    if plan.wants:
+        slopes = [torch.empty_like(logits, dtype=dtype) if t.requires_grad else None for t in tensors]
+        slopes += [None] * (2 - len(slopes))
+    rows = logits.shape[0]
+    height = max(1, block_size() // max(1, logits[0].numel())) if rows else 1
+    for start in range(0, rows, height):
+        block = slice(start, start + height)
+        q = converted("logits", logits[block], dtype)
+        p = [converted("prior", t if t.shape[0] == 1 else t[block], dtype) for t in prior]
+        out = [s if s is None else s[block] for s in slopes]
+        found = kl_in_one_pass(latents, q, p[0] if p else None, out, spare(q, dtype))
+        if found is None:
+            found = _by_autograd(latents, (q, *p), out)
+        values[block] = found
+    return values, slopes
+
+
+def _by_autograd(latents, tensors: Sequence[Tensor], out: Sequence[Tensor | None]) -> Tensor:
+    """Where there are impossible classes, infinities or NaN."""
+    with torch.enable_grad():
+        leaves = [t.detach().expand(tensors[0].shape).requires_grad_() for t in tensors]
+        values = kl_elements(latents, *leaves)
+        for slope, found in zip(out, torch.autograd.grad(values.sum(), leaves), strict=False):
+            if slope is not None:
+                slope.copy_(found)
+    return values.detach()
+
+
+def narrowed(prior: Tensor) -> Tensor:
+    """A prior without the copies that it was expanded to."""
+    for dim in range(prior.dim() - 1):
+        if prior.shape[dim] > 1 and prior.stride(dim) == 0:
+            prior = prior.narrow(dim, 0, 1)
+    return prior
