@@ -532,3 +532,11 @@ def test_errors():
         fastelbo.log_likelihood(lambda z: Normal(z.new_zeros(len(z), K), 1.0), t, *latents, likelihood="laplace", n_samples=2)
     with pytest.raises(ValueError, match="likelihood must be an object of"):
         fastelbo.nll(Normal(t, 1.0), t, likelihood="gausian")
+
+
+def test_conventions_of_the_table():
+    """Certain and wrong costs 100 nats, as by `F.binary_cross_entropy`; a padded label nothing."""
+    certain = D.Bernoulli(probs=torch.tensor([[0.0, 1.0]], device=DEVICE))
+    torch.testing.assert_close(fastelbo.nll(certain, torch.tensor([[1.0, 1.0]], device=DEVICE)).item(), 100.0)
+    labels = D.Categorical(logits=torch.zeros(2, K, device=DEVICE))
+    torch.testing.assert_close(fastelbo.nll(labels, torch.tensor([1, -100], device=DEVICE)).item(), math.log(K))

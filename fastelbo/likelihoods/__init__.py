@@ -31,7 +31,9 @@ Each has `target_scale`, 1 by default: `x` is multiplied by it, such as 1/255 fo
 `interval` on top of it, where the values of a floating `x` lie then, and take an `x` of integers as the levels that these are.
 
 A distribution of `torch.distributions` in the place of `recon_x` brings its likelihood with it, and its own constants: a
-`Multinomial` its coefficient, a `NegativeBinomial` no 1e-8.
+`Multinomial` its coefficient, a `NegativeBinomial` no 1e-8. Two conventions stay those of the table: a `Bernoulli` of
+probabilities clamps logarithms at -100, where Torch keeps probabilities from 0 and 1, and takes gray values; a `Categorical`
+ignores the label -100.
 
 A likelihood of your own is a subclass of `Likelihood` with its formula, `nll`.
 """
