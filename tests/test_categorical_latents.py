@@ -637,7 +637,8 @@ BAD = {
     "a reduction": (lambda: kl(Q, None, reduction="group"), ValueError, "reduction must be one of"),
     "balance": (lambda: terms(Q, weighting=Weighting(balance=(0.1, 1))), ValueError, "Weighting.balance needs a prior"),
     "a beta for each class": (lambda: terms(Q, beta=torch.ones(G, K)), ValueError, "beta must be a number"),
-    "another batch": (lambda: fastelbo.loss(Q[:3], Q[:3], Q, posterior="categorical", reduction="none"), ValueError, "same batch size"),
+    "another batch": (
+        lambda: fastelbo.loss(Q[:3], Q[:3], Q, posterior="categorical", reduction="none"), ValueError, "same batch size"),
     "given twice": (lambda: terms(Q, kl=torch.zeros(())), ValueError, "give mu and logvar, or kl, not both"),
     "elbo": (lambda: fastelbo.elbo(nn.Identity(), Q, OF_Q), ValueError, r"OneHotCategoricalStraightThrough.*kl="),
     "elbo, free bits": (
