@@ -187,6 +187,30 @@ def _divergence(latent, posterior, prior, kind, weight):
     return launches, mu, noise, priors
 
 
+def classes_forward(*shape, dtype=torch.float32, prior=True, unimix=0.01, kind="sum", floor=None):
+    """The KL of categorical latents by logits `[..., K]`, from a prior's or from the uniform distribution."""
+    launches, logits, prior = _classes(shape, dtype, prior, unimix, kind, floor)
+    return record(lambda: launches.forward(logits, prior))
+
+
+def classes_backward(*shape, dtype=torch.float32, prior=True, unimix=0.01, kind="sum", floor=None):
+    launches, logits, prior = _classes(shape, dtype, prior, unimix, kind, floor)
+    size = {"sum": (), "row": shape[:1], "column": shape[1:-1], "element": shape[:-1]}[kind]
+    upstream = torch.ones(size, dtype=torch.promote_types(dtype, torch.float32))
+    weighted = None if floor is None else upstream.clone()
+    return record(lambda: launches.backward(logits, prior, upstream, weighted, (True, prior is not None)))
+
+
+def _classes(shape, dtype, has_prior, unimix, kind, floor):
+    logits = torch.zeros(shape, dtype=dtype)
+    prior = logits.clone() if has_prior else None
+    launches = kernels.CategoricalDivergence(
+        logits, prior, unimix=unimix, kind=kind, floor=floor, shares=(1.0, 1.0), kl_scale=1.0,
+        dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+    )  # fmt: skip
+    return launches, logits, prior
+
+
 def sample_forward(latent, *, seeded=True, per_sample=False, features=20, wants_kl=True):
     mu, noise, dtype = _latents(latent, seeded, features)
     launches = kernels.Sample(mu, mu, kl_scale=1.0, per_sample=per_sample, dtype=dtype)

@@ -57,7 +57,7 @@ def take_in(logit, m, r):
 @triton.jit
 def logit_tile(logits, base, k, mask, DTYPE: tl.constexpr):
     """Where there is none, an impossible class, which counts nothing."""
-    return tl.load(logits + base[:, None] + k[None, :], mask=mask, other=-float("inf")).to(DTYPE)
+    return tl.load(logits + (base[:, None] + k[None, :]), mask=mask, other=-float("inf")).to(DTYPE)
 
 
 @triton.jit

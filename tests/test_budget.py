@@ -75,6 +75,11 @@ VARIANTS = {
     "backward of weighted elements": lambda: compiled.divergence_backward(BF16, prior="logvar", weight=torch.ones(128, 64)),
     "backward of weights in float64": lambda: compiled.divergence_backward(F64, prior="logvar", weight=torch.ones(64)),
     "weighted columns": lambda: compiled.divergence_columns(F32, weight=torch.ones(128, 1)),
+    "categorical latents of rows": lambda: compiled.classes_forward(512, 32, 32, kind="row", floor=0.1),
+    "categorical latents of elements": lambda: compiled.classes_forward(512, 32, 33, kind="element"),
+    "backward of rows of classes": lambda: compiled.classes_backward(512, 32, 32, kind="row", floor=0.1),
+    "backward of columns of classes": lambda: compiled.classes_backward(512, 32, 33, kind="column"),
+    "backward of many classes in float64": lambda: compiled.classes_backward(64, 5000, dtype=F64),
     "zeros in float64": lambda: compiled.reconstruction("zero_inflated_negative_binomial", F64, F64, F64, target=F64),
     "samples in bfloat16": lambda: compiled.log_ratio_forward(BF16, posterior="std", prior="std"),
     "samples in float64": lambda: compiled.log_ratio_forward(F64, prior="std"),
@@ -234,6 +239,39 @@ def test_positions_keep_the_budget(name, target):
     made = machine(code)
     assert made.spilled_bytes == 0
     assert all(set(loop.widths()["store"]) <= {128} for loop in made.loops)
+
+
+# The logits of categorical latents, options, and how often each side is loaded forward and backward.
+CLASSES = {
+    "groups of 32": ((1024, 32, 32), {}, (1, 1)),
+    "groups of 32, without unimix": ((1024, 32, 32), {"unimix": 0.0}, (1, 1)),
+    "groups of 32, in bfloat16": ((1024, 32, 32), {"dtype": BF16}, (1, 1)),
+    "groups of 32, from the uniform distribution": ((1024, 32, 32), {"prior": False}, (1, 1)),
+    "groups of 32, in float64": ((1024, 32, 32), {"dtype": F64}, (1, 1)),
+    "1000 classes": ((512, 8, 1000), {}, (1, 1)),
+    "2048 classes": ((512, 2048), {"unimix": 0.0}, (1, 1)),
+    "8192 classes, from the uniform distribution": ((512, 8192), {"prior": False, "unimix": 0.0}, (2, 3)),
+    "20000 classes": ((512, 20_000), {}, (2, 3)),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", CLASSES)
+def test_categorical_latents_keep_the_budget(name, target):
+    """Each side is loaded once, or a few times where the classes do not fit in a tile; each gradient is stored once."""
+    shape, options, times = CLASSES[name]
+    sides = ("logits", "prior") if options.get("prior", True) else ("logits",)
+    for call, count, gradients in ((compiled.classes_forward, times[0], False), (compiled.classes_backward, times[1], True)):
+        code = compile_for(target, call(*shape, **options))
+        found = [a for a in accesses(code) if a.argument not in ("partials", "grad_kl")]
+        expected = {("load", side): count for side in sides}
+        expected |= {("store", f"grad_{side}"): 1 for side in sides} if gradients else {}
+        assert {place: sum(a[:2] == place for a in found) for place in {a[:2] for a in found}} == expected
+        assert len({a.tile_bytes for a in found}) == 1
+        made = machine(code)
+        assert made.spilled_bytes == 0
+        assert all(set(loop.widths()["store"]) <= {128, 64} for loop in made.loops)
+        assert all(128 in loop.widths()["load"] or 64 in loop.widths()["load"] for loop in made.loops)
 
 
 BATCHES = (*range(1, 33), 48, 50, 63, 64, 65, 96, 100, 127, 128, 129, 200, 255, 256, 257, 512, 1000, 1023, 1024)
