@@ -143,11 +143,13 @@ def categorical(*shape, dense=False, dtype=torch.float32, per_sample=False):
     return _positions(kernels.Categorical, logits, x, per_sample, options)
 
 
-def mixture(channels, components, *place, dtype=torch.float32, per_sample=False):
-    """Parameters `[B, P, *place]` of so many components."""
+def mixture(channels, components, *place, dtype=torch.float32, per_sample=False, interval=False):
+    """Parameters `[B, P, *place]` of so many components, of images in [-1, 1], or in another `interval`."""
     count = 10 * components if channels == 3 else components * (1 + 2 * channels)
     parameters, x = torch.zeros(8, count, *place, dtype=dtype), torch.zeros(8, channels, *place)
     options = {"levels": 256, "inner": torch.Size(place).numel(), "channels": channels}
+    if interval:
+        options |= {"target_scale": 2.0, "target_shift": -1.0}
     return _positions(kernels.Mixture, parameters, x, per_sample, options)
 
 

@@ -65,6 +65,7 @@ VARIANTS = {
     "classes in float64": lambda: compiled.categorical(128, 10, dtype=F64),
     "mixture of grey images": lambda: compiled.mixture(1, 10, 32, 32),
     "mixture, channels last": lambda: compiled.mixture(3, 10, per_sample=True),
+    "mixture of images in [0, 1]": lambda: compiled.mixture(3, 10, 32, 32, interval=True),
     "mixture in float64": lambda: compiled.mixture(3, 10, 32, 32, dtype=F64),
     "kl of rows": lambda: compiled.divergence_forward(F32, prior="std", posterior="std", kind="row"),
     "kl of elements": lambda: compiled.divergence_forward(F32, prior="logvar", kind="element"),
