@@ -86,6 +86,16 @@ def act(a_hat, actions, is_pad, mu, logvar):
     return error.mean() + 10 * of_batch(mu, logvar)
 
 
+def disentangled() -> dict:
+    given = {"recon": (unit(BATCH, 1, 2, 3) * 0.9 + 0.05).requires_grad_(), "data": unit(BATCH, 1, 2, 3)}
+    return {**given, **latents(), "beta": 0.7}
+
+
+def vits(z_p, m_p, logs_p, logs_q, z_mask, y_hat, y):
+    kl = logs_p - logs_q - 0.5 + 0.5 * (z_p - m_p) ** 2 * torch.exp(-2 * logs_p)
+    return 45 * (y_hat - y).abs().mean() + (kl * z_mask).sum() / z_mask.sum()
+
+
 def vgae(pos, neg, mu, logstd):
     recon = -torch.log(torch.sigmoid(pos) + 1e-15).mean() - torch.log(1 - torch.sigmoid(neg) + 1e-15).mean()
     return recon + of_batch(mu, 2 * logstd.clamp(max=10)) / len(mu)
@@ -158,14 +168,47 @@ def sequences(**more) -> dict:
 
 PROJECTS = {
     "pythae": Project(
-        (
-            't = fastelbo.loss(recon_x, x, mu, log_var, likelihood="mse", reduction="batchmean")',
-            "0.5 * t.recon + beta * t.kl",
-        ),
+        ('fastelbo.loss(recon_x, x, mu, log_var, beta, likelihood="mse", recon_weight=0.5, reduction="batchmean").loss',),
         lambda: {**images(BATCH, 2, 3), **latents(second="log_var"), "beta": 0.7},
         lambda recon_x, x, mu, log_var, beta: (
             0.5 * (recon_x - x).square().flatten(1).sum(1).mean() + beta * of_batch(mu, log_var)
         ),
+    ),
+    "disentangling-vae": Project(
+        ('fastelbo.loss(recon, data, mu, logvar, beta, reduction="batchmean").loss',),
+        lambda: disentangled(),
+        lambda recon, data, mu, logvar, beta: (
+            F.binary_cross_entropy(recon, data, reduction="sum") / len(data) + beta * of_batch(mu, logvar)
+        ),
+    ),
+    "disentangling-vae, Gaussian": Project(
+        ('fastelbo.loss(recon, data, mu, logvar, beta, likelihood="mse", recon_weight=255, reduction="batchmean").loss',),
+        lambda: disentangled(),
+        lambda recon, data, mu, logvar, beta: (
+            (recon * 255 - data * 255).square().sum() / 255 / len(data) + beta * of_batch(mu, logvar)
+        ),
+    ),
+    "disentangling-vae, Laplace": Project(
+        ('fastelbo.loss(recon, data, mu, logvar, beta, likelihood="l1", recon_weight=3, reduction="batchmean").loss',),
+        lambda: disentangled(),
+        lambda recon, data, mu, logvar, beta: 3 * (recon - data).abs().sum() / len(data) + beta * of_batch(mu, logvar),
+    ),
+    "VITS": Project(
+        (
+            'gaussian = likelihoods.Gaussian(parameter="log_scale")',
+            "cross = fastelbo.nll((m_p, logs_p), z_p, likelihood=gaussian, weight=z_mask)",
+            "entropy = ((logs_q + 0.5 + 0.5 * math.log(2 * math.pi)) * z_mask).sum()",
+            'fastelbo.loss(y_hat, y, kl=(cross - entropy) / z_mask.sum(), likelihood="l1", recon_weight=45,'
+            ' reduction="mean").loss',
+        ),
+        lambda: {
+            **{name: real(BATCH, LATENT, 6) for name in ("z_p", "m_p")},
+            **{name: real(BATCH, LATENT, 6, scale=0.5) for name in ("logs_p", "logs_q")},
+            "z_mask": mask(BATCH, 6)[:, None],
+            "y_hat": real(BATCH, 8, 5),
+            "y": real(BATCH, 8, 5).detach(),
+        },
+        vits,
     ),
     "log-cosh": Project(
         (
@@ -253,9 +296,9 @@ PROJECTS = {
     ),
     "Open-Sora": Project(
         (
-            'kl = fastelbo.kl_divergence(mean, logvar, posterior=fastelbo.Posterior(clamp=(-30, 20)), reduction="batchmean")',
-            'laplace = likelihoods.Laplace(parameter="log_scale")',
-            'fastelbo.loss((frames_hat, s), frames, kl=kl, beta=1e-6, likelihood=laplace, reduction="batchmean").loss',
+            'options = {"likelihood": likelihoods.Laplace(parameter="log_scale"),'
+            ' "posterior": fastelbo.Posterior(clamp=(-30, 20))}',
+            'fastelbo.loss((frames_hat, s), frames, mean, logvar, 1e-6, reduction="batchmean", **options).loss',
         ),
         lambda: {
             "frames_hat": real(10, 3, 2, 2),
