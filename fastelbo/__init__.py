@@ -4,6 +4,7 @@ from . import diagnostics, likelihoods, nn, reference, schedules
 from .bounds.log_likelihood import LogLikelihood, log_likelihood
 from .bounds.records import ELBO, IWAE
 from .engine.loss import ELBOTerms
+from .engine.sequences import PerSample
 from .latents.posterior import CategoricalPosterior, Posterior
 from .latents.weighting import Weighting
 from .objective import elbo, loss
@@ -15,6 +16,7 @@ __all__ = [
     "CategoricalPosterior",
     "ELBOTerms",
     "LogLikelihood",
+    "PerSample",
     "Posterior",
     "SampleKL",
     "SampleLogRatio",

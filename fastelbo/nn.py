@@ -11,6 +11,7 @@ from .basics.arguments import split_reduction
 from .basics.scalars import check_real
 from .diagnostics import Monitor
 from .engine.loss import ELBOTerms
+from .engine.sequences import PerSample
 from .latents.posterior import LOGVAR, CategoricalPosterior, Posterior, find_posterior
 from .latents.weighting import ALL, Weighting
 from .likelihoods import Likelihood, find_likelihood
@@ -45,7 +46,8 @@ class ELBOLoss(nn.Module):
     ) -> None:
         super().__init__()
         find_likelihood(likelihood)
-        split_reduction(reduction)
+        if not isinstance(reduction, PerSample):
+            split_reduction(reduction)
         find_posterior(posterior)
         if weighting is not None and not isinstance(weighting, Weighting):
             raise TypeError(f"weighting must be a Weighting, got {type(weighting).__name__}")

@@ -19,12 +19,13 @@ from .engine.divergence import Statistics, divergence_terms, kl_of, times
 from .engine.latents import run, sample
 from .engine.loss import ELBOTerms, composed_terms, planned_terms, record_reconstruction, traced_terms
 from .engine.plan import find_objective, is_little, latents_plan_of
+from .engine.sequences import Batch, PerSample, merged_latents
 from .latents.posterior import LOGVAR, CategoricalPosterior, Latents, Posterior, check_latents
 from .latents.weighting import ALL, Weighting, check_beta, check_weighting, is_of_each, shares_of
 from .likelihoods import Likelihood
 from .likelihoods.distributions import of_distribution
 
-Reduction = str | tuple[str, str]
+Reduction = str | tuple[str, str] | PerSample
 Prior = tuple[Tensor, Tensor] | Tensor | Distribution
 
 
@@ -89,8 +90,9 @@ def loss(
             has the weight 0 does not count, even if it is NaN. Means are over the sum of the weights; so are those of free
             bits and capacities, to which each group has one weight a sample.
         reduction: `"sum"`, `"batchmean"` (sum / B), `"mean"` (over all elements of a term), `"none"` (one value a sample), or a
-            pair for reconstruction and KL. Where processes average gradients (DDP, FSDP), those of `"batchmean"` and `"mean"`
-            are the joint batch's, and those of `"sum"` are 1/world of them.
+            pair for reconstruction and KL; or `PerSample(batch_dims=2)`, one value for each step of each sequence. Where
+            processes average gradients (DDP, FSDP), those of `"batchmean"` and `"mean"` are the joint batch's, and those of
+            `"sum"` are 1/world of them.
         monitor: collects diagnostics of the call.
 
     Returns:
@@ -108,6 +110,18 @@ def loss(
     """
     if isinstance(recon_x, Distribution):
         likelihood, recon_x = of_distribution("recon_x", recon_x, likelihood)
+    if isinstance(reduction, PerSample):
+        batch = Batch.of("x", x, reduction)
+        arguments = batch.data(recon_x, x, weight, likelihood)
+        if kl is None and (mu is not None or logvar is not None):
+            arguments |= merged_latents(mu, logvar, posterior, prior, kl_weight, reduction, batch)[1]
+        else:
+            arguments |= {"mu": mu, "logvar": logvar, "posterior": posterior, "prior": prior, "kl_weight": kl_weight}
+        terms = loss(
+            **arguments, beta=beta, kl=batch.merged("kl", kl), weighting=weighting, recon_weight=recon_weight, reduction="none",
+            monitor=monitor,
+        )  # fmt: skip
+        return ELBOTerms(*map(batch.apart, terms))
     surrounded = is_surrounded()
     if surrounded and monitor is None and is_dynamo_compiling():
         values = {
@@ -146,17 +160,8 @@ def loss(
     weighted = statistics = None
     in_one_pass = weighting is None or (isinstance(weighting, Weighting) and weighting.capacity is None)
     if in_one_pass and monitor is None and not each and not surrounded:
-        plan, of_latents = latents_plan_of(
-            mu,
-            logvar,
-            posterior,
-            prior,
-            objective.kl_reduction,
-            None,
-            False,
-            None if weighting is ALL else weighting,
-            kl_weight,
-        )
+        of_kl = None if weighting is ALL else weighting
+        plan, of_latents = latents_plan_of(mu, logvar, posterior, prior, objective.kl_reduction, None, False, of_kl, kl_weight)
         _, kl, weighted, _ = run(plan, of_latents, None)
         if weighting is not None and weighted is not None:
             weighted = times(shares_of(weighting)[0], weighted)
@@ -231,6 +236,15 @@ def elbo(
     """
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
+    if isinstance(reduction, PerSample):
+        if bound is not None and check_bound(bound) is not ONE_SAMPLE:
+            raise ValueError(f"bound must have one sample with the reduction {reduction!r}, got {bound!r}")
+        _check_target(x, check_latents(mu, logvar, posterior, prior, kl_weight)[1][0], "sum")
+        z, _ = sample(mu, logvar, posterior, None, None, eps, generator)
+        return loss(
+            decoder(z), x, mu, logvar, beta, likelihood=likelihood, posterior=posterior, prior=prior, weighting=weighting,
+            weight=weight, recon_weight=recon_weight, kl_weight=kl_weight, reduction=reduction, monitor=monitor,
+        )  # fmt: skip
     surrounded = is_surrounded()
     if surrounded and bound is None and weighting is None and monitor is None and generator is None:
         if is_dynamo_compiling() and isinstance(reduction, str) and not is_of_each(beta):

@@ -25,6 +25,7 @@ from .engine.latents import latents_terms, run, sample
 from .engine.log_ratio import draw_rows, log_density, log_ratio
 from .engine.loss import composed_terms, planned_terms, traced_terms
 from .engine.plan import find_objective, latents_plan_of
+from .engine.sequences import Batch, PerSample, merged_latents
 from .latents.posterior import LOGVAR, CategoricalPosterior, Posterior, check_latents
 from .latents.weighting import ALL, Weighting
 from .likelihoods import Likelihood
@@ -37,7 +38,7 @@ def nll(
     *,
     likelihood: str | Likelihood = "bernoulli",
     weight: Tensor | None = None,
-    reduction: str = "sum",
+    reduction: str | PerSample = "sum",
 ) -> Tensor:
     """The reconstruction alone, `-log p(x | z)`: the `recon` of `loss`, for models that compute the KL elsewhere or have none.
 
@@ -50,7 +51,7 @@ def nll(
         likelihood: what `recon_x` parametrizes, a name or an object of `fastelbo.likelihoods`, as in `loss`.
         weight: weights of the elements of `x`, such as a mask, as in `loss`: what has the weight 0 does not count.
         reduction: `"sum"`, `"batchmean"` (sum / B), `"mean"` (over all elements, or divided by the sum of the weights) or
-            `"none"` (one value a sample).
+            `"none"` (one value a sample); or `PerSample(batch_dims=2)`, one value for each step of each sequence.
 
     Returns:
         The negative log-likelihood in nats, `[]`, or `[B]` with `reduction="none"`: float64 if a tensor of `recon_x` is,
@@ -59,6 +60,9 @@ def nll(
     Raises:
         TypeError, ValueError: as `loss`.
     """
+    if isinstance(reduction, PerSample):
+        batch = Batch.of("x", x, reduction)
+        return batch.apart(nll(**batch.data(recon_x, x, weight, likelihood), reduction="none"))
     if isinstance(recon_x, Distribution):
         likelihood, recon_x = of_distribution("recon_x", recon_x, likelihood)
     surrounded = is_surrounded()
@@ -129,7 +133,7 @@ def sample_kl(
     prior: tuple[Tensor, Tensor] | Distribution | None = None,
     weighting: Weighting | None = None,
     kl_weight: Tensor | None = None,
-    reduction: str = "sum",
+    reduction: str | PerSample = "sum",
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> SampleKL:
@@ -142,7 +146,8 @@ def sample_kl(
         prior: as in `kl_divergence`: a pair that is parametrized as the posterior is, or a Normal. None: N(0, I).
         weighting: free bits, capacity or balance: then `kl` is what they make of the KL, as in `kl_divergence`.
         kl_weight: weights of the elements of `mu` in the KL, as in `kl_divergence`; z is without them.
-        reduction: of the KL: `"sum"`, `"batchmean"`, `"mean"` (over all elements) or `"none"` (one value a sample).
+        reduction: of the KL: `"sum"`, `"batchmean"`, `"mean"` (over all elements), `"none"` (one value a sample) or
+            `PerSample(batch_dims=2)`.
 
     Returns:
         `SampleKL(z, kl)`. The KL is float64 if `mu`, `logvar` or the prior is, otherwise float32; it goes into
@@ -152,6 +157,11 @@ def sample_kl(
         TypeError, ValueError: as `reparameterize`; also if `prior` does not fit, if `reduction` is unknown, or if `weighting`
             is no `Weighting`, or has no meaning with the reduction or without a prior.
     """
+    if isinstance(reduction, PerSample):
+        batch, arguments = merged_latents(mu, logvar, posterior, prior, kl_weight, reduction)
+        eps = batch.merged("eps", eps)
+        z, kl = sample_kl(**arguments, weighting=weighting, reduction="none", eps=eps, generator=generator)
+        return SampleKL(batch.apart(z), batch.apart(kl))
     surrounded = is_surrounded()
     if surrounded and generator is None and is_dynamo_compiling():
         values = {"mu": mu, "logvar": logvar, "prior": prior, "eps": eps, "kl_weight": kl_weight}
@@ -173,7 +183,7 @@ def kl_divergence(
     posterior: str | Posterior | CategoricalPosterior = "logvar",
     weighting: Weighting | None = None,
     kl_weight: Tensor | None = None,
-    reduction: str = "sum",
+    reduction: str | PerSample = "sum",
 ) -> Tensor:
     """KL(N(mu, sigma^2) || prior), in nats, or that of categorical latents; differentiable by every tensor.
 
@@ -208,7 +218,8 @@ def kl_divergence(
             `weighting`, where each group has one weight a sample.
         reduction: `"sum"`, `"batchmean"` (sum / B), `"mean"` (over all elements), `"none"` (one value a sample, `[B]`),
             `"dimension"` (the mean over the batch, `mu.shape[1:]`), or `"element"` (of the shape of `mu`). Of categorical
-            latents an element is a group: `logits.shape[1:-1]` and `logits.shape[:-1]`.
+            latents an element is a group: `logits.shape[1:-1]` and `logits.shape[:-1]`. `PerSample(batch_dims=2)`: one value
+            for each step of each sequence, `[B, T]`.
 
     Returns:
         The KL: float64 if an input is, otherwise float32.
@@ -218,6 +229,9 @@ def kl_divergence(
             prior of a Normal, or logits that of a Categorical; or `weighting` is no `Weighting`, or has no meaning with the
             reduction or without a prior.
     """
+    if isinstance(reduction, PerSample):
+        batch, arguments = merged_latents(mu, logvar, posterior, prior, kl_weight, reduction)
+        return batch.apart(kl_divergence(**arguments, weighting=weighting, reduction="none"))
     if reduction is None:  # which stands for no KL further in
         check_reduction(reduction, REDUCTIONS_OF_KL)
     surrounded = is_surrounded()

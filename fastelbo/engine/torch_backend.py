@@ -156,8 +156,8 @@ class Slopes(NamedTuple):
 def _any_latents(plan, tensors, noise):
     """`latents_forward` of any posterior and prior, with the derivatives that backward needs."""
     call, dtype = plan.call, plan.dtype
-    of_posterior, prior, weight = call.latents.split([t.to(dtype) for t in tensors])
-    wide = *of_posterior, *prior
+    wide = [t.to(dtype) for t in tensors]
+    weight = wide.pop() if call.latents.weighted else None
     kl, z, slopes, of_z = None, None, [], None
     if noise is not None:
         z, of_z = sample_in_one_pass(call.latents.posterior.parameter, *wide[:2], noise.to(dtype))

@@ -88,13 +88,14 @@ def latents_forward(plan, tensors, noise, stateless=False):
     """See `torch_backend.latents_forward`; the noise may be a seed. `weighted` is the KL with a floor under each element, or
     with free bits, and `sums` are those over the batch of mu and mu^2, after those of the KL where there are free bits."""
     call = plan.call
-    if plan.is_categorical:
-        return _categorical_forward(plan, tensors, stateless)
-    (mu, second), priors, weight = call.latents.split(tensors)
     if plan.is_plain:
+        mu, second = tensors
         launches = plan.latents_launches or _sample(plan, mu, second)
         z, kl = launches.forward(mu, second, noise, call.kind is not None, stateless)
         return z, *((kl, None, None, None) if call.groups is None else formula.with_free_bits(call, mu, kl, None, None))
+    if plan.is_categorical:
+        return _categorical_forward(plan, tensors, stateless)
+    (mu, second), priors, weight = call.latents.split(tensors)
     priors = _priors(plan, priors)
     launches = plan.latents_launches or _divergence(plan, mu, second, priors, weight)
     if call.kind == "column":
@@ -110,16 +111,17 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
     """See `torch_backend.latents_backward`. Gradients by the prior's two tensors as well, of the shape of mu, where needed;
     `grad_weighted` arrived at the KL with a floor."""
     call = plan.call
-    if plan.is_categorical:
-        return _categorical_backward(plan, tensors, needs, grad_kl, grad_weighted, kept)
-    (mu, second), priors, weight = call.latents.split(tensors)
     if grad_z is not None:
         grad_z = grad_z.contiguous(memory_format=plan.layout)
     if plan.is_plain:
+        mu, second = tensors
         launches = plan.latents_launches or _sample(plan, mu, second)
         if kept is not None:
             grad_kl, _ = formula.without_free_bits(call, mu, kept, grad_kl, grad_weighted)
         return launches.backward(grad_z, mu, second, noise, 1.0, (None, grad_kl))
+    if plan.is_categorical:
+        return _categorical_backward(plan, tensors, needs, grad_kl, grad_weighted, kept)
+    (mu, second), priors, weight = call.latents.split(tensors)
     wants_prior, priors = needs[2:4] if priors else (False, False), _priors(plan, priors)
     launches = plan.latents_launches or _divergence(plan, mu, second, priors, weight)
     if call.groups == "dimension" and weight is None:
