@@ -11,9 +11,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastelbo
+import likelihood_cases
 from conftest import INTERPRETED
 from fastelbo import Weighting
-from fastelbo.likelihoods import BernoulliLogits, DiscretizedLogistic, Gaussian
+from fastelbo.likelihoods import BernoulliLogits, DiscretizedLogistic, Gaussian, find_likelihood
 from support import LIKELIHOODS, gradients, make_inputs, options
 
 pytestmark = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # Inductor's own
@@ -475,6 +476,51 @@ def test_options_made_inside(device):
     assert compilations[1] == compilations[2]
 
 
+CASES = likelihood_cases.CASES
+WEIGHTED = CASES | {name: CASES["continuous_bernoulli"]._replace(likelihood=name) for name in ("mse", "bernoulli")}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weights(name, dtype, device):
+    """What weighs nothing may be NaN; no gradient of a parameter that others share comes from it."""
+    case = WEIGHTED[name]
+    parameters, x = case.make(dtype=dtype, device=device)
+    shape = list(x.shape)
+    if (dim := find_likelihood(case.likelihood).term_dim(parameters[0], x)) is not None:
+        shape[dim] = 1
+    weight = (torch.rand(shape, device=device) * 3).floor() / 2
+    none = weight == 0
+    with torch.no_grad():
+        if x.is_floating_point():
+            x = x.masked_fill(none, torch.nan)
+        none = none.unsqueeze(1) if x.dim() < parameters[0].dim() else none
+        parameters = [p.masked_fill(none, torch.nan) if p.shape == parameters[0].shape else p for p in parameters]
+    parameters = [p.requires_grad_() for p in parameters]
+
+    def call(*parameters):
+        kl = torch.zeros(len(x), device=device)
+        options = {"likelihood": case.likelihood, "weight": weight, "reduction": "none"}
+        return fastelbo.loss(likelihood_cases.recon_x(parameters), x, kl=kl, **options).recon
+
+    tolerances = {} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
+    assert_same(call, Counted(call), parameters, *parameters, **tolerances)
+    assert all(g.isfinite().all() for g in gradients(Counted(call)(*parameters).sum(), *parameters))
+
+
+def test_gradients_of_weights_and_targets(device):
+    """Where they want some, and where a parameter does not."""
+    mean, scale, x = (torch.rand(4, 5, device=device, requires_grad=True) for _ in range(3))
+    weight = torch.tensor([[0.0, 1.0, 0.5, 2.0, 3.0]], device=device, requires_grad=True)
+
+    def call(mean, scale, x, weight):
+        return fastelbo.loss((mean, scale), x, kl=torch.zeros((), device=device), weight=weight, likelihood="gaussian").recon
+
+    for wants in ((True, False, False, False), (False, True, True, False), (True, True, False, True)):
+        tensors = [t.detach().requires_grad_(want) for t, want in zip((mean, scale, x, weight), wants, strict=True)]
+        assert_same(call, Counted(call), [t for t in tensors if t.requires_grad], *tensors)
+
+
 def test_own_likelihood(device):
     """One that a user wrote, of the same name as another."""
     recon_x, x, mu, logvar = make_inputs("mse", (5, 9), (5, 3), device=device)
@@ -538,6 +584,9 @@ RARE = {
     "positives": (BernoulliLogits(pos_weight=3.0), [[-30.0, 30.0, 0.0, 2.0]], [[0.0, 1.0, 1.0, 0.3]]),
     "ignored": ("categorical", [[0.5, NAN, 2.0], [1.0, -1.0, 0.0]], [-100, 2]),
     "labels of nothing": ("categorical", [[0.5, 1.0, 2.0], [1.0, -1.0, 0.0]], [7, 2]),
+    "labels of places": (
+        "categorical", [[[0.5, NAN], [1.0, 2.0], [0.0, 1.0]], [[0.0, 1.0], [-INF, 0.0], [2.0, 2.0]]], [[1, -100], [2, 9]],
+    ),
     "masked items": ("multinomial", [[-INF, 1.0, 0.5], [1.0, -INF, 0.0]], [[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]]),
     "items that cannot be": ("multinomial", [[-INF, 1.0, 0.5]], [[1.0, 2.0, 1.0]]),
     "counts": ("poisson_log", [[0.0, 1.0, -9.0, 7.0, 0.5, 0.5]], [[0.0, 1.0, 2.0, 1500.0, 0.25, 2e6]]),

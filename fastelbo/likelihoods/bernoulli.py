@@ -71,20 +71,21 @@ class _Compiled(torch.autograd.Function):
     def forward(ctx, p, x):
         ctx.save_for_backward(p, x)
         values = (x - 1) * torch.log1p(-p).clamp(min=-100) - x * torch.log(p).clamp(min=-100)
-        return values + _nan_outside(x)  # a logarithm is NaN where p lies outside
+        return values + _nan_below((1 - x) * x)  # a logarithm is NaN where p lies outside [0, 1]
 
     @staticmethod
     def backward(ctx, upstream):
         p, x = ctx.saved_tensors
-        # The upstream factor comes first, or the compiler would store the quotient, by a launch of its own.
-        by_p = upstream * (p - x) / ((1 - p) * p).clamp(min=DENOMINATOR)
-        invalid = upstream * (_nan_outside(p) + _nan_outside(x))
-        return by_p + invalid, upstream * (torch.log1p(-p) - torch.log(p)) + invalid
+        inside = (1 - p) * p  # not negative
+        invalid = _nan_below(torch.minimum(inside, (1 - x) * x))
+        # What does not depend on the upstream, the compiler would write in forward, by a launch of its own, to read it again.
+        by_p = upstream * (p - x) / (inside.clamp(min=DENOMINATOR) + invalid)
+        return by_p, upstream * (torch.log1p(-p) - torch.log(p) + invalid)
 
 
-def _nan_outside(value: Tensor) -> Tensor:
-    """0 in [0, 1]. Not as a product with 0, which the compiler takes to be 0."""
-    root = torch.sqrt((1 - value) * value)
+def _nan_below(value: Tensor) -> Tensor:
+    """0 from 0 on. Not as a product with 0, which the compiler takes to be 0."""
+    root = torch.sqrt(value)
     return root - root
 
 

@@ -126,8 +126,7 @@ class Categorical(Classes):
         # NaN for labels that are none, as nothing can be raised where the values are not seen.
         outside = ~ignored & ((x < 0) | (x >= logits.shape[self.dim]))
         if is_behind_dynamo():
-            nll = _Compiled.apply(logits, torch.where(ignored | outside, 0, x), ignored, self.dim % logits.dim())
-            return torch.where(outside, torch.nan, torch.where(ignored, 0.0, nll))
+            return _Compiled.apply(logits, x, ignored, outside, self.dim % logits.dim())
         logits = logits.movedim(self.dim, 1)
         if not is_seen(x) or ignored.any():
             logits = torch.where(ignored.unsqueeze(1), 0.0, logits)  # or the gradient by a NaN that does not count would be NaN
@@ -178,15 +177,20 @@ class _CompiledCounts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, x, dim):
         highest, log_sum = _normalizers(logits, dim)
-        ctx.save_for_backward(logits, x, highest, log_sum)
+        total = x.sum(dim, keepdim=True)
+        ctx.save_for_backward(logits, x, highest, log_sum, total)
         ctx.dim = dim
-        return -(_finite(logits - highest - log_sum) * x * 2).sum(dim) * 0.5
+        # Two terms that are not negative; the first and the normalizer are from one pass.
+        distance = (_finite(logits - highest) * x * 2).sum(dim) * -0.5
+        return distance + (total * log_sum).squeeze(dim)
 
     @staticmethod
     def backward(ctx, upstream):
-        logits, x, highest, log_sum = ctx.saved_tensors
+        logits, x, highest, log_sum, total = ctx.saved_tensors
         log_p, upstream = logits - highest - log_sum, upstream.unsqueeze(ctx.dim)
-        return (torch.exp(log_p) * x.sum(ctx.dim, keepdim=True) - x) * upstream, -_finite(log_p) * upstream, None
+        # What does not depend on the upstream, the compiler would write in forward, to read it again.
+        by_logits = torch.exp(log_p) * (total * upstream) - x * upstream
+        return by_logits, -_finite(log_p) * upstream, None
 
 
 def _finite(log_p: Tensor) -> Tensor:
@@ -195,28 +199,33 @@ def _finite(log_p: Tensor) -> Tensor:
 
 
 class _Compiled(torch.autograd.Function):
-    """Cross entropy for the compiler, whose gradient is 0 where a label is `ignored`, whatever the logits are. They would be
-    written anew without it, and on a CPU take five times as long."""
+    """Cross entropy for the compiler: 0 without a gradient where a label is `ignored`, NaN without one where it is `outside`,
+    whatever the logits are. Those that `torch.where` makes would be written anew, and on a CPU take five times as long."""
 
     @staticmethod
-    def forward(ctx, logits, labels, ignored, dim):
+    def forward(ctx, logits, labels, ignored, outside, dim):
         highest, log_sum = _normalizers(logits, dim)
-        labels = labels.unsqueeze(dim)
-        ctx.save_for_backward(logits, labels, ignored, highest, log_sum)
+        # In the 32 bits that logits have, so that the compiler puts as many in a vector.
+        counted = torch.where(ignored | outside, -1, labels).to(torch.int32).unsqueeze(dim)
+        ctx.save_for_backward(logits, counted, highest, log_sum)
         ctx.dim = dim
-        return (log_sum - (logits.gather(dim, labels) - highest)).squeeze(dim)
+        nll = log_sum - (logits.gather(dim, counted.clamp(min=0).long()) - highest)
+        return torch.where(outside, torch.nan, torch.where(ignored, 0.0, nll.squeeze(dim)))
 
     @staticmethod
     def backward(ctx, upstream):
-        logits, labels, ignored, highest, log_sum = ctx.saved_tensors
+        logits, counted, highest, log_sum = ctx.saved_tensors
         dim, p, upstream = ctx.dim, torch.exp(logits - highest - log_sum), upstream.unsqueeze(ctx.dim)
-        ignored = ignored.unsqueeze(dim)
-        if logits.device.type == "cpu":  # where a comparison for each class takes longer than a second pass over few of them
-            slopes = torch.where(ignored, 0.0, p * upstream)
-            return slopes.scatter_add(dim, labels, torch.where(ignored, 0.0, -upstream)), None, None, None
-        classes = torch.arange(logits.shape[dim], device=logits.device).view(-1, *[1] * (logits.dim() - 1 - dim))
-        slopes = torch.where(classes == labels, p - 1, p) * upstream
-        return torch.where(ignored, 0.0, slopes), None, None, None
+        if logits.device.type == "cpu" and dim == logits.dim() - 1:  # where a second pass over few takes less
+            none = counted < 0
+            slopes = torch.where(none, 0.0, p * upstream)
+            slopes = slopes.scatter_add(dim, counted.clamp(min=0).long(), torch.where(none, 0.0, -upstream))
+        else:
+            classes = torch.arange(logits.shape[dim], dtype=torch.int32, device=logits.device)
+            classes = classes.view(-1, *[1] * (logits.dim() - 1 - dim))
+            slopes = torch.where(classes == counted, p - 1, p) * upstream
+            slopes = torch.where(counted < 0, 0.0, slopes)
+        return slopes, None, None, None, None
 
 
 @record
