@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..basics.tracing import is_behind_dynamo
 from ..latents import categorical, gaussian
 from ..latents.posterior import LOGVAR, Latents
 from ..latents.weighting import counts_of
@@ -63,6 +64,8 @@ def weighted_nll(likelihood: Likelihood, parameters: Sequence[Tensor], target: T
     """Likewise, of tensors of one dtype, and the target as `nll` takes it."""
     if weight is None:
         return likelihood.nll(parameters, target)
+    if is_behind_dynamo() and not (weight.requires_grad or target.requires_grad):
+        return _CompiledWeights.apply(likelihood, weight, target, *parameters)
     # What is weighted by 0 may be NaN: neither it nor its derivative may reach a product.
     keep = weight != 0
     in_target = keep if keep.dim() == target.dim() else keep.unsqueeze(likelihood.dim)
@@ -70,6 +73,32 @@ def weighted_nll(likelihood: Likelihood, parameters: Sequence[Tensor], target: T
     target = torch.where(in_target, target, torch.zeros((), dtype=target.dtype, device=target.device))
     values = likelihood.nll([torch.where(in_first, p, 0.5) for p in parameters], target)
     return torch.where(keep, weight * values, 0.0)
+
+
+class _CompiledWeights(torch.autograd.Function):
+    """Likewise, for the compiler, on a CPU bound by how often it chooses: once in each pass, at its end."""
+
+    @staticmethod
+    def forward(ctx, likelihood, weight, target, *parameters):
+        ctx.save_for_backward(weight, target, *parameters)
+        ctx.likelihood = likelihood
+        return torch.where(weight != 0, weight * likelihood.nll(parameters, target), 0.0)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        weight, target, *parameters = ctx.saved_tensors
+        first, needs = parameters[0], ctx.needs_input_grad[3:]
+        with torch.enable_grad():  # by elements, since a NaN among those that a parameter goes with would be in their sum
+            leaves = [p.detach().expand(first.shape).requires_grad_(need) for p, need in zip(parameters, needs, strict=True)]
+            values = ctx.likelihood.nll(leaves, target)
+        found = iter(torch.autograd.grad(values, [v for v in leaves if v.requires_grad], upstream * weight))
+        keep = weight != 0
+        keep = keep if keep.dim() == first.dim() else keep.unsqueeze(ctx.likelihood.dim)
+        by_parameters = (
+            torch.where(keep, next(found), 0.0).sum_to_size(p.shape) if need else None
+            for p, need in zip(parameters, needs, strict=True)
+        )
+        return None, None, None, *by_parameters
 
 
 def reduced(values: Tensor, reduction: str) -> Tensor:
