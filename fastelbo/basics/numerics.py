@@ -87,14 +87,51 @@ def log1mexp(x: Tensor) -> Tensor:
     return torch.where(small, near, torch.log1p(-torch.exp(-torch.where(small, 1.0, x))))
 
 
-def log_bin(lower: Tensor, upper: Tensor, width: Tensor, log_width: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+def log_bin(lower: Tensor, upper: Tensor, width: Tensor, log_width: Tensor, x: Tensor, half: float) -> Tensor:
     """The logarithm of what a standard logistic distribution holds between `lower` and `upper`, which are `width` apart; of the
-    `lowest` bin from -infinity, of the `highest` to infinity.
+    lowest bin, with x less than `half` from -1, from -infinity, of the highest to infinity.
 
     sigmoid(upper) - sigmoid(lower) = sigmoid(upper) sigmoid(-lower) (1 - exp(-width)): nothing cancels, however little that is.
     """
+    if lower.dtype == torch.float32 and is_behind_dynamo():
+        return _CompiledBin.apply(lower, upper, width.detach(), log_width, x.detach(), half)
+    lowest, highest = x < half - 1, x > 1 - half
     log_p = torch.where(highest, 0.0, F.logsigmoid(upper)) + torch.where(lowest, 0.0, F.logsigmoid(-lower))
     return log_p + torch.where(lowest | highest, 0.0, _log_mass(width, log_width))
+
+
+class _CompiledBin(torch.autograd.Function):
+    """The same in float32 for the compiler, with one logarithm: log1p of what the three probabilities lack of 1, together."""
+
+    @staticmethod
+    def forward(ctx, lower, upper, width, log_width, x, half):
+        ctx.save_for_backward(lower, upper, width, log_width, x)
+        ctx.half = half
+        lowest, highest = x < half - 1, x > 1 - half
+        above = torch.where(highest, 0.0, torch.exp(-upper.abs()))
+        below = torch.where(lowest, 0.0, torch.exp(-lower.abs()))
+        outside = above + below + above * below
+        is_narrow, is_end = width < 1, lowest | highest
+        w = width * width
+        narrow = log_width - 0.5 * width + w * (1 / 24 - w * (1 / 2880 - w * (1 / 181440 - w * (1 / 9676800))))
+        missed = torch.where(is_narrow | is_end, 0.0, torch.exp(-width))
+        log_p = torch.where(highest, 0.0, upper.clamp(max=0)) - torch.where(lowest, 0.0, lower.clamp(min=0))
+        log_p = log_p + torch.log1p(-(missed + outside) / (1 + outside))
+        return log_p + torch.where(is_narrow & ~is_end, narrow, 0.0)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        lower, upper, width, log_width, x = ctx.saved_tensors
+        lowest, highest = x < ctx.half - 1, x > 1 - ctx.half
+        by_upper = torch.where(highest, 0.0, torch.sigmoid(-upper) * upstream)
+        by_lower = torch.where(lowest, 0.0, -torch.sigmoid(lower) * upstream)
+        # width / expm1(width): narrow ones would lose digits there.
+        w, rest = width * width, torch.exp(-width)
+        narrow = 1 - 0.5 * width + w * (1 / 12 - w * (1 / 720 - w * (1 / 30240 - w * (1 / 1209600))))
+        wide = width * rest / (1 - rest)
+        by_width = torch.where(lowest | highest, 0.0, torch.where(width < 1, narrow, wide) * upstream)
+        found = by_lower.sum_to_size(lower.shape), by_upper.sum_to_size(upper.shape)
+        return *found, None, by_width.sum_to_size(log_width.shape), None, None
 
 
 # A bound that is this far away is none: what it adds is below the least number of float32.

@@ -107,7 +107,7 @@ class DiscretizedLogistic(Scaled, Steps):
         half = 1 / (self.levels - 1)
         lower, upper = (x - mean - half) * inverse, (x - mean + half) * inverse
         log_width = math.log(2 * half) - log_scale
-        log_p = log_bin(lower, upper, 2 * half * inverse, log_width, x < half - 1, x > 1 - half)
+        log_p = log_bin(lower, upper, 2 * half * inverse, log_width, x, half)
         return torch.where(x.abs() > 1 + half, torch.nan, -log_p)
 
     def one_pass(self, parameters, x, wants_value, out, spare):

@@ -42,8 +42,7 @@ def nll(prediction: Tensor, x: Tensor, *, levels: int, dim: int) -> Tensor:
     half = 1 / (levels - 1)
     inverse = torch.exp(-log_scales)
     upper, lower = (x - means + half) * inverse, (x - means - half) * inverse
-    lowest, highest = x < half - 1, x > 1 - half
-    log_p = log_bin(lower, upper, 2 * half * inverse, math.log(2 * half) - log_scales, lowest, highest)
+    log_p = log_bin(lower, upper, 2 * half * inverse, math.log(2 * half) - log_scales, x, half)
     nll = -torch.logsumexp(F.log_softmax(logits, 1) + log_p.sum(1), 1)
     return torch.where((x.abs() > 1 + half).any(1).squeeze(1), torch.nan, nll)
 
