@@ -13,7 +13,21 @@ from .tracing import is_behind_dynamo, is_compiling, is_seen, is_transformed, ne
 
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)); `F.softplus` becomes x beyond a threshold, where its derivative jumps by 2e-9."""
-    return -F.logsigmoid(-x)
+    return _CompiledSoftplus.apply(x) if is_behind_dynamo() else -F.logsigmoid(-x)
+
+
+class _CompiledSoftplus(torch.autograd.Function):
+    """The same for the compiler, whose derivative of `logsigmoid` chooses among integers of 64 bits."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (x,) = ctx.saved_tensors
+        return upstream * torch.sigmoid(x)
 
 
 def nan_unless(valid: Tensor, x: Tensor) -> Tensor:
