@@ -101,6 +101,15 @@ def usual(case: Case, cuda: bool) -> bool:
     return case.mode == "backward" and case.likelihood in (("bernoulli_logits", "mse") if cuda else ("bernoulli_logits",))
 
 
+def again(case: Case) -> bool:
+    """Whether `make bench` runs one of the usual cases with another number of threads, too: those that the README shows, but of
+    the sizes one of each kind, or it would take more than ten minutes."""
+    sizes_of_loss = ("1x784", "128x784", "64x3x64x64", "4096x4000")
+    return (case.dtypes, case.mode) == ("float32", "backward") and (
+        case.shape in sizes_of_loss or case.subject in ("sample", "step")
+    )
+
+
 def select(chosen: dict[str, list[str] | None], cuda: bool, of_usual: bool = False) -> list[Case]:
     """The usual cases, or those that were chosen: then any subject, shape and likelihood, float32, and forward and backward.
 

@@ -16,10 +16,12 @@ import pytest
 import torch
 from pytest_benchmark.utils import get_commit_info
 
-from .cases import CHOICES, select
+from .cases import CHOICES, Case, again, select
 from .measure import CONTENDERS, measure
+from .report import in_words
 
 STARTED = time.monotonic()
+THREADS = torch.get_num_threads()  # before a case changes it
 
 
 def add_options(add: Callable) -> None:
@@ -29,9 +31,19 @@ def add_options(add: Callable) -> None:
         add(f"--{name}", nargs="+", choices=list(choices), metavar=name[:-1].upper(), help=", ".join(described))
     available = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=["cpu", "cuda"], default=available, help=f"(here: {available})")
+    add("--threads", nargs="+", type=int, metavar="N", help="on a CPU, in turns of the whole (1, and what Torch takes)")
     add("--seconds", type=float, default=0.8, help="that each case is timed for (0.8)")
     add("--usual", action="store_true", help="of the usual cases, only those that have what was chosen")
     add("--limit", type=float, default=math.inf, metavar="SECONDS", help="after which no other case is begun (none)")
+
+
+def is_chosen(option) -> bool:
+    return any(getattr(option, name) for name in CHOICES)
+
+
+def thread_counts(option) -> list[int]:
+    """The numbers of threads that a CPU computes with: as chosen, or Torch's own, for the usual cases one as well."""
+    return option.threads or ([THREADS] if is_chosen(option) or option.device == "cuda" else sorted({1, THREADS}))
 
 
 def device_name(device: str) -> str:
@@ -49,28 +61,36 @@ def pytest_generate_tests(metafunc):
     if not cases:
         raise pytest.UsageError("no case has all that was chosen: see the shapes of each subject in bench/cases.py")
     contenders = [*CONTENDERS, *(f"{name}, graph" for name in CONTENDERS if cuda)]
-    numbered = [(f"{i}/{len(cases)}", case) for i, case in enumerate(cases, 1)]
-    metafunc.parametrize("measured", numbered, ids=[case.id for case in cases], indirect=True, scope="module")
+    counts = thread_counts(option)
+    every = is_chosen(option) and not option.usual
+    todo = [(case, n) for n in counts for case in cases if n == counts[0] or every or again(case)]
+    ids = [f"{case.id}, {in_words(n)}" if len(counts) > 1 else case.id for case, n in todo]
+    numbered = [(f"{i}/{len(todo)}", *pair, name) for i, (pair, name) in enumerate(zip(todo, ids, strict=True), 1)]
+    metafunc.parametrize("measured", numbered, ids=ids, indirect=True, scope="module")
     metafunc.parametrize("contender", contenders)
 
 
 @pytest.fixture(scope="module")
 def measured(request):
-    """A case and what was measured of it, all contenders in turns."""
-    config = request.config
-    number, case = request.param
+    """A case and what was measured of it, all contenders in turns, and the number of threads if there are several."""
+    return measure_with(request.config, *request.param)
+
+
+def measure_with(config, number: str, case: Case, threads: int, name: str):
+    """Likewise; the number is `"1/67"`."""
 
     def tell(text: str) -> None:
         with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print(f"[{number}] {case.id}: {text}", flush=True)
+            print(f"[{number}] {name}: {text}", flush=True)
 
     if time.monotonic() - STARTED > config.option.limit and not number.startswith("1/"):
         tell(f"left out, since {config.option.limit:.0f} seconds had passed")
         pytest.skip("no time was left")
+    torch.set_num_threads(threads)
     found = measure(case, torch.device(config.option.device), config.option.seconds)
-    medians = [f"{name} {1e3 * statistics.median(timing.seconds):.3g}" for name, timing in found.timings.items()]
+    medians = [f"{contender} {1e3 * statistics.median(timing.seconds):.3g}" for contender, timing in found.timings.items()]
     tell(f"{', '.join(medians)} ms")
-    return case, found
+    return case, found, threads if len(thread_counts(config.option)) > 1 else None
 
 
 def pytest_report_teststatus(report):
@@ -93,7 +113,7 @@ def pytest_benchmark_generate_machine_info(config):
     device = config.option.device
     info = {
         "device": device_name(device),
-        "threads": torch.get_num_threads(),
+        "threads": max(thread_counts(config.option)),
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
         "python": platform.python_version(),

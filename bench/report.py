@@ -23,6 +23,7 @@ class Row(NamedTuple):
     case: Case
     graph: bool
     contenders: dict[str, dict]
+    threads: int | None = None  # where a run has several numbers of them
 
     @property
     def plain(self) -> bool:
@@ -82,16 +83,27 @@ def merge(paths: list[Path]) -> dict:
         for key in ("machine_info", "commit_info"):
             if part[key] != first[key]:
                 raise ValueError(f"{path} has another {key} than {paths[0]}: {part[key]} and {first[key]}")
-    counted = Counter((*(row[field] for field in Case._fields), row["contender"]) for row in rows)
+    counted = Counter((*_named(row), row["contender"]) for row in rows)
     if twice := [" ".join(name) for name, count in counted.items() if count > 1]:
         raise ValueError(f"in more than one file: {', '.join(twice)}")
     return first | {"datetime": min(part["datetime"] for part in parts), "benchmarks": rows}
 
 
+def _named(found: dict) -> list[str]:
+    """What tells cases of a file apart."""
+    return [*(found[field] for field in Case._fields), *([in_words(found["threads"])] if "threads" in found else [])]
+
+
+def in_words(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
+
+
 def load(path: Path) -> Run:
     data = json.loads(path.read_text())
     machine, commit = data["machine_info"], data["commit_info"]
-    system = f"driver {machine['driver']}, CUDA {machine['cuda']}" if "driver" in machine else f"{machine['threads']} threads"
+    counts = sorted({found["threads"] for found in data["benchmarks"] if "threads" in found}) or [machine["threads"]]
+    threads = f"{' and '.join(map(str, counts))} threads"
+    system = f"driver {machine['driver']}, CUDA {machine['cuda']}" if "driver" in machine else threads
     where = (
         f"{machine['device']}, {system}; torch {machine['torch']}, triton {machine['triton']},"
         f" Python {machine['python']}; commit {commit['id'][:10]}{' with changes' if commit['dirty'] else ''},"
@@ -101,7 +113,8 @@ def load(path: Path) -> Run:
     for found in data["benchmarks"]:
         case = Case(*(found[field] for field in Case._fields))
         name, _, graph = found["contender"].partition(", ")
-        rows.setdefault((case, graph), Row(case, bool(graph), {})).contenders[name] = found
+        count = found.get("threads")
+        rows.setdefault((case, graph, count), Row(case, bool(graph), {}, count)).contenders[name] = found
     return Run(path, where, [row for row in rows.values() if "fastelbo" in row.contenders])
 
 
@@ -115,9 +128,10 @@ COLUMNS = (
 def cells(row: Row) -> list[str]:
     """A row of the full table. A speedup below 1, where fastelbo loses, is marked."""
     case, own = row.case, row.contenders["fastelbo"]
+    mode = f"{case.mode}{', graph' * row.graph}" + (f", {in_words(row.threads)}" if row.threads else "")
     share, rate = row.share_of_floor(), row.bytes_per_second()
     return [
-        case.subject, case.shape, case.likelihood, case.dtypes, case.mode + (", graph" if row.graph else ""),
+        case.subject, case.shape, case.likelihood, case.dtypes, mode,
         *(_number(row.milliseconds(name)) for name in ("eager", "compiled", "fastelbo")),
         f"{row.spread():.0%}",
         _number(row.milliseconds("fastelbo compiled")),
@@ -161,25 +175,31 @@ def readme_section(runs: list[Run]) -> str:
         "▼ marks where fastelbo loses.",
     ]
     for run in runs:
-        plain = [row for row in run.rows if row.plain]
         lines += ["", f"**{run.where}** ([all rows](bench/results/{run.path.stem}.md))", ""]
-        losses = {(r.case.shape, r.case.likelihood): _both(r) for r in plain if r.case.subject == "loss"}
-        shapes = dict.fromkeys(shape for shape, _ in losses)
-        pivot = ([f"`loss` {shape}", *(losses.get((shape, name), "-") for name in LIKELIHOODS)] for shape in shapes)
-        lines += _table(["", *(f"`{name}`" for name in LIKELIHOODS)], pivot)
-        others = (
-            [f"{TITLES[r.case.subject]} {r.case.shape}", _both(r), _speedup(r.speedup_compiled())]
-            for r in plain
-            if r.case.subject != "loss"
-        )
-        lines += ["", *_table(["", "eager / compiled", "both compiled"], others)]
-        by_eager, by_compiled = (
-            _number(_geometric_mean(r.speedup(other) for r in plain if r.case.shape in SHAPES))
-            for other in ("eager", "compiled")
-        )
-        lines += ["", f"Geometric mean of the rows of `loss` and of `sample_kl` + `loss`: {by_eager} / {by_compiled}."]
-        lines += ["", f"![speedup, share of the floor and peak memory by size](bench/results/{run.path.stem}.svg)"]
+        for threads in dict.fromkeys(row.threads for row in run.rows):
+            lines += [f"With {in_words(threads)}:", ""] if threads else []
+            lines += [*_readme_tables([row for row in run.rows if row.plain and row.threads == threads]), ""]
+        lines += [f"![speedup, share of the floor and peak memory by size](bench/results/{run.path.stem}.svg)"]
     return "\n".join(lines)
+
+
+def _readme_tables(rows: list[Row]) -> list[str]:
+    losses = {(r.case.shape, r.case.likelihood): _both(r) for r in rows if r.case.subject == "loss"}
+    shapes = dict.fromkeys(shape for shape, _ in losses)
+    pivot = ([f"`loss` {shape}", *(losses.get((shape, name), "-") for name in LIKELIHOODS)] for shape in shapes)
+    others = (
+        [f"{TITLES[r.case.subject]} {r.case.shape}", _both(r), _speedup(r.speedup_compiled())]
+        for r in rows
+        if r.case.subject != "loss"
+    )
+    by_eager, by_compiled = (
+        _number(_geometric_mean(r.speedup(other) for r in rows if r.case.shape in SHAPES)) for other in ("eager", "compiled")
+    )
+    return [
+        *_table(["", *(f"`{name}`" for name in LIKELIHOODS)], pivot), "",
+        *_table(["", "eager / compiled", "both compiled"], others), "",
+        f"Geometric mean of the rows of `loss` and of `sample_kl` + `loss`: {by_eager} / {by_compiled}.",
+    ]  # fmt: skip
 
 
 TITLES = {"sample": "`sample_kl`, latents", "objective": "`sample_kl` + `loss`, bernoulli_logits,", "step": "training step,"}
@@ -196,6 +216,7 @@ def plots(run: Run, path: Path) -> None:
     rows = sorted((row for row in run.rows if row.plain and row.case.subject == "loss"), key=_megabytes)
     if not rows:
         return
+    rows = [row for row in rows if row.threads == rows[0].threads]  # the fewest, with which most cases are timed
     figure, (faster, floor, memory) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for color, likelihood in enumerate(LIKELIHOODS):
         chosen = [row for row in rows if row.case.likelihood == likelihood]
@@ -213,7 +234,8 @@ def plots(run: Run, path: Path) -> None:
     for axes in (faster, floor, memory):
         axes.set(xscale="log", xlabel="prediction, MB")
         axes.legend(fontsize="x-small")
-    figure.suptitle(f"Loss, forward and backward, float32. {run.where}", fontsize="small")
+    alone = f" With {in_words(rows[0].threads)}." if rows[0].threads else ""
+    figure.suptitle(f"Loss, forward and backward, float32.{alone} {run.where}", fontsize="small")
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 

@@ -29,7 +29,7 @@ def _quartiles(values: list[float]) -> list[float]:
 
 @pytest.mark.benchmark(timer=tape)
 def test_speed(benchmark, measured, contender):
-    case, found = measured
+    case, found, threads = measured
     if contender in found.missing:
         pytest.skip(found.missing[contender])
     if contender not in found.timings:
@@ -37,6 +37,8 @@ def test_speed(benchmark, measured, contender):
     timing = found.timings[contender]
     benchmark.group = case.id
     benchmark.extra_info.update(case._asdict(), contender=contender, peak_bytes=timing.peak_bytes, kernels=timing.kernels)
+    if threads:
+        benchmark.extra_info["threads"] = threads
     # Paired: both of a ratio are from the same round.
     benchmark.extra_info["speedup_over"] = {
         other: _quartiles([a / b for a, b in zip(theirs.seconds, timing.seconds, strict=True)])

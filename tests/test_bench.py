@@ -1,5 +1,6 @@
 """The benchmarks measure what they say they do, and the README shows what they measured."""
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -18,6 +19,7 @@ from conftest import BACKEND
 if BACKEND != "torch":
     pytest.skip("the same for both backends", allow_module_level=True)
 
+from bench import conftest as suite
 from bench import gpu, likelihoods, measure, report
 from bench.cases import Case, select
 from bench.conftest import pytest_benchmark_generate_commit_info
@@ -127,6 +129,54 @@ def test_selection():
     assert {case.likelihood for case in chosen} == {"bernoulli_logits", "-"}
 
 
+def options_of_the_suite(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    suite.add_options(parser.add_argument)
+    return parser.parse_args([*arguments, "--device", "cpu"])
+
+
+def test_numbers_of_threads(monkeypatch):
+    """The usual cases with one and with Torch's own, of which some; what is chosen with Torch's own, or with all that are."""
+    monkeypatch.setattr(suite, "THREADS", 2)
+    found = {}
+
+    def parametrize(name, values, **_):
+        found[name] = values
+
+    def cases(*arguments: str) -> dict[int, list[Case]]:
+        config = SimpleNamespace(option=options_of_the_suite(*arguments))
+        suite.pytest_generate_tests(SimpleNamespace(config=config, parametrize=parametrize))
+        return {n: [case for _, case, threads, _ in found["measured"] if threads == n] for n in (1, 2, 3)}
+
+    usual = select({}, cuda=False)
+    by_threads = cases()
+    assert by_threads[1] == usual and set(by_threads[2]) < set(usual) and not by_threads[3]
+    assert {case.subject for case in by_threads[2]} == {"loss", "sample", "objective", "step"}
+    assert {(case.dtypes, case.mode) for case in by_threads[2]} == {("float32", "backward")}
+    choice = "--subjects", "loss", "--shapes", "1x784"
+    assert [len(some) for some in cases(*choice).values()] == [0, 4, 0]
+    assert [len(some) for some in cases(*choice, "--threads", "1", "3").values()] == [4, 0, 4]
+    number, case, threads, name = found["measured"][-1]
+    assert (number, threads, name) == ("8/8", 3, f"{case.id}, 3 threads")
+
+
+def test_a_case_has_its_number_of_threads(monkeypatch, capsys):
+    before, seen = torch.get_num_threads(), []
+    measured = SimpleNamespace(timings={"eager": SimpleNamespace(seconds=[2e-3])})
+    monkeypatch.setattr(suite, "measure", lambda *_: seen.append(torch.get_num_threads()) or measured)
+    plugin = SimpleNamespace(global_and_fixture_disabled=contextlib.nullcontext)
+    manager = SimpleNamespace(getplugin=lambda _: plugin)
+    config = SimpleNamespace(option=options_of_the_suite("--threads", "1", "2"), pluginmanager=manager)
+    case = Case("loss", "1x784", "mse", "float32", "backward")
+    try:
+        for threads in (1, 2):
+            assert suite.measure_with(config, f"{threads}/2", case, threads, f"with {threads}") == (case, measured, threads)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2]
+    assert capsys.readouterr().out == "[1/2] with 1: eager 2 ms\n[2/2] with 2: eager 2 ms\n"
+
+
 def row(contender, milliseconds, **ratios):
     seconds = {"q1": 0.9e-3 * milliseconds, "median": 1e-3 * milliseconds, "q3": 1.2e-3 * milliseconds, "rounds": 9}
     return {
@@ -210,6 +260,29 @@ def test_report(tmp_path):
     assert "a machine (fast), 2 threads; torch 2.13, triton 3.9, Python 3.12; commit 0123456789, 2026-01-02" in text
     assert path.with_suffix(".md").exists()
     assert path.with_suffix(".svg").exists()
+
+
+def test_report_of_several_numbers_of_threads(tmp_path):
+    """Each has its rows and its tables, and no row of one is taken for a row of another."""
+    pytest.importorskip("matplotlib")
+    alone = [row("eager", 4.0), row("fastelbo", 1.0, eager=4.0)]
+    together = [row("eager", 3.0), row("fastelbo", 2.0, eager=1.5)]
+    rows = [found | {"threads": n} for n, some in ((1, alone), (2, together)) for found in some]
+    run = report.load(keep(tmp_path / "machine.json", *rows))
+    assert run.where.startswith("a machine (fast), 1 and 2 threads; torch")
+    assert [(found.threads, found.speedup("eager")) for found in run.rows] == [(1, 4.0), (2, 1.5)]
+    cells = [dict(zip(report.COLUMNS, report.cells(found), strict=True)) for found in run.rows]
+    assert [(c["mode"], c["fastelbo ms"]) for c in cells] == [("backward, 1 thread", "1"), ("backward, 2 threads", "2")]
+    first, second = report.readme_section([run]).split("With 2 threads:")
+    assert "With 1 thread:" in first
+    assert "| `loss` 128x784 | - | - | 4.00 / - | - |" in first and "| `loss` 128x784 | - | - | 1.50 / - | - |" in second
+    assert "`loss` and of `sample_kl` + `loss`: 4 / -" in first and "`loss` and of `sample_kl` + `loss`: 1.5 / -" in second
+    report.plots(run, tmp_path / "machine.svg")
+    assert "With 1 thread. a machine" in (tmp_path / "machine.svg").read_text().replace("&#160;", " ")
+    parts = [keep(tmp_path / f"{n}.json", *(found for found in rows if found["threads"] == n)) for n in (1, 2)]
+    assert report.merge(parts)["benchmarks"] == rows
+    with pytest.raises(ValueError, match="float32 backward 1 thread eager"):
+        report.merge([parts[0], parts[0]])
 
 
 def test_the_readme_shows_the_results_that_are_kept():
