@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..basics.numerics import choose, log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative, softplus
+from ..basics.numerics import log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative, softplus
 from ..basics.records import record
 from ..basics.tracing import is_seen
 from .base import ONE, Likelihood, OnePass
@@ -135,23 +135,20 @@ class ZeroInflatedNegativeBinomial(Likelihood):
             values = zeros.add_(softplus(logits)) if wants_value else None
             _add_beyond_zero(mean, theta, x, None, values, to_mean, to_theta)
             return OnePass(values, slopes=(1.0, 1.0, 1.0))
-        # p(0) = inflated + (1 - inflated) exp(-zeros), of which neither term is negative; and 1 - p(0), where that is small.
+        # p(0) = inflated + (1 - inflated) exp(-zeros), of which neither term is negative; and p(0) - 1, where that is small.
         inflated = torch.sigmoid(logits, out=spare[2])
         other = torch.sub(ONE, inflated, out=spare[3])
         by_zeros = torch.neg(zeros, out=spare[0])
-        missed = torch.expm1(by_zeros, out=spare[4]).mul_(other).neg_()
+        missed = torch.expm1(by_zeros, out=spare[4]).mul_(other)
         by_zeros.exp_().mul_(other)
         p = torch.add(inflated, by_zeros, out=other)
-        if not p.min() > 1e-30:  # whose logarithm has lost its digits, or NaN
+        if not p.min() > 1e-30:  # by which the quotients could overflow, or NaN
             return None
-        values = None
-        if wants_value:
-            is_small = torch.lt(missed, 0.5, out=torch.empty_like(missed) if spare[5] is None else spare[5])
-            near = torch.clamp(missed, max=0.5, out=spare[6]).neg_().log1p_()
-            values = choose(is_small, near, torch.log(p, out=spare[7])).neg_()
         by_zeros.div_(p)
+        missed.div_(p)  # and -log p(0) is log1p of minus this: 1 / p(0) is that much more than 1
+        values = torch.neg(missed, out=spare[5]).log1p_() if wants_value else None
         if to_logits is not None:
-            torch.mul(inflated, missed, out=to_logits).div_(p).neg_()
+            torch.mul(inflated, missed, out=to_logits)
             to_logits.view(-1).index_copy_(0, index, inflated.view(-1).index_select(0, index))
         if values is not None:
             found = softplus(logits.view(-1).index_select(0, index)).add_(zeros.view(-1).index_select(0, index))
@@ -161,7 +158,7 @@ class ZeroInflatedNegativeBinomial(Likelihood):
             if gradient is not None:
                 gradient.mul_(by_zeros)
         # Of all, since a count of exactly 0 adds nothing, where there are many others.
-        of_all = 4 * index.numel() > x.numel() and index.numel() == torch.sign(x, out=spare[5]).sum()
+        of_all = 4 * index.numel() > x.numel() and index.numel() == torch.sign(x, out=spare[6]).sum()
         _add_beyond_zero(mean, theta, x, None if of_all else index, values, to_mean, to_theta)
         return OnePass(values, slopes=(1.0, 1.0, 1.0))
 
@@ -238,10 +235,12 @@ def _is_common(mean: Tensor, theta: Tensor, x: Tensor) -> bool:
 
 def _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare) -> Tensor:
     """-log p(0) of a negative binomial, theta log1p(mean / theta), and its derivatives."""
-    ratio = torch.div(mean, theta + EPS, out=spare[0])
+    above = theta + EPS
+    ratio = torch.div(mean, above, out=spare[0])
     values = torch.log1p(ratio, out=spare[1])
     if to_mean is not None or to_theta is not None:
-        share = torch.add(mean, theta, out=to_mean).add_(EPS).reciprocal_().mul_(theta)
+        share = torch.add(mean, above, out=to_mean)
+        torch.div(theta, share, out=share)
         if to_theta is not None:
             torch.addcmul(values, share, ratio, value=-1, out=to_theta)
     return values.mul_(theta)
