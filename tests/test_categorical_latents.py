@@ -139,24 +139,43 @@ def test_error_is_no_larger_than_torchs(dtype, shape, spread, device):
         assert_no_worse(got, by_torch, exact, terms, name, approximations=6)
 
 
-def test_collapsed_posteriors_keep_their_kl(device):
+@pytest.mark.parametrize("collapsed", (8, 6, 1), ids=("all", "most", "few"))
+def test_collapsed_posteriors_keep_their_kl(collapsed, device):
     """Where the logarithms of the probabilities differ by less than a rounding of them would show."""
     (p,) = make((8, 32, 32), torch.float32, device)
     for unimix, size in itertools.product((0.0, 0.01), (1e-3, 1e-4)):
-        near = (p + size * torch.randn_like(p)).detach().requires_grad_()
+        near = p + size * torch.randn_like(p)
+        near[collapsed:] += 2 * torch.randn_like(near[collapsed:])
+        near = near.detach().requires_grad_()
         wide = as_double(near, p)
         log_q, log_p = (torch.log_softmax(t, -1) for t in wide)
         s, t = log_q.exp(), log_p.exp()
         x = (1 - unimix) * t * torch.expm1(log_q - log_p) / ((1 - unimix) * t + unimix / 32)
         rho = (1 - unimix) * t + unimix / 32
-        exact = (rho * ((1 + x) * torch.log1p(x) - x)).sum()
-        found = kl(near, p, unimix)
+        exact = (rho * ((1 + x) * torch.log1p(x) - x)).sum(-1)[:collapsed]
+        found = kl(near, p, unimix, "element")[:collapsed]
         # A rounding of a logit, times 8 for the series that the kernels have, over what they differ by.
-        assert relative(found, exact) < 2e-6 / size
-        to_q, to_p = gradients(found, near, p)
-        delta = torch.log1p(x)
+        torch.testing.assert_close(found.double(), exact, rtol=2e-5 / size, atol=0)
+        assert relative(found.sum(), exact.sum()) < 2e-6 / size
+        to_q, to_p = (g[:collapsed] for g in gradients(found.sum(), near, p))
+        delta, s, t, x = (t[:collapsed] for t in (torch.log1p(x), s, t, x))
         assert relative(to_q, (1 - unimix) * s * (delta - (s * delta).sum(-1, keepdim=True))) < 2e-6 / size
         assert relative(to_p, -(1 - unimix) * (t * x - t * (t * x).sum(-1, keepdim=True))) < 2e-6 / size
+
+
+@pytest.mark.parametrize("gap", (3.0, 30.0, 90.0))
+def test_a_rare_class_that_the_posterior_has_not(gap, device):
+    """A little KL of logarithms that are far apart, whose exponentials would be too inexact."""
+    p = torch.tensor([[0.0, 0.3, -4.0]], device=device).repeat(5, 1).requires_grad_()
+    q = (p.detach() - torch.tensor([0.0, 0.0, gap], device=device)).requires_grad_()
+    wide = as_double(q, p)
+    log_s, log_t = (torch.log_softmax(t, -1) for t in wide)
+    exact = (log_s.exp() * (log_s - log_t)).sum(-1)
+    found = kl(q, p, reduction="element")
+    assert found.max() < 0.02
+    assert relative(found, exact) < 1e-6
+    for got, expected in zip(gradients(found.sum(), q, p), gradients(exact.sum(), *wide), strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("unimix", (0.0, 0.01), ids=("", "unimix"))
@@ -668,3 +687,16 @@ def test_one_path_for_all_spellings():
     ways = (kl_divergence(q, posterior="categorical"), kl(q), kl_divergence(D.Categorical(logits=q)))
     assert torch.equal(ways[0], ways[1])
     torch.testing.assert_close(ways[2], ways[1])  # whose logits have been normalized
+
+
+@once
+def test_a_kept_plan_does_not_hide_a_mistake():
+    """The same tensors in other places are another call."""
+    a, b = torch.randn(B, G, K), torch.randn(B, G, K)
+    for _ in range(2):
+        torch.testing.assert_close(kl_divergence(a, prior=b, posterior="categorical"), kl_of(a, b).sum())
+        with pytest.raises(ValueError, match="logvar must be None"):
+            kl_divergence(a, b, posterior="categorical")
+        kl_divergence(a, b)
+        with pytest.raises(TypeError, match="logvar must be a tensor, got NoneType"):
+            kl_divergence(a, prior=b)

@@ -12,7 +12,8 @@ from .blocks import block_size, converted, spare
 
 
 class Kept(NamedTuple):
-    """What backward needs: derivatives of each group's KL, and which groups, or which of their sums, lie below what is free."""
+    """What backward needs: derivatives of each group's KL, which are handed out once; and which groups, or which of their sums,
+    lie below what is free."""
 
     slopes: list[Tensor | None]
     low: Tensor | None
@@ -37,8 +38,13 @@ def backward(plan, tensors: Sequence[Tensor], needs: Sequence[bool], grad_kl, gr
     found: list[Tensor | None] = [None] * len(tensors)
     for i, t in enumerate(tensors):
         if needs[i]:
+            if kept.slopes[i] is None:  # handed out before: the graph was retained
+                kept.slopes[:] = _kl_of_groups(plan, tensors)[1]
+            slope, kept.slopes[i] = kept.slopes[i], None
             factor = factors[i] if plan.kl_scale == 1 else factors[i] * plan.kl_scale
-            found[i] = torch.mul(kept.slopes[i], factor.unsqueeze(-1)).to(t.dtype)
+            if factor.dim() or factor.item() != 1:
+                slope.mul_(factor.unsqueeze(-1))
+            found[i] = slope.to(t.dtype)
     return found
 
 
@@ -61,23 +67,22 @@ def _kl_of_groups(plan, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor 
     """The KL of each group, and its derivatives by the logits of both sides, if gradients are wanted."""
     latents, dtype, (logits, *prior) = plan.call.latents, plan.dtype, tensors
     prior = [narrowed(p) for p in prior]
-    values = torch.empty(logits.shape[:-1], dtype=dtype, device=logits.device)
     slopes: list[Tensor | None] = [None, None]
     if plan.wants:
-        slopes = [torch.empty_like(logits, dtype=dtype) if t.requires_grad else None for t in tensors]
-        slopes += [None] * (2 - len(slopes))
-    rows = logits.shape[0]
-    height = max(1, block_size() // max(1, logits[0].numel())) if rows else 1
+        slopes[: len(tensors)] = (torch.empty_like(logits, dtype=dtype) if t.requires_grad else None for t in tensors)
+    rows, parts = logits.shape[0], []
+    height = max(1, rows * block_size() // logits.numel())
     for start in range(0, rows, height):
-        block = slice(start, start + height)
-        q = converted("logits", logits[block], dtype)
-        p = [converted("prior", t if t.shape[0] == 1 else t[block], dtype) for t in prior]
-        out = [s if s is None else s[block] for s in slopes]
+        q, p, out = logits, prior, slopes
+        if height < rows:
+            block = slice(start, start + height)
+            q, p = q[block], [t if t.shape[0] == 1 else t[block] for t in prior]
+            out = [s if s is None else s[block] for s in slopes]
+        q = converted("logits", q, dtype)
+        p = [converted("prior", t, dtype) for t in p]
         found = kl_in_one_pass(latents, q, p[0] if p else None, out, spare(q, dtype))
-        if found is None:
-            found = _by_autograd(latents, (q, *p), out)
-        values[block] = found
-    return values, slopes
+        parts.append(_by_autograd(latents, (q, *p), out) if found is None else found)
+    return parts[0] if len(parts) == 1 else torch.cat(parts), slopes
 
 
 def _by_autograd(latents, tensors: Sequence[Tensor], out: Sequence[Tensor | None]) -> Tensor:

@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from ..basics.arguments import check_noise
 from ..basics.layout import layout_of
 from ..basics.tracing import is_wrapper
+from ..latents.posterior import CLASSES, as_logits
 from ..latents.weighting import Weighting
 from ..likelihoods import Likelihood
 from ..likelihoods.values import Range, silent_range, support_to_check
@@ -326,25 +327,24 @@ def latents_plan(call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None) 
 
 
 def latents_plan_of(
-    mu,
-    logvar,
-    posterior,
-    prior,
-    reduction: str | None,
-    eps: Tensor | None,
-    samples: bool,
-    weighting: Weighting | None = None,
+    mu, logvar, posterior, prior, reduction: str | None, eps: Tensor | None, samples: bool, weighting: Weighting | None = None,
     kl_weight: Tensor | None = None,
-) -> tuple[LatentsPlan, Sequence[Tensor]]:
+) -> tuple[LatentsPlan, Sequence[Tensor]]:  # fmt: skip
     """The plan and the tensors of a call from what users pass; of a sample, its KL (unless `reduction` is None), or both, with
     what a `weighting` without capacity makes of the latter."""
     key = None
-    if isinstance(mu, Tensor) and (prior is None or type(prior) is tuple):
-        tensors = (mu, logvar) if prior is None else (mu, logvar, *prior)
+    if logvar is None and isinstance(mu, CLASSES):
+        mu, posterior, prior = as_logits(mu, posterior, prior)
+    if isinstance(mu, Tensor) and (prior is None or type(prior) is tuple or logvar is None):
+        if logvar is None:  # of classes
+            tensors = (mu,) if prior is None else (mu, prior)
+        else:
+            tensors = (mu, logvar) if prior is None else (mu, logvar, *prior)
         if kl_weight is not None:
             tensors = *tensors, kl_weight
         given = tensors if eps is None else (*tensors, eps)
-        start = posterior, reduction, samples, weighting, eps is None, kl_weight is None, len(given), torch.is_grad_enabled()
+        absent = eps is None, logvar is None, kl_weight is None
+        start = posterior, reduction, samples, weighting, absent, len(given), torch.is_grad_enabled()
         try:
             found = _last.get(start)
             if found is not None and not any(map(_is_nested, given)) and found.fits(*given):
@@ -360,6 +360,6 @@ def latents_plan_of(
     if eps is not None:
         check_noise(eps, None, tensors[0])
     plan = latents_plan(call, tensors, eps)
-    if key is not None and all(p.shape == mu.shape for p in prior or ()):  # which need not be expanded
+    if key is not None and all(t is kl_weight or t.shape == mu.shape for t in given):  # none is expanded
         keep(_plans, key, plan)
     return plan, tensors

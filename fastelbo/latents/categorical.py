@@ -14,8 +14,8 @@ from ..basics.arguments import result_dtype
 from ..basics.numerics import excess_of_logvar
 from .posterior import Latents
 
-# Differences of logarithms below which the terms of a KL would cancel; and up to which exponentials of them are exact enough.
-NEAR, FAR = 1.0, 60.0
+# Differences of logarithms below which the terms of a KL would cancel.
+NEAR = 1.0
 
 
 def kl_elements(latents: Latents, logits: Tensor, *prior: Tensor) -> Tensor:
@@ -44,37 +44,71 @@ def kl_in_one_pass(
     """The KL of each group of logits, and its derivatives by those of both sides, written to `out` unless None there.
 
     All tensors come in one dtype. Those of `out` have the shape of the logits, as `spare`, buffers to be written to, or None;
-    a prior may be smaller. None where logarithms of probabilities are so far apart that `kl_elements` is needed.
+    a prior may be smaller. None where a class is impossible, or a logit infinite or NaN, which `kl_elements` is for.
     """
-    unimix, classes = latents.posterior.unimix, logits.shape[-1]
+    if latents.posterior.unimix:
+        return _mixed_in_one_pass(latents.posterior.unimix, logits, prior, out, spare)
     by_logits, by_prior = out
-    s = torch.log_softmax(logits, -1, out=spare[0])
-    delta = by_logits if by_logits is not None else spare[1]
+    delta = torch.log_softmax(logits, -1, out=by_logits if by_logits is not None else spare[1])
     if prior is None:
-        t: float | Tensor = 1 / classes
-        delta = torch.add(s, math.log(classes), out=delta)
+        delta.add_(math.log(logits.shape[-1]))
     else:
-        t = torch.log_softmax(prior, -1)
-        delta = torch.sub(s, t, out=delta)
-    lowest, highest = torch.aminmax(delta)
-    if not (lowest > -FAR and highest < FAR):  # NaN is neither
+        delta.sub_(torch.log_softmax(prior, -1))
+    lowest, highest = (end.item() for end in torch.aminmax(delta))
+    if not -math.inf < lowest <= highest < math.inf:  # NaN is neither
         return None
-    s.exp_()
-    less = torch.neg(delta, out=by_prior if by_prior is not None else spare[2]).expm1_()
-    if not unimix:
-        values = torch.add(less, delta, out=spare[3]).mul_(s).sum(-1)
-        less.mul_(s)  # t - s, the derivative by the prior's logits
-        if by_logits is not None:  # the sum of s delta, without the rounding of the normalizers that the KL does not have
-            delta.sub_((values - less.sum(-1)).unsqueeze(-1)).mul_(s)
-        return values
+    # Not exponentials of the logarithms, whose roundings are larger.
+    s = torch.softmax(logits, -1, out=spare[0])
+    t: float | Tensor = 1 / logits.shape[-1] if prior is None else torch.softmax(prior, -1)
+    values = total = torch.mul(delta, s, out=spare[2]).sum(-1)
+    if total.numel() and total.min().item() < LITTLE:
+        values = _with_little_kept(total, s, t, delta, spare)
+    if by_prior is not None:
+        torch.sub(t, s, out=by_prior)
+    if by_logits is not None:
+        delta.sub_(total.unsqueeze(-1)).mul_(s)
+    return values
+
+
+# Below it a KL is one of differences that would cancel; and beyond this one of logarithms, differences of probabilities are as
+# exact as these are.
+LITTLE, APART = 0.05, 4.0
+
+
+def _with_little_kept(values: Tensor, s: Tensor, t: float | Tensor, delta: Tensor, spare: Sequence[Tensor | None]) -> Tensor:
+    """KLs with the digits of those that are little: sums of terms that are not negative."""
+    little = values < LITTLE
+    count = int(little.sum())
+    if 2 * count > values.numel():
+        return torch.where(little, _sum_of_excess(s, t, delta, spare), values)
     if isinstance(t, Tensor):
-        t = t.exp_()
+        t = t.expand(s.shape)[little]
+    return values.masked_scatter(little, _sum_of_excess(s[little], t, delta[little], (None,) * 4))
+
+
+def _sum_of_excess(s: Tensor, t: float | Tensor, delta: Tensor, spare: Sequence[Tensor | None]) -> Tensor:
+    """The sum of s (delta + exp(-delta) - 1), which is s delta + t - s."""
+    terms = torch.clamp(delta, min=-APART, out=spare[2]).neg_().expm1_().add_(delta).mul_(s)
+    rest = torch.sub(t, s, alpha=math.exp(APART), out=spare[3]).clamp_(min=0)  # what was clamped away
+    return terms.add_(rest).sum(-1)
+
+
+def _mixed_in_one_pass(
+    unimix: float, logits: Tensor, prior: Tensor | None, out: Sequence[Tensor | None], spare: Sequence[Tensor | None]
+) -> Tensor:
+    """Likewise, with a uniform share in both, so that all there is to be afraid of gives NaN."""
+    (by_logits, by_prior), classes = out, logits.shape[-1]
+    s = torch.softmax(logits, -1, out=spare[0])
+    t: float | Tensor = 1 / classes if prior is None else torch.softmax(prior, -1)
     rho = t * (1 - unimix) + unimix / classes
-    x = less.mul_(s).mul_(unimix - 1).div_(rho)
-    delta = torch.log1p(x, out=delta)
+    x = torch.sub(s, t, out=by_prior if by_prior is not None else spare[2]).mul_(1 - unimix).div_(rho)
+    if unimix < 1e-6 * classes:  # where x may be rounded to -1
+        x.clamp_(min=torch.finfo(x.dtype).eps / 2 - 1)
+    delta = torch.log1p(x, out=by_logits if by_logits is not None else spare[1])
     values = torch.mul(x, delta, out=spare[3]).add_(delta).sub_(x).mul_(rho).sum(-1)
     if by_prior is not None:
-        x.sub_(torch.mul(x, t, out=spare[3]).sum(-1, keepdim=True)).mul_(t).mul_(unimix - 1)
+        total = x.mul_(t).sum(-1, keepdim=True)
+        x.addcmul_(t, total, value=-1).mul_(unimix - 1)
     if by_logits is not None:
         delta.sub_(torch.mul(delta, s, out=spare[3]).sum(-1, keepdim=True)).mul_(s).mul_(1 - unimix)
     return values

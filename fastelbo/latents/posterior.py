@@ -123,6 +123,9 @@ class Latents(NamedTuple):
         return tensors[0].select(-1, 0) if self.is_categorical else tensors[0]
 
 
+CLASSES = Categorical, OneHotCategorical
+
+
 def find_posterior(posterior) -> Posterior | CategoricalPosterior:
     """The posterior that a name stands for, or the object that it is."""
     if isinstance(posterior, Posterior | CategoricalPosterior):
@@ -136,8 +139,23 @@ def find_posterior(posterior) -> Posterior | CategoricalPosterior:
 def is_categorical(mu, posterior) -> bool:
     """Whether latents are classes, from what users pass."""
     if isinstance(mu, Distribution):
-        return isinstance(_inner(mu), Categorical | OneHotCategorical)
+        return isinstance(_inner(mu), CLASSES)
     return posterior == "categorical" or isinstance(posterior, CategoricalPosterior)
+
+
+def as_logits(mu, posterior, prior):
+    """The same of logits where distributions of classes came that go together; else as it came, for `check_latents` to see."""
+    if isinstance(prior, CLASSES):
+        found = _logits("prior", prior)
+    elif prior is None:
+        found = None
+    else:
+        return mu, posterior, prior
+    if posterior == "logvar":
+        posterior = CATEGORICAL
+    elif not isinstance(posterior, CategoricalPosterior):
+        return mu, posterior, prior
+    return _logits("mu", mu), posterior, found
 
 
 def check_latents(
@@ -241,7 +259,7 @@ def _check_categorical(mu, logvar, posterior, prior) -> tuple[Latents, tuple[Ten
 def _logits(name: str, distribution: Distribution) -> Tensor:
     """Logits of a distribution, by what it was made of: its own are clamped where that were probabilities."""
     found = _inner(distribution)
-    if not isinstance(found, Categorical | OneHotCategorical):
+    if not isinstance(found, CLASSES):
         raise TypeError(
             f"{name} must be a Categorical or a OneHotCategorical, or an Independent of one, where the latents are categorical;"
             f" got {distribution}"
