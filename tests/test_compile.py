@@ -508,6 +508,21 @@ def test_weights(name, dtype, device):
     assert all(g.isfinite().all() for g in gradients(Counted(call)(*parameters).sum(), *parameters))
 
 
+def test_collapsed_posterior_keeps_its_gradient(device):
+    """Near a variance of 1, where the terms of the naive derivative cancel."""
+    mu = torch.zeros(10, 100, device=device)
+    for posterior, near in (("logvar", 0.0), ("std", 1.0), ("var", 1.0)):
+        second = torch.linspace(near - 1e-3, near + 1e-3, 1000, device=device).reshape(10, 100).requires_grad_()
+
+        def call(second, posterior=posterior):
+            return fastelbo.kl_divergence(mu, second, posterior=posterior)
+
+        by_second = gradients(Counted(call)(second), second)[0]
+        wide = second.detach().double()
+        expected = {"logvar": 0.5 * torch.expm1(wide), "std": wide - 1 / wide, "var": 0.5 - 0.5 / wide}[posterior]
+        assert ((by_second - expected).abs() <= 1e-6 * expected.abs()).all()
+
+
 def test_gradients_of_weights_and_targets(device):
     """Where they want some, and where a parameter does not."""
     mean, scale, x = (torch.rand(4, 5, device=device, requires_grad=True) for _ in range(3))

@@ -43,7 +43,8 @@ def positive(x: Tensor) -> Tensor:
 def with_derivative(function: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The function, element by element, with that derivative in place of autograd's, in which terms would cancel.
 
-    Not under torch.compile, which takes no Function with a `jvp`, and warns where it traces one at all: there it is autograd's.
+    Not where Dynamo goes through a call, which takes no Function with a `jvp`, and warns where it traces one at all: there it
+    is autograd's.
     """
 
     class Eager(torch.autograd.Function):
@@ -78,7 +79,7 @@ def with_derivative(function: Callable[[Tensor], Tensor], derivative: Callable[[
 
     def call(x: Tensor) -> Tensor:
         if is_compiling():
-            return function(x)
+            return Eager.apply(x) if is_behind_dynamo() else function(x)
         if is_transformed():
             return Transformed.apply(x)
         return Eager.apply(x) if x.requires_grad else function(x)
