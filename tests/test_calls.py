@@ -46,7 +46,7 @@ MOST = {
     "loss, learned scale": (45, 27, 83, 18),
     "loss, mask": (35, 27, 56, 11),
     "loss, prior": (56, 37, 70, 27),
-    "loss, free bits": (48, 36, 80, 21),
+    "loss, free bits": (48, 36, 76, 19),
     "kl_divergence": (11, 23, 17, 7),
     "kl_divergence, log_std": (33, 24, 30, 12),
     "sample_kl + loss": (35, 36, 80, 18),

@@ -98,7 +98,8 @@ def latents_forward(plan, tensors, noise, stateless=False):
     kind, dtype, per_sample, (mu, logvar) = plan.call.kind, plan.dtype, plan.per_sample, tensors
     if kind == "column":
         wide = mu.to(dtype)
-        kl = torch.expm1(logvar.to(dtype)).sub_(logvar).addcmul_(wide, wide).sum(0).mul_(0.5 * plan.kl_scale)
+        kl = torch.expm1(logvar.to(dtype)).sub_(logvar).addcmul_(wide, wide).sum(0)
+        kl.mul_(HALF if plan.kl_scale == 1 else 0.5 * plan.kl_scale)
         sums = (wide.sum(0), wide.square().sum(0)) if plan.call.statistics else None
         return None, *formula.with_free_bits(plan.call, mu, kl, None, sums)
     if noise is None:
