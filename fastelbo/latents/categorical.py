@@ -49,17 +49,21 @@ def kl_in_one_pass(
     if latents.posterior.unimix:
         return _mixed_in_one_pass(latents.posterior.unimix, logits, prior, out, spare)
     by_logits, by_prior = out
-    delta = torch.log_softmax(logits, -1, out=by_logits if by_logits is not None else spare[1])
-    if prior is None:
-        delta.add_(math.log(logits.shape[-1]))
-    else:
-        delta.sub_(torch.log_softmax(prior, -1))
-    lowest, highest = (end.item() for end in torch.aminmax(delta))
-    if not -math.inf < lowest <= highest < math.inf:  # NaN is neither
-        return None
-    # Not exponentials of the logarithms, whose roundings are larger.
     s = torch.softmax(logits, -1, out=spare[0])
-    t: float | Tensor = 1 / logits.shape[-1] if prior is None else torch.softmax(prior, -1)
+    # The largest probability is 1 over the normalizer, which takes less time than `log_softmax`; and the logarithm of the
+    # likeliest class, which counts most, has one rounding.
+    delta = torch.sub(logits, logits.amax(-1, keepdim=True), out=by_logits if by_logits is not None else spare[1])
+    likeliest = s.amax(-1, keepdim=True)
+    if prior is None:
+        t: float | Tensor = 1 / logits.shape[-1]
+        delta.add_(torch.log(likeliest / t))
+    else:
+        t = torch.softmax(prior, -1)
+        less = torch.sub(prior, prior.amax(-1, keepdim=True), out=spare[2] if prior.shape == s.shape else None)
+        delta.sub_(less).add_(torch.log(likeliest / t.amax(-1, keepdim=True)))
+    lowest, largest = (end.item() for end in torch.aminmax(delta))
+    if not -math.inf < lowest <= largest < math.inf:  # NaN is neither
+        return None
     values = total = torch.mul(delta, s, out=spare[2]).sum(-1)
     if total.numel() and total.min().item() < LITTLE:
         values = _with_little_kept(total, s, t, delta, spare)
