@@ -79,9 +79,7 @@ def compared(q, p, k, mq, rq, mp, rp, shift, classes, one_less, uniform, PRIOR: 
     else:
         t = tl.where((k < classes)[None, :], rp[:, None], 0.0)
         d = a - shift[:, None]
-    near = tl.abs(d) < NEAR  # not of infinities and NaN
-    _, expm1 = exp_and_expm1(tl.where(near, d, 0.0))
-    y = tl.where(near, t * expm1, s - t)  # s - t
+    y = s - t
     pi, rho, delta = s, t, d
     if UNIMIX:
         pi, rho = one_less * s + uniform, one_less * t + uniform
@@ -91,8 +89,8 @@ def compared(q, p, k, mq, rq, mp, rp, shift, classes, one_less, uniform, PRIOR: 
         quotient = tl.where(near, 1.0 + x, pi * inverse)
         delta = log_of_positive(quotient) + tl.where(near, x - (quotient - 1.0), 0.0)
         delta = tl.where(quotient > 0.0, delta, float("nan"))
-        near = tl.abs(delta) < NEAR
         y = t * x
+    near = tl.abs(delta) < NEAR  # not of infinities and NaN
     delta = tl.where(pi == 0.0, 0.0, delta)
     term = tl.where(near, pi * excess(tl.where(near, delta, 0.0)), pi * delta + (rho - pi))
     return s, t, delta, term, y

@@ -25,8 +25,7 @@ def kl_elements(latents: Latents, logits: Tensor, *prior: Tensor) -> Tensor:
     unimix = latents.posterior.unimix
     s, t, delta = torch.exp(log_s), torch.exp(log_t), log_s - log_t
     if unimix:
-        near = delta.abs() < NEAR
-        difference = torch.where(near, t * torch.expm1(torch.where(near, delta, 0.0)), s - t)
+        difference = s - t
         s, t = ((1 - unimix) * p + unimix / classes for p in (s, t))
         x = (1 - unimix) * difference / t
         near = x.abs() < 0.5
