@@ -84,12 +84,9 @@ def compared(q, p, k, mq, rq, mp, rp, shift, classes, one_less, uniform, PRIOR: 
     if UNIMIX:
         pi, rho = one_less * s + uniform, one_less * t + uniform
         inverse = 1.0 / rho
-        x = one_less * y * inverse
-        near = tl.abs(x) < NEAR
-        quotient = tl.where(near, 1.0 + x, pi * inverse)
-        delta = log_of_positive(quotient) + tl.where(near, x - (quotient - 1.0), 0.0)
-        delta = tl.where(quotient > 0.0, delta, float("nan"))
-        y = t * x
+        quotient = pi * inverse
+        delta = tl.where(quotient > 0.0, log_of_positive(quotient), float("nan"))
+        y = t * (one_less * y * inverse)
     near = tl.abs(delta) < NEAR  # not of infinities and NaN
     delta = tl.where(pi == 0.0, 0.0, delta)
     term = tl.where(near, pi * excess(tl.where(near, delta, 0.0)), pi * delta + (rho - pi))

@@ -612,6 +612,29 @@ def test_one_launch_forward_and_one_backward(weighting, device, monkeypatch):
         launches.clear()
 
 
+@pytest.mark.skipif(BACKEND != "triton", reason="tiles of kernels")
+def test_free_bits_of_groups_in_several_tiles(device, monkeypatch):
+    from fastelbo.kernels import categorical_divergence as kernels
+
+    monkeypatch.setattr(kernels, "tile_shape", lambda classes, most, dtype: (2, 16))
+    q, p = make((B, G, 70), F64, device, (B, G, 70))
+    elements = kl_of(q, p, 0.01)
+    free = elements.median().item() + 1e-3
+    loss = terms(q, p, unimix=0.01, weighting=Weighting(free))[0]
+    expected = elements.clamp_min(free).sum()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(gradients(t, q, p) for t in (loss, expected)))
+
+
+@pytest.mark.skipif(BACKEND != "triton", reason="operands of kernels")
+def test_a_prior_for_all_samples_is_not_copied(device):
+    from fastelbo.engine.triton_backend import _both_logits
+
+    q, p = (t.detach() for t in make((2, 3, G, K), F64, device, (G, K)))
+    found = _both_logits((q, p.expand(q.shape)))[1]
+    assert found.shape == p.shape and found.data_ptr() == p.data_ptr()
+
+
 @pytest.mark.skipif(BACKEND != "triton", reason="offsets of kernels")
 @pytest.mark.parametrize("kind", ("none", "dimension", "element"))
 def test_wide_offsets(kind, device, monkeypatch):
