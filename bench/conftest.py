@@ -110,10 +110,13 @@ def pytest_benchmark_generate_commit_info(config):
 
 
 def pytest_benchmark_generate_machine_info(config):
-    device = config.option.device
+    return machine_info(config.option.device, max(thread_counts(config.option)))
+
+
+def machine_info(device: str, threads: int) -> dict:
     info = {
         "device": device_name(device),
-        "threads": max(thread_counts(config.option)),
+        "threads": threads,
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
         "python": platform.python_version(),

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import fastelbo
 
 from . import models
-from .conftest import device_name, pytest_benchmark_generate_commit_info, pytest_benchmark_generate_machine_info
+from .conftest import device_name, machine_info, pytest_benchmark_generate_commit_info
 from .measure import _check_agreement, interleaved, peak_bytes, settle
 from .report import file_name
 from .samples_report import load, terminal, write
@@ -207,7 +207,7 @@ def run(options: argparse.Namespace, command: str) -> dict:
             )
             print(f"{name}, batch {batch}, K={samples}: {'; '.join(told)}", flush=True)
     return {
-        "machine_info": pytest_benchmark_generate_machine_info(SimpleNamespace(option=options)),
+        "machine_info": machine_info(options.device, torch.get_num_threads()),
         "commit_info": pytest_benchmark_generate_commit_info(SimpleNamespace(option=options)),
         "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
         "command": command,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.distributions import Distribution
 
-from .basics.arguments import OF_EACH, REALS, check_batch, check_device, check_number, check_reals
+from .basics.arguments import OF_EACH, check_batch, check_device, check_number, check_reals
 from .basics.tracing import is_surrounded
 from .bounds.records import ELBO, ONE_SAMPLE, check_bound
 from .bounds.samples import many_samples
@@ -20,6 +20,7 @@ from .engine.latents import run, sample
 from .engine.loss import ELBOTerms, composed_terms, planned_terms, record_reconstruction, traced_terms
 from .engine.plan import find_objective, is_little, latents_plan_of
 from .engine.sequences import Batch, PerSample, merged_latents
+from .given import check_sources, check_target, checked_beta, checked_recon_weight
 from .latents.posterior import LOGVAR, CategoricalPosterior, Latents, Posterior, check_latents
 from .latents.weighting import ALL, Weighting, check_beta, check_weighting, is_of_each, shares_of
 from .likelihoods import Likelihood
@@ -137,9 +138,9 @@ def loss(
         is_usual = len(recon_x) < 2 or TENSORS.issuperset(map(type, recon_x))
         given = recon_x if is_usual else with_numbers("recon_x", recon_x, objective.likelihood)
     if type(beta) is not float:
-        beta = _checked_beta(beta, x)
+        beta = checked_beta(beta, x)
     if type(recon_weight) is not float:
-        recon_weight = _checked_recon_weight(recon_weight, x)
+        recon_weight = checked_recon_weight(recon_weight, x)
     each = type(beta) is not float and is_of_each(beta)
     is_whole = (weighting is None or weighting is ALL) and kl_weight is None
     if objective.is_direct and is_whole and prior is None and monitor is None and not each:
@@ -152,7 +153,7 @@ def loss(
             tensors = (*given, x, *latents) if weight is None else (*given, x, weight, *latents)
             compute = traced_terms if surrounded else planned_terms
             return compute("recon_x", objective, tensors, len(given), weight is not None, len(latents), (beta, recon_weight))
-    _check_sources(mu, logvar, kl, objective, prior, weighting, kl_weight, reduction, monitor)
+    check_sources(mu, logvar, kl, objective, prior, weighting, kl_weight, reduction, monitor)
     if kl is not None:
         factors = check_number("beta", beta, x), recon_weight
         return _with_kl("recon_x", objective, given, x, weight, kl, factors, None, monitor)
@@ -239,7 +240,7 @@ def elbo(
     if isinstance(reduction, PerSample):
         if bound is not None and check_bound(bound) is not ONE_SAMPLE:
             raise ValueError(f"bound must have one sample with the reduction {reduction!r}, got {bound!r}")
-        _check_target(x, check_latents(mu, logvar, posterior, prior, kl_weight)[1][0], "sum")
+        check_target(x, check_latents(mu, logvar, posterior, prior, kl_weight)[1][0], "sum")
         z, _ = sample(mu, logvar, posterior, None, None, eps, generator)
         return loss(
             decoder(z), x, mu, logvar, beta, likelihood=likelihood, posterior=posterior, prior=prior, weighting=weighting,
@@ -266,9 +267,9 @@ def elbo(
             kl_weight=kl_weight, eps=eps, generator=generator, monitor=monitor,
         )  # fmt: skip
     if type(beta) is not float:
-        beta = _checked_beta(beta, x)
+        beta = checked_beta(beta, x)
     if type(recon_weight) is not float:
-        recon_weight = _checked_recon_weight(recon_weight, x)
+        recon_weight = checked_recon_weight(recon_weight, x)
     each = type(beta) is not float and is_of_each(beta)
     # What can be checked before the decoder runs, which may draw noise and move statistics.
     if (weighting is None or weighting is ALL) and monitor is None and not each and objective.is_sum:
@@ -277,7 +278,7 @@ def elbo(
         inside = is_plain and not surrounded and is_little(mu, logvar)
         reduction_of_kl = None if inside else objective.kl_reduction
         z, kl = sample(mu, logvar, posterior, prior, reduction_of_kl, eps, generator, surrounded, kl_weight)
-        _check_target(x, z, objective.reduction)
+        check_target(x, z, objective.reduction)
         given = decoder(z)
         if isinstance(given, Distribution):
             objective, given = _of_decoded(given, objective)
@@ -286,9 +287,9 @@ def elbo(
         tensors = (*given, x, *behind) if weight is None else (*given, x, weight, *behind)
         compute = traced_terms if surrounded else planned_terms
         return compute("decoder(z)", objective, tensors, len(given), weight is not None, len(behind), (beta, recon_weight))
-    _check_sources(mu, logvar, None, objective, prior, weighting, kl_weight, reduction, monitor)
+    check_sources(mu, logvar, None, objective, prior, weighting, kl_weight, reduction, monitor)
     latents, tensors = check_latents(mu, logvar, posterior, prior, kl_weight)
-    _check_target(x, tensors[0], objective.reduction)
+    check_target(x, tensors[0], objective.reduction)
     kl, beta, weighted, statistics = _divergence(latents, tensors, objective, beta, weighting, monitor)
     z, _ = sample(tensors[0], tensors[1], latents.posterior, None, None, eps, generator)
     given = decoder(z)
@@ -303,7 +304,7 @@ def _before_decoder(
 ) -> tuple[Tensor, Tensor]:
     """What `elbo` computes before the decoder runs, and behind it, where torch.compile takes each whole."""
     z, kl = sample(mu, logvar, posterior, prior, reduction, eps, None, None, kl_weight)
-    _check_target(x, z, reduction)
+    check_target(x, z, reduction)
     return z, kl
 
 
@@ -312,7 +313,7 @@ def _behind_decoder(
 ) -> ELBOTerms:
     objective = Objective.of(likelihood, LOGVAR, reduction)
     given = _parameters(prediction, objective.likelihood)
-    factors = _checked_beta(beta, x), _checked_recon_weight(recon_weight, x)
+    factors = checked_beta(beta, x), checked_recon_weight(recon_weight, x)
     return _with_kl("decoder(z)", objective, given, x, weight, kl, factors, None, None)
 
 
@@ -333,63 +334,6 @@ def _parameters(prediction: Any, likelihood: Likelihood) -> tuple[Tensor, ...]:
         )
     is_usual = len(prediction) < 2 or TENSORS.issuperset(map(type, prediction))
     return tuple(prediction) if is_usual else with_numbers("decoder(z)", prediction, likelihood)
-
-
-def _checked_beta(beta: Any, x: Any) -> float | Tensor:
-    """A number as a float; a tensor as it is, which for each latent dimension is checked with the latents."""
-    if is_of_each(beta):
-        return beta
-    check_reals("x", x)
-    return check_number("beta", beta, x)
-
-
-def _checked_recon_weight(recon_weight: Any, x: Any) -> float | Tensor:
-    check_reals("x", x)
-    return check_number("recon_weight", recon_weight, x)
-
-
-def _check_target(x: Any, mu: Tensor, reduction: str) -> None:
-    """A target for these latents."""
-    if isinstance(x, Tensor) and x.dtype in REALS and x.layout == torch.strided and x.device == mu.device:
-        if x.shape[:1] == mu.shape[:1] and not x.is_nested:
-            return
-    check_reals("x", x)
-    check_device("x", x, "mu", mu)
-    if reduction == "none":
-        check_batch("x", x, "mu", mu, OF_EACH)
-
-
-def _check_sources(
-    mu: Any,
-    logvar: Any,
-    kl: Any,
-    objective: Objective,
-    prior: Any,
-    weighting: Any,
-    kl_weight: Any,
-    reduction: Any,
-    monitor: Any,
-) -> None:
-    """Raise unless it is clear where the KL comes from."""
-    if not isinstance(monitor, Monitor | None):
-        raise TypeError(f"monitor must be a Monitor, got {type(monitor).__name__}")
-    if monitor is not None and kl_weight is not None:
-        raise ValueError("monitor must be None with kl_weight: its statistics are of all latents alike")
-    if kl is None:
-        if mu is None or (logvar is None and not isinstance(mu, Distribution) and objective.posterior.parameter != "logits"):
-            advice = "; the reconstruction alone is fastelbo.nll" if mu is logvar is None else ""
-            raise ValueError("give mu and logvar, or kl: got " + _given_or_not(mu=mu, logvar=logvar) + advice)
-        return
-    if mu is not None or logvar is not None:
-        raise ValueError("give mu and logvar, or kl, not both: got " + _given_or_not(mu=mu, logvar=logvar, kl=kl))
-    if prior is not None or weighting not in (None, ALL) or kl_weight is not None or objective.posterior != LOGVAR:
-        raise ValueError("posterior, prior, weighting and kl_weight must not be given with kl, which is reduced already")
-    if isinstance(reduction, tuple | list):
-        raise ValueError(f"reduction must be one name where kl is given, which is reduced already; got {reduction!r}")
-
-
-def _given_or_not(**arguments: Any) -> str:
-    return ", ".join(f"{name} {'None' if value is None else 'given'}" for name, value in arguments.items())
 
 
 def _divergence(

@@ -8,11 +8,11 @@ from .categorical import Categorical
 from .categorical_divergence import CategoricalDivergence
 from .direct import INTERPRETED
 from .divergence import Divergence
-from .latents import Sample, draw_noise
 from .log_ratio import log_ratio_backward, log_ratio_forward
 from .loss import Loss
 from .mixture import Mixture
 from .reconstruction import Family, Reconstruction
+from .sample import Sample, draw_noise
 
 __all__ = [
     "INTERPRETED",

@@ -1,4 +1,4 @@
-"""Sample and KL of any posterior from any prior: the kernels of `latents.py` in full, and the KL of each dimension."""
+"""Sample and KL of any posterior from any prior: all that `latents.py` has, and the KL of each dimension."""
 
 from math import prod
 
@@ -9,10 +9,46 @@ import triton.language as tl
 from . import posteriors
 from .broadcast import Operand
 from .direct import Launch, allocator, lies
-from .latents import clamped, divergence, divergence_bwd_kernel, divergence_fwd_kernel, weight_tile
+from .latents import backward, clamped, divergence, forward, weight_tile
 from .launch import FINISH, MANY_REGISTERS, THREADS, TRITON_DTYPE, Segment, options_of, resident_programs, scratch, tile_size
 from .operands import scalar
 from .reduction import all_arrived, count_arrival, ordered_sum
+
+
+@triton.jit(do_not_specialize=["latents", "columns", "programs", "apart", "inner", "groups"])
+def divergence_fwd_kernel(
+    mu, logvar, prior_mu, prior_second, kl_weight, noise, z, kl_out, weighted_out, partials, arrived,
+    kl_scale: tl.float64, floor: tl.float64, latents: tl.int64, columns: tl.int64, programs: tl.int32,
+    apart: tl.int64, inner: tl.int64, groups: tl.int64,
+    POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, WEIGHT: tl.constexpr, APART: tl.constexpr,
+    ELEMENTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    THREADS: tl.constexpr, FINISH: tl.constexpr,
+):  # fmt: skip
+    forward(
+        mu, logvar, prior_mu, prior_second, kl_weight, noise, z, kl_out, weighted_out, partials, arrived, None, None, None,
+        None, 1.0, 1.0, kl_scale, floor, latents, columns, programs, apart if APART else None, inner, groups,
+        POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, WEIGHT, ELEMENTS, DTYPE, ALIGNED, WIDE, BLOCK, THREADS, FINISH,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["latents", "columns", "programs", "apart", "inner", "groups"])
+def divergence_bwd_kernel(
+    grad_z, mu, logvar, prior_mu, prior_second, kl_weight, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
+    grad_kl, grad_weighted, of_columns,
+    kl_scale: tl.float64, floor: tl.float64, posterior_share: tl.float64, prior_share: tl.float64,
+    latents: tl.int64, columns: tl.int64, programs: tl.int32, apart: tl.int64, inner: tl.int64, groups: tl.int64,
+    HAS_KL: tl.constexpr, POSTERIOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    PRIOR: tl.constexpr, MU_ROW: tl.constexpr, SECOND_ROW: tl.constexpr, WEIGHT: tl.constexpr, APART: tl.constexpr,
+    FLOORED: tl.constexpr, PER: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    backward(
+        grad_z, mu, logvar, prior_mu, prior_second, kl_weight, noise, grad_mu, grad_logvar, grad_prior_mu, grad_prior_second,
+        None, grad_kl, grad_weighted, of_columns, None, 1.0, kl_scale, floor, posterior_share, prior_share,
+        latents, columns, programs, apart if APART else None, inner, groups,
+        HAS_KL, POSTERIOR, LOW, HIGH, PRIOR, MU_ROW, SECOND_ROW, WEIGHT, FLOORED, PER, DTYPE, ALIGNED, WIDE, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -291,7 +291,7 @@ def test_batch_sizes_do_not_compile_anew():
         mu, logvar = tensor(batch, latents), tensor(batch, latents)
         one, seed = torch.ones(1), torch.zeros((), dtype=torch.int64)
         settings = {
-            "likelihood": "bernoulli_logits", "scale": 1.0, "target_scale": 1 / 255, "weights": (1.0, 1.0 / batch),
+            "likelihood": "bernoulli_logits", "scale": 1.0, "target_scale": 1 / 255, "scales": (1.0, 1.0 / batch),
             "per_sample": False, "dtype": F32,
         }  # fmt: skip
         wants = True, True, False
@@ -299,8 +299,8 @@ def test_batch_sizes_do_not_compile_anew():
         options = {"kl_scale": 1.0 / batch, "per_sample": False, "dtype": F32}
         gradient = tensor(batch, features, dtype=BF16)
         loss, sample = kernels.Loss(recon_x, x, mu, **settings), kernels.Sample(mu, logvar, **options)
-        yield lambda: loss.forward(recon_x, x, mu, logvar, None, 0.1 * batch, one)
-        yield lambda: loss.backward(recon_x, x, mu, logvar, 0.1 * batch, upstreams, gradient, one, *wants)
+        yield lambda: loss.forward(recon_x, x, mu, logvar, None, 0.1 * batch, 2.0 * batch, one)
+        yield lambda: loss.backward(recon_x, x, mu, logvar, 0.1 * batch, 2.0 * batch, upstreams, gradient, one, *wants)
         yield lambda: sample.forward(mu, logvar, seed, True)
         yield lambda: sample.backward(tensor(batch, latents), mu, logvar, seed, 1.0, upstreams[:2])
         samples = 2 + batch % 3
@@ -311,7 +311,7 @@ def test_batch_sizes_do_not_compile_anew():
         yield lambda: kernels.log_ratio_backward(z, each, each, mu, logvar, seed, *priors, priors, **held, **normal)
         decoded, rows = tensor(samples * batch, features, dtype=BF16), settings | {"per_sample": True}
         of_samples = kernels.Loss(decoded, x, None, **rows)
-        yield lambda: of_samples.forward(decoded, x, None, None, each, 0.1, each)
+        yield lambda: of_samples.forward(decoded, x, None, None, each, 0.1, 1.0, each)
 
     def compilations(*calls):
         return [{specialization(compiled.record(call)) for call in same} for same in zip(*calls, strict=True)]

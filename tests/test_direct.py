@@ -17,10 +17,21 @@ from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime.jit import JITFunction
 
 from fastelbo import kernels
-from fastelbo.kernels import categorical, direct, divergence, latents, launch, log_ratio, loss, mixture, reconstruction
+from fastelbo.kernels import (
+    categorical,
+    categorical_divergence,
+    direct,
+    divergence,
+    launch,
+    log_ratio,
+    loss,
+    mixture,
+    reconstruction,
+    sample,
+)
 
 CUDA = torch.device("cuda", 0)
-MODULES = categorical, divergence, latents, log_ratio, loss, mixture, reconstruction
+MODULES = categorical, categorical_divergence, divergence, log_ratio, loss, mixture, reconstruction, sample
 KERNELS = {
     name: value
     for module in MODULES

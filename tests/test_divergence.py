@@ -446,7 +446,7 @@ def test_kernels_compile_without_spills(target):
         for free_bits in (None, 0.5):
             columns = Divergence(mu, mu, *values, None, kind="column", floor=None, free_bits=free_bits, **form)
             yield lambda columns=columns: columns.columns(mu, mu, *values, None, True)
-        yield lambda: columns.backward(None, one, one, mu, mu, None, *values, (prior is not None,) * 2, mu[0])
+        yield lambda: columns.backward(None, one, one, mu, mu, None, *values, None, (prior is not None,) * 2, mu[0])
 
     forms = (
         (torch.float32, "var", (1e-3, 10.0), "var", 128),

@@ -131,6 +131,8 @@ WEIGHTS = {
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("layout", ("contiguous", "channels last"))
 def test_weights(layout, kind, reduction, device):
+    if kind == "number" and reduction == "mean":
+        pytest.skip("an error, since a mean divides by it")
     for name in ("l1", "gaussian, soft log scale", "zero_inflated"):
         case = CASES[name]
         parameters, x = case.make(device=device)
