@@ -84,9 +84,11 @@ def compared(q, p, k, mq, rq, mp, rp, shift, classes, one_less, uniform, PRIOR: 
     if UNIMIX:
         pi, rho = one_less * s + uniform, one_less * t + uniform
         inverse = 1.0 / rho
-        quotient = pi * inverse
+        x = one_less * y * inverse
+        # Of equal probabilities 1, which an approximate division does not promise.
+        quotient = tl.where(tl.abs(x) < NEAR, 1.0 + x, pi * inverse)
         delta = tl.where(quotient > 0.0, log_of_positive(quotient), float("nan"))
-        y = t * (one_less * y * inverse)
+        y = t * x
     near = tl.abs(delta) < NEAR  # not of infinities and NaN
     delta = tl.where(pi == 0.0, 0.0, delta)
     term = tl.where(near, pi * excess(tl.where(near, delta, 0.0)), pi * delta + (rho - pi))
