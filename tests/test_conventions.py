@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import Independent, Normal, kl_divergence
+from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 import fastelbo
 from conftest import DEVICE
@@ -84,6 +84,37 @@ def images(*shape) -> dict:
 def act(a_hat, actions, is_pad, mu, logvar):
     error = torch.where(is_pad[..., None], 0.0, (a_hat - actions).abs())
     return error.mean() + 10 * of_batch(mu, logvar)
+
+
+class ZINB(Distribution):
+    """As scvi-tools has it: zeros of two kinds."""
+
+    def __init__(self, mu, theta, zi_logits):
+        self.mu, self.theta, self.zi_logits = mu, theta, zi_logits
+        super().__init__(mu.shape[:-1], mu.shape[-1:], validate_args=False)
+
+
+def scvi_tensors() -> dict:
+    def normal(scale):
+        return Normal(real(BATCH, scale), (unit(BATCH, scale) + 0.3).requires_grad_())
+
+    mu, theta = ((unit(BATCH, 7) + 0.2).requires_grad_() for _ in range(2))
+    return {
+        "px": ZINB(mu, theta, real(BATCH, 7)), "x": torch.randint(0, 3, (BATCH, 7)).double().to(DEVICE),
+        "qz": normal(LATENT), "pz": normal(LATENT), "ql": normal(1), "pl": normal(1), "kl_weight": 0.3,
+    }  # fmt: skip
+
+
+def scvi(px, x, qz, pz, ql, pl, kl_weight):
+    share, zero, eps = torch.sigmoid(px.zi_logits), x == 0, 1e-8
+    log_nb = (
+        torch.lgamma(x + px.theta) - torch.lgamma(px.theta) - torch.lgamma(x + 1)
+        + px.theta * (torch.log(px.theta + eps) - torch.log(px.theta + px.mu + eps))
+        + x * (torch.log(px.mu + eps) - torch.log(px.theta + px.mu + eps))
+    )  # fmt: skip
+    log_p = torch.where(zero, torch.log(share + (1 - share) * log_nb.exp()), torch.log1p(-share) + log_nb)
+    terms = -log_p.sum(1) + kl_weight * kl_divergence(qz, pz).sum(1) + kl_divergence(ql, pl).sum(1)
+    return terms.mean()
 
 
 def disentangled() -> dict:
@@ -209,6 +240,37 @@ PROJECTS = {
             "y": real(BATCH, 8, 5).detach(),
         },
         vits,
+    ),
+    "padded sequences": Project(
+        (
+            "steps = mask.unsqueeze(-1)",
+            'options = {"likelihood": likelihoods.Categorical(dim=-1), "weight": mask, "kl_weight": steps}',
+            'fastelbo.loss(logits, labels, mu, logvar, beta, reduction="mean", **options).loss',
+        ),
+        lambda: {
+            "logits": real(BATCH, 6, 5),
+            "labels": labels(BATCH, 6),
+            "mask": mask(BATCH, 6),
+            "beta": 0.7,
+            **latents(shape=(BATCH, 6, LATENT)),
+        },
+        lambda logits, labels, mask, mu, logvar, beta: (
+            cross_entropy(logits, labels, -1)[mask].mean() + beta * standard(mu, logvar)[mask].mean()
+        ),
+    ),
+    "scVI with a latent library": Project(
+        (
+            'kl_z = fastelbo.kl_divergence(qz, prior=pz, reduction="batchmean")',
+            'kl_l = fastelbo.kl_divergence(ql, prior=pl, reduction="batchmean")',
+            'fastelbo.loss(px, x, kl=kl_weight * kl_z + kl_l, reduction="batchmean").loss',
+        ),
+        lambda: scvi_tensors(),
+        scvi,
+    ),
+    "VDVAE, a level": Project(
+        ('fastelbo.sample_kl(qm, qv, prior=(pm, pv), posterior="log_std", reduction="none", eps=eps).kl',),
+        lambda: {**latents("qm", "qv"), **latents("pm", "pv"), "eps": unit(BATCH, LATENT)},
+        lambda qm, qv, pm, pv, eps: between(qm, qv, pm, pv).sum(1),
     ),
     "log-cosh": Project(
         (
@@ -412,7 +474,7 @@ def test_what_the_docs_say(name):
     found, expected = eval(calls[-1], scope), formula(**given)
     torch.testing.assert_close(found - but(**given), expected, rtol=1e-9, atol=1e-12)
     tensors = [t for value in given.values() for t in tensors_of(value)]
-    by_both = [gradients(v, *tensors, allow_unused=True) for v in (found, expected)]
+    by_both = [gradients(v.sum(), *tensors, allow_unused=True) for v in (found, expected)]
     assert sum(g is not None for g in by_both[1]) >= 1
     for ours, theirs in zip(*by_both, strict=True):
         assert (ours is None) == (theirs is None)
@@ -424,6 +486,7 @@ def tensors_of(value) -> list[Tensor]:
     if isinstance(value, Independent):
         value = value.base_dist
     found = (value.loc, value.scale) if isinstance(value, Normal) else (value,)
+    found = (value.mu, value.theta, value.zi_logits) if isinstance(value, ZINB) else found
     return [t for t in found if isinstance(t, Tensor) and t.requires_grad]
 
 
