@@ -240,10 +240,19 @@ def elbo(
     if isinstance(reduction, PerSample):
         if bound is not None and check_bound(bound) is not ONE_SAMPLE:
             raise ValueError(f"bound must have one sample with the reduction {reduction!r}, got {bound!r}")
-        check_target(x, check_latents(mu, logvar, posterior, prior, kl_weight)[1][0], "sum")
+        # What can be checked before the decoder runs.
+        objective = Objective.of(likelihood, posterior, "none")
+        check_sources(mu, logvar, None, objective, prior, weighting, kl_weight, reduction, monitor)
+        checked_beta(beta, x), checked_recon_weight(recon_weight, x)
+        check_latents(mu, logvar, posterior, prior, kl_weight)
+        _, merged = merged_latents(mu, logvar, posterior, prior, kl_weight, reduction, Batch.of("x", x, reduction))
+        check_weighting(weighting, merged["mu"], prior is not None, check_beta(beta, merged["mu"]), "none")
         z, _ = sample(mu, logvar, posterior, None, None, eps, generator)
+        given = decoder(z)
+        if isinstance(given, tuple | list):
+            given = _parameters(given, objective.likelihood)
         return loss(
-            decoder(z), x, mu, logvar, beta, likelihood=likelihood, posterior=posterior, prior=prior, weighting=weighting,
+            given, x, mu, logvar, beta, likelihood=likelihood, posterior=posterior, prior=prior, weighting=weighting,
             weight=weight, recon_weight=recon_weight, kl_weight=kl_weight, reduction=reduction, monitor=monitor,
         )  # fmt: skip
     surrounded = is_surrounded()

@@ -424,3 +424,17 @@ def test_of_categorical_latents(reduction):
         q[:1], prior=p[:1], posterior="categorical", kl_weight=weight[:1], weighting=Weighting(1.0), reduction="sum"
     )
     torch.testing.assert_close(steps, (kl[:1].clamp_min(1.0) * weight[:1]).sum())
+
+
+@pytest.mark.parametrize("reduction", ("sum", "mean", "element"))
+def test_the_gradient_by_a_weight_of_0_is_0(reduction):
+    """As that of `weight`: what does not count may be NaN, and so may its KL."""
+    mu, logvar, *_ = make_latents("logvar", (B, D), torch.float64, DEVICE)
+    weight = rand(B, D).double()
+    weight[1] = 0
+    kl = kl_elements(mu, logvar).detach()
+    got = kl_divergence(mu, logvar, kl_weight=weight.requires_grad_(), reduction=reduction).sum()
+    of_mean = (kl * weight).sum().detach() / weight.sum().detach().square()
+    expected = kl / weight.sum().detach() - of_mean if reduction == "mean" else kl
+    expected[1] = -of_mean if reduction == "mean" else 0
+    torch.testing.assert_close(torch.autograd.grad(got, weight)[0], expected)

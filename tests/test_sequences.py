@@ -217,3 +217,26 @@ BAD = (
 def test_errors(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+BAD_BEFORE = (
+    ({"recon_weight": "a"}, TypeError, "recon_weight must be"),
+    ({"beta": "a"}, TypeError, "beta must be"),
+    ({"beta": torch.ones(7)}, ValueError, "beta must be"),
+    ({"weighting": "a"}, TypeError, "weighting must be"),
+    ({"weighting": Weighting(1.0, "batch")}, ValueError, "about the batch"),
+    ({"monitor": "a"}, TypeError, "monitor must be"),
+    ({"likelihood": "a"}, ValueError, "likelihood must be"),
+    ({"mu": MU[:2], "logvar": LOGVAR[:2]}, ValueError, "mu must begin with the batch dimensions"),
+)
+
+
+@pytest.mark.parametrize(("changes", "error", "words"), BAD_BEFORE)
+def test_errors_come_before_the_decoder_runs(changes, error, words):
+    def decoder(z):
+        raise AssertionError("it ran")
+
+    with pytest.raises(error, match=words):
+        fastelbo.elbo(decoder, X, **{"mu": MU, "logvar": LOGVAR, "reduction": STEPS} | changes)
+    with pytest.raises(TypeError, match="pass the decoder alone, not the whole VAE"):
+        fastelbo.elbo(lambda z: (X, MU, LOGVAR), X, MU, LOGVAR, reduction=STEPS)

@@ -135,9 +135,9 @@ def divergence(call: KLCall, noise: Tensor | None, *tensors: Tensor):
         to_weight = call.shares[0] * to_posterior + call.shares[1] * to_prior
     if call.floor is not None:
         to_weight = torch.where(values <= call.floor, call.floor, to_weight)
-    if weight is not None:
-        is_all, values = to_weight is values, values * weight
-        to_weight = values if is_all else to_weight * weight
+    if weight is not None:  # no gradient by a weight of 0, either
+        is_all, values = to_weight is values, torch.where(weight == 0, 0.0, values * weight)
+        to_weight = values if is_all else torch.where(weight == 0, 0.0, to_weight * weight)
     kl = scaled(by_kind(values, kind), call.scale(mu))
     if to_weight is not values:
         weighted = scaled(by_kind(to_weight, kind), call.scale(mu))
