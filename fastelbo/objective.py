@@ -243,7 +243,8 @@ def elbo(
         # What can be checked before the decoder runs.
         objective = Objective.of(likelihood, posterior, "none")
         check_sources(mu, logvar, None, objective, prior, weighting, kl_weight, reduction, monitor)
-        checked_beta(beta, x), checked_recon_weight(recon_weight, x)
+        checked_beta(beta, x)
+        checked_recon_weight(recon_weight, x)
         check_latents(mu, logvar, posterior, prior, kl_weight)
         _, merged = merged_latents(mu, logvar, posterior, prior, kl_weight, reduction, Batch.of("x", x, reduction))
         check_weighting(weighting, merged["mu"], prior is not None, check_beta(beta, merged["mu"]), "none")

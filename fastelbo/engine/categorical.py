@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..basics.layout import without_copies
 from ..latents.categorical import kl_elements, kl_in_one_pass
 from . import formula
 from .blocks import block_size, converted, spare
@@ -66,7 +67,7 @@ def factors_of(call, like: Tensor, grad_kl: Tensor | None, grad_weighted: Tensor
 def _kl_of_groups(plan, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
     """The KL of each group, and its derivatives by the logits of both sides, if gradients are wanted."""
     latents, dtype, (logits, *prior) = plan.call.latents, plan.dtype, tensors
-    prior = [narrowed(p) for p in prior]
+    prior = [without_copies(p, last=1) for p in prior]
     slopes: list[Tensor | None] = [None, None]
     if plan.wants:
         slopes[: len(tensors)] = (torch.empty_like(logits, dtype=dtype) if t.requires_grad else None for t in tensors)
@@ -94,11 +95,3 @@ def _by_autograd(latents, tensors: Sequence[Tensor], out: Sequence[Tensor | None
             if slope is not None:
                 slope.copy_(found)
     return values.detach()
-
-
-def narrowed(prior: Tensor) -> Tensor:
-    """A prior without the copies that it was expanded to."""
-    for dim in range(prior.dim() - 1):
-        if prior.shape[dim] > 1 and prior.stride(dim) == 0:
-            prior = prior.narrow(dim, 0, 1)
-    return prior

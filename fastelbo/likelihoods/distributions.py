@@ -11,6 +11,7 @@ import torch.distributions as D
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
+from ..basics.layout import without_copies
 from ..basics.numerics import log_factorial, log_gamma_ratio
 from ..basics.records import record
 from ..basics.tracing import is_seen
@@ -37,7 +38,7 @@ def of_distribution(name: str, distribution: Distribution, likelihood: str | Lik
             f"likelihood must not be given beside a distribution, which has its own: {name} is a {type(distribution).__name__},"
             f" {found.name!r}; got {likelihood!r}"
         )
-    return found, (first, *map(_without_copies, others))
+    return found, (first, *map(without_copies, others))
 
 
 def _parametrized(name: str, distribution: Distribution) -> Found:
@@ -52,14 +53,6 @@ def _parametrized(name: str, distribution: Distribution) -> Found:
         f"{name} must be a tensor, a tuple of tensors or one of the distributions {known}, scvi-tools' NegativeBinomial or"
         f" ZeroInflatedNegativeBinomial, or an Independent of one; got {type(distribution).__name__}"
     )
-
-
-def _without_copies(value: Tensor) -> Tensor:
-    """Of a tensor that a distribution has expanded, what was expanded."""
-    for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
-        if size > 1 and stride == 0:
-            value = value.narrow(dim, 0, 1)
-    return value
 
 
 def _is_of_logits(distribution) -> bool:
@@ -77,7 +70,7 @@ def _of_bits(of_logits: Likelihood, of_probabilities: Likelihood) -> Callable[[D
 
 
 def _of_student_t(distribution) -> Found:
-    df = _without_copies(distribution.df)
+    df = without_copies(distribution.df)
     # A number in the kernel, where to read it costs no sync.
     if df.numel() == 1 and is_seen(df) and not df.requires_grad:
         return StudentT(df.item()), (distribution.loc, distribution.scale)
