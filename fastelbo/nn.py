@@ -37,7 +37,7 @@ class ELBOLoss(nn.Module):
 
     def __init__(
         self,
-        likelihood: str | Likelihood = "bernoulli",
+        likelihood: str | Likelihood | None = None,
         beta: float = 1.0,
         reduction: Reduction = "sum",
         posterior: str | Posterior | CategoricalPosterior = "logvar",
@@ -88,7 +88,7 @@ class ELBOLoss(nn.Module):
 
     def extra_repr(self) -> str:
         beta = "?" if self.beta.is_meta else f"{self.beta.item():g}"
-        shown = f"likelihood={self.likelihood!r}, beta={beta}, reduction={self.reduction!r}"
+        shown = f"likelihood={self.likelihood or find_likelihood(None).name!r}, beta={beta}, reduction={self.reduction!r}"
         if find_posterior(self.posterior) != LOGVAR:
             shown += f", posterior={self.posterior!r}"
         if self.recon_weight != 1:

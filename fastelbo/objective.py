@@ -38,7 +38,7 @@ def loss(
     beta: float | Tensor = 1.0,
     *,
     kl: Tensor | None = None,
-    likelihood: str | Likelihood = "bernoulli",
+    likelihood: str | Likelihood | None = None,
     posterior: str | Posterior | CategoricalPosterior = "logvar",
     prior: Prior | None = None,
     weighting: Weighting | None = None,
@@ -71,7 +71,7 @@ def loss(
             of `mu`, with a weight for each latent dimension. One of the shape `[B]`, where B is the number of latents, is that,
             too: weights of samples are `kl_weight`.
         kl: a KL from `sample_kl`, already reduced, in place of `mu` and `logvar`: `[]`, or `[B]` with `reduction="none"`.
-        likelihood: what `recon_x` parametrizes: a name, or an object of `fastelbo.likelihoods`, which lists them all.
+        likelihood: what `recon_x` parametrizes: a name, or an object of `fastelbo.likelihoods`, which lists them all. None, or
             `"bernoulli"`: probabilities, as `F.binary_cross_entropy`; `"bernoulli_logits"`: logits, as
             `F.binary_cross_entropy_with_logits`; `"mse"`: as `F.mse_loss`; `"gaussian"`: means, as
             `-Normal(recon_x, 1.0).log_prob(x)`. An object has options: `Gaussian(scale=0.3)`, and for bytes
@@ -103,26 +103,25 @@ def loss(
     Raises:
         TypeError: an argument is of the wrong type or dtype, or a distribution of another kind.
         ValueError: shapes, devices, names or options do not fit, or a likelihood is given beside a distribution that is
-            another one (the default counts as not given). On a CPU, too, if a value that has a weight lies where its
-            likelihood has none: probabilities and targets of `"bernoulli"`, or integer targets of `"bernoulli_logits"`, outside
-            [0, 1]; counts, rates or means below 0; scales or dispersions that are not positive; unknown labels or levels. NaN
-            passes. On a GPU, looking would need a sync, and a tracer sees no values. There a target of a Bernoulli likelihood
-            outside [0, 1], and counts of a multinomial below 0, give a loss that means nothing; the others give NaN.
+            another one. On a CPU, too, if a value that has a weight lies where its likelihood has none: probabilities and
+            targets of `"bernoulli"`, or integer targets of `"bernoulli_logits"`, outside [0, 1]; counts, rates or means below
+            0; scales or dispersions that are not positive; unknown labels or levels. NaN passes. On a GPU, looking would need a
+            sync, and a tracer sees no values. There a target of a Bernoulli likelihood outside [0, 1], and counts of a
+            multinomial below 0, give a loss that means nothing; the others give NaN.
     """
-    if isinstance(recon_x, Distribution):
-        likelihood, recon_x = of_distribution("recon_x", recon_x, likelihood)
     if isinstance(reduction, PerSample):
         batch = Batch.of("x", x, reduction)
-        arguments = batch.data(recon_x, x, weight, likelihood)
+        given: Any = {"mu": mu, "logvar": logvar, "posterior": posterior, "prior": prior, "kl_weight": kl_weight}
         if kl is None and (mu is not None or logvar is not None):
-            arguments |= merged_latents(mu, logvar, posterior, prior, kl_weight, reduction, batch)[1]
-        else:
-            arguments |= {"mu": mu, "logvar": logvar, "posterior": posterior, "prior": prior, "kl_weight": kl_weight}
+            _, given = merged_latents(**given, reduction=reduction, batch=batch)
         terms = loss(
-            **arguments, beta=beta, kl=batch.merged("kl", kl), weighting=weighting, recon_weight=recon_weight, reduction="none",
-            monitor=monitor,
+            batch.merged_prediction("recon_x", recon_x, likelihood), batch.merged("x", x), **given, beta=beta,
+            kl=batch.merged("kl", kl), likelihood=likelihood, weighting=weighting,
+            weight=batch.merged_smaller(weight, x.dim()), recon_weight=recon_weight, reduction="none", monitor=monitor,
         )  # fmt: skip
         return ELBOTerms(*map(batch.apart, terms))
+    if isinstance(recon_x, Distribution):
+        likelihood, recon_x = of_distribution("recon_x", recon_x, likelihood)
     surrounded = is_surrounded()
     if surrounded and monitor is None and is_dynamo_compiling():
         values = {
@@ -133,7 +132,7 @@ def loss(
         if found is not None:
             return found
     objective = (Objective.of if surrounded else find_objective)(likelihood, posterior, reduction)
-    given: Sequence[Any] = (recon_x,)
+    given = (recon_x,)
     if isinstance(recon_x, tuple | list):
         is_usual = len(recon_x) < 2 or TENSORS.issuperset(map(type, recon_x))
         given = recon_x if is_usual else with_numbers("recon_x", recon_x, objective.likelihood)
@@ -183,7 +182,7 @@ def elbo(
     logvar: Tensor | None = None,
     beta: float | Tensor = 1.0,
     *,
-    likelihood: str | Likelihood = "bernoulli",
+    likelihood: str | Likelihood | None = None,
     posterior: str | Posterior = "logvar",
     prior: Prior | None = None,
     weighting: Weighting | None = None,
@@ -238,24 +237,15 @@ def elbo(
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
     if isinstance(reduction, PerSample):
-        if bound is not None and check_bound(bound) is not ONE_SAMPLE:
-            raise ValueError(f"bound must have one sample with the reduction {reduction!r}, got {bound!r}")
-        # What can be checked before the decoder runs.
-        objective = Objective.of(likelihood, posterior, "none")
-        check_sources(mu, logvar, None, objective, prior, weighting, kl_weight, reduction, monitor)
-        checked_beta(beta, x)
-        checked_recon_weight(recon_weight, x)
-        check_latents(mu, logvar, posterior, prior, kl_weight)
-        _, merged = merged_latents(mu, logvar, posterior, prior, kl_weight, reduction, Batch.of("x", x, reduction))
-        check_weighting(weighting, merged["mu"], prior is not None, check_beta(beta, merged["mu"]), "none")
-        z, _ = sample(mu, logvar, posterior, None, None, eps, generator)
-        given = decoder(z)
-        if isinstance(given, tuple | list):
-            given = _parameters(given, objective.likelihood)
-        return loss(
-            given, x, mu, logvar, beta, likelihood=likelihood, posterior=posterior, prior=prior, weighting=weighting,
-            weight=weight, recon_weight=recon_weight, kl_weight=kl_weight, reduction=reduction, monitor=monitor,
+        batch = Batch.of("x", x, reduction)
+        _, merged = merged_latents(mu, logvar, posterior, prior, kl_weight, reduction, batch)
+        terms = elbo(
+            batch.around(decoder, likelihood), batch.merged("x", x), beta=beta, **merged, likelihood=likelihood,
+            weighting=weighting, weight=batch.merged_smaller(weight, x.dim()), recon_weight=recon_weight, reduction="none",
+            bound=bound, eps=batch.merged("eps", eps, dim=int(check_bound(bound) is not ONE_SAMPLE)), generator=generator,
+            monitor=monitor,
         )  # fmt: skip
+        return ELBOTerms(*map(batch.apart, terms))
     surrounded = is_surrounded()
     if surrounded and bound is None and weighting is None and monitor is None and generator is None:
         if is_dynamo_compiling() and isinstance(reduction, str) and not is_of_each(beta):
@@ -329,7 +319,7 @@ def _behind_decoder(
 
 def _of_decoded(distribution: Distribution, objective: Objective) -> tuple[Objective, tuple[Tensor, ...]]:
     """The objective with the likelihood of what a decoder returned, and the tensors of that."""
-    likelihood, given = of_distribution("decoder(z)", distribution, objective.likelihood)
+    likelihood, given = of_distribution("decoder(z)", distribution, objective.given)
     return objective._replace(likelihood=likelihood, is_sum=True), given
 
 

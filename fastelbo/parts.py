@@ -36,7 +36,7 @@ def nll(
     recon_x: Tensor | tuple[Tensor | float, ...] | Distribution,
     x: Tensor,
     *,
-    likelihood: str | Likelihood = "bernoulli",
+    likelihood: str | Likelihood | None = None,
     weight: Tensor | None = None,
     reduction: str | PerSample = "sum",
 ) -> Tensor:
@@ -62,7 +62,8 @@ def nll(
     """
     if isinstance(reduction, PerSample):
         batch = Batch.of("x", x, reduction)
-        return batch.apart(nll(**batch.data(recon_x, x, weight, likelihood), reduction="none"))
+        prediction, weight = batch.merged_prediction("recon_x", recon_x, likelihood), batch.merged_smaller(weight, x.dim())
+        return batch.apart(nll(prediction, batch.merged("x", x), likelihood=likelihood, weight=weight, reduction="none"))
     if isinstance(recon_x, Distribution):
         likelihood, recon_x = of_distribution("recon_x", recon_x, likelihood)
     surrounded = is_surrounded()

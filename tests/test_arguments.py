@@ -308,6 +308,7 @@ def test_module(device):
     kl = fastelbo.sample_kl(inputs[2], inputs[3], reduction="batchmean").kl
     torch.testing.assert_close(twin(inputs[0], inputs[1], kl=kl).loss, twin(*inputs).loss)
     assert repr(twin) == "ELBOLoss(likelihood='mse', beta=2, reduction='batchmean')"
+    assert repr(fastelbo.nn.ELBOLoss()) == "ELBOLoss(likelihood='bernoulli', beta=1, reduction='sum')"
     spelled = fastelbo.nn.ELBOLoss("mse", 2.0, "batchmean", posterior=fastelbo.Posterior(), weighting=fastelbo.Weighting())
     assert repr(spelled) == repr(twin)
     twin = fastelbo.nn.ELBOLoss(posterior="std", weighting=fastelbo.Weighting(free_bits=0.5))

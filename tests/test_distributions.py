@@ -379,13 +379,13 @@ def test_its_own_name_may_be_given(name):
     case = CASES[name]
     tensors, x = case.tensors(), case.x()
     px = case.make(*tensors)
-    found, _ = of_distribution("recon_x", px, "bernoulli")
+    found, _ = of_distribution("recon_x", px, None)
     given = "categorical" if name.startswith("one-hot") else found.name
     if given == "student_t":  # which has no name, for it has no default
         given = found
     assert torch.equal(fastelbo.nll(px, x, likelihood=given), fastelbo.nll(px, x))
     other = "gaussian" if given != "gaussian" else "laplace"
-    for likelihood in (other, Gaussian(scale=0.5)):
+    for likelihood in {other, Gaussian(scale=0.5), "bernoulli"} - {given}:
         with pytest.raises(ValueError, match=f"likelihood must not be given beside .*recon_x is a .*{found.name}"):
             fastelbo.nll(px, x, likelihood=likelihood)
 
@@ -396,13 +396,13 @@ def test_logits_are_taken_where_it_was_made_of_them(kind):
     far = torch.tensor([[40.0, -40.0, 200.0]], device=DEVICE, requires_grad=True)
     px = kind(logits=far)
     assert px.probs.shape == far.shape
-    likelihood, (taken,) = of_distribution("recon_x", px, "bernoulli")
+    likelihood, (taken,) = of_distribution("recon_x", px, None)
     assert likelihood.name.endswith("_logits") and taken is px.logits
     if kind is D.Bernoulli:
         torch.testing.assert_close(fastelbo.nll(px, torch.tensor([[0.0, 1.0, 0.0]], device=DEVICE)).item(), 280.0)
     px = kind(probs=torch.full((1, 3), 0.25, device=DEVICE))
     assert px.logits.shape == (1, 3)
-    likelihood, (taken,) = of_distribution("recon_x", px, "bernoulli")
+    likelihood, (taken,) = of_distribution("recon_x", px, None)
     assert not likelihood.name.endswith("_logits") and taken is px.probs
 
 
@@ -415,7 +415,7 @@ def test_what_was_expanded_is_not_copied():
         (Normal(0.0, mean + 1), [SHAPE, SHAPE]),
         (Independent(InflatedCounts(mean, scale, mean[:, :, :1]), 1), [SHAPE, (1, 1, K), (B, T, 1)]),
     ):
-        _, tensors = of_distribution("recon_x", px, "bernoulli")
+        _, tensors = of_distribution("recon_x", px, None)
         assert [t.shape for t in tensors] == shapes
         assert tensors[1].untyped_storage().nbytes() <= tensors[1].numel() * tensors[1].element_size()
 
@@ -431,11 +431,11 @@ def test_bits_of_any_dtype():
 def test_degrees_of_freedom_that_are_a_number():
     """Are that of the fused likelihood, where they can be read without a sync."""
     mean = torch.randn(B, K, device=DEVICE)
-    likelihood, tensors = of_distribution("recon_x", D.StudentT(3.0, mean, 2.0), "bernoulli")
+    likelihood, tensors = of_distribution("recon_x", D.StudentT(3.0, mean, 2.0), None)
     if DEVICE.type == "cpu":
         assert likelihood is StudentT(3.0) and len(tensors) == 2
     learned = torch.tensor(3.0, device=DEVICE, requires_grad=True)
-    assert len(of_distribution("recon_x", D.StudentT(learned, mean, 2.0), "bernoulli")[1]) == 3
+    assert len(of_distribution("recon_x", D.StudentT(learned, mean, 2.0), None)[1]) == 3
 
 
 def test_rare_counts():
@@ -462,7 +462,7 @@ def test_counts_in_one_pass(rate, shape, weighted):
     logits = (2 * torch.randn(40, 300)).requires_grad_()
     failures = torch.exp(2 * torch.randn(shape)).requires_grad_()
     x = torch.poisson(torch.full((40, 300), rate))
-    likelihood, tensors = of_distribution("recon_x", D.NegativeBinomial(failures, logits=logits), "bernoulli")
+    likelihood, tensors = of_distribution("recon_x", D.NegativeBinomial(failures, logits=logits), None)
     out = [torch.empty_like(x) for _ in tensors]
     assert likelihood.one_pass([t.detach() for t in tensors], x, True, out, [None] * 10) is not None
     weight = torch.rand(40, 1) if weighted else None
@@ -526,8 +526,12 @@ def test_errors():
     with pytest.raises(ValueError, match=r"recon_x\[0\] must have the shape of x"):
         fastelbo.nll(Normal(t, 1.0), t[:, :3])
     for options in ({}, {"bound": IWAE(2)}, {"weighting": fastelbo.Weighting(0.1)}):
-        with pytest.raises(ValueError, match=r"likelihood must not be given beside a distribution.*decoder\(z\) is a Normal"):
-            fastelbo.elbo(lambda z: Normal(z.new_zeros(len(z), K), 1.0), t, *latents, likelihood="mse", **options)
+        for likelihood in ("mse", "bernoulli"):  # which is no default then
+            with pytest.raises(ValueError, match=r"likelihood must not be given .*decoder\(z\) is a Normal, 'gaussian'; got"):
+                fastelbo.elbo(lambda z: Normal(z.new_zeros(len(z), K), 1.0), t, *latents, likelihood=likelihood, **options)
+    criterion = fastelbo.nn.ELBOLoss("bernoulli")
+    with pytest.raises(ValueError, match="likelihood must not be given beside a distribution"):
+        criterion(Normal(t, 1.0), t, *latents)
     with pytest.raises(ValueError, match="likelihood must not be given beside"):
         fastelbo.log_likelihood(lambda z: Normal(z.new_zeros(len(z), K), 1.0), t, *latents, likelihood="laplace", n_samples=2)
     with pytest.raises(ValueError, match="likelihood must be an object of"):

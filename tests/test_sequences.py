@@ -1,15 +1,18 @@
 """`PerSample`: values for several batch dimensions, such as the steps of sequences, in all calls."""
 
+import math
+
 import pytest
 import torch
 from torch.distributions import Bernoulli, Independent, Normal
+from torch.utils.checkpoint import checkpoint
 
 import fastelbo
 from conftest import DEVICE
 from fastelbo import CategoricalPosterior, PerSample, Weighting, kl_divergence, nll, sample_kl
 from fastelbo.diagnostics import Monitor
 from fastelbo.likelihoods import Categorical, Gaussian
-from support import gradcheck
+from support import gradcheck, gradgradcheck
 
 B, T, D, F = 3, 4, 5, 6
 STEPS = PerSample(batch_dims=2)
@@ -208,7 +211,13 @@ BAD = (
     (lambda: fastelbo.loss(X, 3.0, MU, LOGVAR, reduction=STEPS), TypeError, "x must be a tensor"),
     (lambda: nll(X, X, weight=X[:2], reduction=STEPS), ValueError, "weight must broadcast to x"),
     (lambda: sample_kl(MU, LOGVAR, eps=MU[0], reduction=STEPS), ValueError, "eps must begin with the batch dimensions"),
-    (lambda: fastelbo.elbo(abs, X, MU, LOGVAR, bound=fastelbo.IWAE(2), reduction=STEPS), ValueError, "bound must have one"),
+    (lambda: fastelbo.elbo(abs, X, MU, LOGVAR, bound=1, reduction=STEPS), TypeError, "bound must be"),
+    (
+        lambda: fastelbo.elbo(abs, X, MU, LOGVAR, bound=fastelbo.IWAE(2), eps=X, reduction=STEPS), ValueError,
+        "eps must have behind n_samples the batch dimensions",
+    ),
+    (lambda: fastelbo.elbo(lambda z: z[:, 0], X, MU, LOGVAR, reduction=STEPS), ValueError, r"decoder\(z\) must begin with"),
+    (lambda: fastelbo.elbo(abs, X[..., 0], MU, LOGVAR, reduction=STEPS), ValueError, r"decoder\(z\) must have the shape of x"),
     (lambda: kl_divergence(MU, LOGVAR, weighting=Weighting(1.0, "batch"), reduction=STEPS), ValueError, "about the batch"),
 )  # fmt: skip
 
@@ -240,3 +249,97 @@ def test_errors_come_before_the_decoder_runs(changes, error, words):
         fastelbo.elbo(decoder, X, **{"mu": MU, "logvar": LOGVAR, "reduction": STEPS} | changes)
     with pytest.raises(TypeError, match="pass the decoder alone, not the whole VAE"):
         fastelbo.elbo(lambda z: (X, MU, LOGVAR), X, MU, LOGVAR, reduction=STEPS)
+
+
+# --- bounds of several samples
+
+
+def terms_of_samples(mu, logvar, eps, matrix, x):
+    """Of each sample and step: the reconstruction, and log q - log p."""
+    z = mu + (logvar / 2).exp() * eps
+    log_ratio = Normal(mu, (logvar / 2).exp()).log_prob(z).sum(-1) - Normal(0.0, 1.0).log_prob(z).sum(-1)
+    return (z @ matrix - x).square().sum(-1), log_ratio
+
+
+@pytest.mark.parametrize("chunk", (1, 2, 3))
+def test_bounds_of_each_step(chunk):
+    """The decoder gets all batch dimensions, and as many sequences as there are samples of them in a chunk."""
+    (mu, logvar), x, matrix, eps = latents(), unit(B, T, F), real(D, F), torch.randn(3, B, T, D, device=DEVICE).double()
+    rows = []
+
+    def decoder(z):
+        rows.append(tuple(z.shape))
+        return z @ matrix
+
+    recon, log_ratio = terms_of_samples(mu, logvar, eps, matrix, x)
+    options = {"likelihood": "mse", "reduction": STEPS, "eps": eps}
+    got = fastelbo.elbo(decoder, x, mu, logvar, 0.5, bound=fastelbo.IWAE(3, chunk=chunk), **options)
+    check_in_chunks(got.loss, math.log(3) - torch.logsumexp(-recon - 0.5 * log_ratio, 0), mu, logvar, matrix)
+    assert set(rows) == {(samples * B, T, D) for samples in {chunk, 3 % chunk} - {0}}
+    got = fastelbo.elbo(decoder, x, mu, logvar, 0.5, bound=fastelbo.ELBO(3, chunk=chunk), **options)
+    check_in_chunks(got.loss, recon.mean(0) + 0.5 * standard(mu, logvar).sum(-1), mu, logvar, matrix)
+
+
+def check_in_chunks(got, expected, *wrt):
+    """Whose backward runs the decoder again."""
+    torch.testing.assert_close(got, expected)
+    upstream = torch.randn_like(expected)
+    true = torch.autograd.grad(expected, wrt, upstream, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(got, wrt, upstream), true)
+
+
+def test_a_decoder_may_return_a_distribution_or_numbers():
+    (mu, logvar), x, matrix, eps = latents(), unit(B, T, F), real(D, F), unit(B, T, D)
+    z = mu + (logvar / 2).exp() * eps
+    expected = -Normal(z @ matrix, 0.5).log_prob(x).sum(-1)
+    for make in (lambda mean: Independent(Normal(mean, 0.5), 1), lambda mean: (mean, 0.5)):
+        given = {} if make(x).__class__ is Independent else {"likelihood": Gaussian()}
+        got = fastelbo.elbo(lambda z, make=make: make(z @ matrix), x, mu, logvar, eps=eps, reduction=STEPS, **given)
+        check(got.recon, expected, mu, logvar, matrix)
+
+
+# --- in a user's surroundings
+
+
+@pytest.mark.parametrize("name", ("nll", "loss", "kl_divergence", "sample_kl", "elbo"))
+def test_second_derivatives_and_checkpoints(name):
+    (mu, logvar), x, p, eps, weight = latents(), unit(B, T, D), real(B, T, D), unit(B, T, D), unit(B, T, 1)
+    options = {"reduction": STEPS, "likelihood": "bernoulli_logits"}
+    call = {
+        "nll": lambda p, mu, logvar: nll(p, x, weight=weight, **options),
+        "loss": lambda p, mu, logvar: fastelbo.loss(p, x, mu, logvar, 0.5, kl_weight=weight, recon_weight=2.0, **options).loss,
+        "kl_divergence": lambda p, mu, logvar: kl_divergence(mu, logvar, prior=(p, mu), kl_weight=weight, reduction=STEPS),
+        "sample_kl": lambda p, mu, logvar: sample_kl(mu, logvar, eps=eps, reduction=STEPS),
+        "elbo": lambda p, mu, logvar: fastelbo.elbo(lambda z: z.exp() * p, x, mu, logvar, eps=eps, **options).loss,
+    }[name]
+
+    def scalar(value):
+        parts = value if isinstance(value, tuple) else (value,)
+        return sum((part.sin() * (1 + torch.arange(T, device=DEVICE).view(T, *[1] * (part.dim() - 2)))).sum() for part in parts)
+
+    def gradient(value):
+        return torch.autograd.grad(scalar(value), (p, mu, logvar), allow_unused=True, materialize_grads=True)
+
+    again = checkpoint(call, p, mu, logvar, use_reentrant=False)
+    torch.testing.assert_close(gradient(again), gradient(call(p, mu, logvar)), rtol=1e-12, atol=1e-12)
+    assert gradgradcheck(call, (p, mu, logvar))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_autocast(dtype):
+    """What a decoder makes under autocast is of few bits; the values are of float32, and gradients reach the parameters."""
+    (mu, logvar), x, layer = latents(), unit(B, T, F), torch.nn.Linear(D, F).to(DEVICE)
+    mu, logvar, x = (t.detach().float().requires_grad_(t.requires_grad) for t in (mu, logvar, x))
+    with torch.autocast(DEVICE.type, dtype):
+        logits = layer(mu)
+        found = fastelbo.loss(logits, x, mu, logvar, likelihood="bernoulli_logits", reduction=STEPS, recon_weight=0.5)
+    assert logits.dtype == dtype and found.loss.dtype == torch.float32
+    wide = logits.detach().double().requires_grad_()
+    expected = NLL["bernoulli_logits"](wide, x.double()).sum(-1)
+    torch.testing.assert_close(found.recon.double(), expected, rtol=1e-5, atol=0)
+    (by_logits,) = torch.autograd.grad(found.loss.sum(), logits, retain_graph=True)
+    (true,) = torch.autograd.grad(0.5 * expected.sum(), wide)
+    assert by_logits.dtype == dtype
+    torch.testing.assert_close(by_logits.double(), true, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+    (by_bias,) = torch.autograd.grad(found.loss.sum(), layer.bias)
+    torch.testing.assert_close(by_bias.double(), true.sum((0, 1)), rtol=0.05, atol=0.05)

@@ -33,7 +33,7 @@ def log_likelihood(
     mu: Tensor | Distribution,
     logvar: Tensor | None = None,
     *,
-    likelihood: str | Likelihood = "bernoulli",
+    likelihood: str | Likelihood | None = None,
     posterior: str | Posterior = "logvar",
     prior: tuple[Tensor, Tensor] | Distribution | None = None,
     weight: Tensor | None = None,

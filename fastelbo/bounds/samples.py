@@ -231,7 +231,7 @@ def decoded(call: Call, z: Tensor) -> Decoded:
     """What the decoder makes of z."""
     prediction, likelihood = call.decoder(z), call.objective.likelihood
     if isinstance(prediction, Distribution):
-        likelihood, prediction = of_distribution("decoder(z)", prediction, likelihood)
+        likelihood, prediction = of_distribution("decoder(z)", prediction, call.objective.given)
     return Decoded(list(prediction) if isinstance(prediction, tuple | list) else [prediction], likelihood)
 
 

@@ -40,15 +40,16 @@ class Objective(NamedTuple):
     kl_reduction: str
     is_sum: bool  # of the likelihood's terms, and not made of another one's sums
     is_direct: bool  # one Function computes it from mu and logvar, if these have no prior of their own
+    given: str | Likelihood | None = None  # as the likelihood, by the user
     samples: int = 1  # of all of x, one after the other, that the parameters have
 
     @classmethod
     def of(cls, likelihood, posterior, reduction) -> "Objective":
         """From what users pass."""
-        likelihood, posterior = find_likelihood(likelihood), find_posterior(posterior)
+        given, likelihood, posterior = likelihood, find_likelihood(likelihood), find_posterior(posterior)
         is_usual = posterior.parameter == "logvar" and posterior.clamp is None
         is_sum = likelihood.inner is None
-        return cls(likelihood, posterior, *split_reduction(reduction), is_sum, is_usual and is_sum)
+        return cls(likelihood, posterior, *split_reduction(reduction), is_sum, is_usual and is_sum, given)
 
 
 TENSORS = frozenset((Tensor, Parameter))
@@ -131,7 +132,7 @@ class LossCall(NamedTuple):
 
 def check_loss(name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, latents: int) -> LossCall:
     """The call, once its tensors, of which errors call the first ones `name`, are found to fit together."""
-    likelihood, _, reduction, kl_reduction, _, _, samples = objective
+    likelihood, _, reduction, kl_reduction, _, _, _, samples = objective
     given, x = tensors[:parameters], tensors[parameters]
     check_reals("x", x)
     likelihood.check(name, given if samples == 1 else [p[: x.shape[0]] for p in given], x)

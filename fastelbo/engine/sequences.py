@@ -1,6 +1,7 @@
 """Several batch dimensions, such as sequences and their steps: they become one for a call, and its values get them back."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.distributions import Distribution, Normal
 from ..basics.arguments import check_count, check_reals
 from ..basics.records import Record, canonical, record
 from ..latents.posterior import check_latents
-from ..likelihoods.distributions import of_distribution
+from ..likelihoods.distributions import Parametrized, of_distribution
 
 
 @record
@@ -47,14 +48,15 @@ class Batch(NamedTuple):
             )
         return cls(tuple(value.shape[: reduction.batch_dims]))
 
-    def merged(self, name: str, value: Any) -> Any:
-        """With one batch dimension."""
+    def merged(self, name: str, value: Any, dim: int = 0) -> Any:
+        """With one batch dimension, which is this one."""
         if not isinstance(value, Tensor):
             return value  # an error further in
-        dims = len(self.sizes)
-        if tuple(value.shape[:dims]) != self.sizes:
-            raise ValueError(f"{name} must begin with the batch dimensions {self.sizes}: got {tuple(value.shape)}")
-        return value.flatten(0, dims - 1) if dims > 1 else value
+        behind = dim + len(self.sizes)
+        if tuple(value.shape[dim:behind]) != self.sizes:
+            where = "have behind n_samples" if dim else "begin with"
+            raise ValueError(f"{name} must {where} the batch dimensions {self.sizes}: got {tuple(value.shape)}")
+        return value.flatten(dim, behind - 1)
 
     def merged_smaller(self, value: Any, rank: int) -> Any:
         """Likewise, of what broadcasts to so many dimensions, the batch's among them."""
@@ -66,17 +68,25 @@ class Batch(NamedTuple):
             return value  # an error further in
         return value.reshape(shape).expand(*self.sizes, *shape[dims:]).flatten(0, dims - 1)
 
-    def data(self, recon_x: Any, x: Tensor, weight: Any, likelihood: Any) -> dict[str, Any]:
-        """The arguments of `loss` by these names."""
-        if isinstance(recon_x, Distribution):
-            likelihood, recon_x = of_distribution("recon_x", recon_x, likelihood)
-        first, *others = recon_x if isinstance(recon_x, tuple | list) and recon_x else (recon_x,)
+    def merged_prediction(self, name: str, prediction: Any, likelihood: Any) -> Any:
+        """Likewise, of what a decoder returned."""
+        if isinstance(prediction, Distribution):
+            found, tensors = of_distribution(name, prediction, likelihood)
+            return Parametrized(found, self.merged_prediction(name, tensors, found))
+        first, *others = prediction if isinstance(prediction, tuple | list) and prediction else (prediction,)
         rank = first.dim() if isinstance(first, Tensor) else 0
-        given = self.merged("recon_x", first), *(self.merged_smaller(t, rank) for t in others)
-        return {
-            "recon_x": given if others else given[0], "x": self.merged("x", x),
-            "weight": self.merged_smaller(weight, x.dim()), "likelihood": likelihood,
-        }  # fmt: skip
+        return self.merged(name, first), *(self.merged_smaller(t, rank) for t in others)
+
+    def around(self, decoder: Callable[[Tensor], Any], likelihood: Any) -> Callable[[Tensor], Any]:
+        """The decoder as one of rows, of which it may get several samples."""
+
+        def of_rows(z: Tensor) -> Any:
+            several = self
+            if z.shape[0]:
+                several = Batch((z.shape[0] // math.prod(self.sizes[1:]), *self.sizes[1:]))
+            return several.merged_prediction("decoder(z)", decoder(several.apart(z)), likelihood)
+
+        return of_rows
 
     def apart(self, value: Tensor) -> Tensor:
         """A value for each sample, by the batch's dimensions."""

@@ -81,10 +81,12 @@ BY_NAME: dict[str, Likelihood] = {name: kind() for name, kind in sorted(_KINDS.i
 """The likelihood that a name stands for."""
 
 
-def find_likelihood(likelihood: str | Likelihood) -> Likelihood:
-    """The likelihood that a name stands for, or the object that it is."""
+def find_likelihood(likelihood: str | Likelihood | None) -> Likelihood:
+    """The likelihood that a name stands for, or the object that it is; None: Bernoulli's."""
     if isinstance(likelihood, Likelihood):
         return likelihood
+    if likelihood is None:
+        return BY_NAME["bernoulli"]
     found = BY_NAME.get(likelihood) if isinstance(likelihood, str) else None
     if found is None:
         names = ", ".join(map(repr, BY_NAME))

@@ -26,14 +26,13 @@ from .values import POSITIVE
 Found = tuple[Likelihood, tuple[Tensor, ...]]
 
 
-def of_distribution(name: str, distribution: Distribution, likelihood: str | Likelihood) -> Found:
+def of_distribution(name: str, distribution: Distribution, likelihood: str | Likelihood | None) -> Found:
     """The likelihood of a distribution, which errors call `name`, and the tensors that parametrize it. `likelihood` is what was
-    given beside it: by default, that of the public calls, nothing; else it has to be the one that is found."""
+    given beside it: None, or the one that is found."""
     while isinstance(distribution, Independent):
         distribution = distribution.base_dist
     found, (first, *others) = _parametrized(name, distribution)
-    given = find_likelihood(likelihood)
-    if given not in (BY_NAME["bernoulli"], BY_NAME.get(found.name), found):
+    if likelihood is not None and find_likelihood(likelihood) not in (BY_NAME.get(found.name), found):
         raise ValueError(
             f"likelihood must not be given beside a distribution, which has its own: {name} is a {type(distribution).__name__},"
             f" {found.name!r}; got {likelihood!r}"
@@ -41,7 +40,16 @@ def of_distribution(name: str, distribution: Distribution, likelihood: str | Lik
     return found, (first, *map(without_copies, others))
 
 
+class Parametrized(Distribution):
+    """What a distribution was found to stand for."""
+
+    def __init__(self, likelihood: Likelihood, tensors: tuple[Tensor, ...]) -> None:
+        self.found = likelihood, tensors
+
+
 def _parametrized(name: str, distribution: Distribution) -> Found:
+    if isinstance(distribution, Parametrized):
+        return distribution.found
     for kind, parametrized in KNOWN:
         # One that overrides it is another distribution.
         if isinstance(distribution, kind) and type(distribution).log_prob is kind.log_prob:
