@@ -20,7 +20,8 @@ class Monitor:
     the device in float64, a few small operations a call. Nothing waits for the device until a value is read on the host.
     Where a call needs the KL of each sample or element (`reduction="none"`, free bits or a capacity of those), mu and logvar
     are read once more; the data never are.
-    Everything is about the calls since the last `reset`, such as an epoch.
+    Everything is about the calls since the last `reset`, such as an epoch. Where a call has a `kl_weight`, each dimension's
+    means and variances are over the weights, from a pass of their own; a dimension whose weights are all 0 has NaN.
     """
 
     def __init__(self) -> None:
@@ -29,7 +30,7 @@ class Monitor:
     def reset(self) -> None:
         """Forget all calls."""
         self._samples = 0  # of those with a posterior
-        self._latents: Tensor | None = None  # [3, *latent shape]: sums over samples of KL, mu, mu^2
+        self._latents: Tensor | None = None  # [4, *latent shape]: sums over samples of KL, mu, mu^2, and their weights
         self._recon: Tensor | None = None  # [2]: nats, and elements that they are of
         self._batches = 0
 
@@ -47,10 +48,11 @@ class Monitor:
             self._batches += batch
             if statistics is None:
                 return
-            kl, mu_sum, mu_square_sum, posteriors = statistics
+            *sums, posteriors, weight = statistics
             if posteriors == 0:
                 return
-            new = torch.stack([kl.double() * posteriors, mu_sum.double(), mu_square_sum.double()])
+            weight = torch.full_like(sums[0], posteriors) if weight is None else weight
+            new = torch.stack([t.double() for t in (*sums, weight)])
             if self._latents is not None and self._latents.shape != new.shape:
                 raise ValueError(
                     "monitor must see latents of one shape, and be reset before another:"
@@ -61,13 +63,14 @@ class Monitor:
 
     @property
     def kl_per_dimension(self) -> Tensor:
-        """KL of each latent dimension in nats, the mean over samples: `[*latent shape]`, float64."""
-        return self._seen()[0] / self._samples
+        """KL of each latent dimension in nats, the mean over samples, or over their weights: `[*latent shape]`, float64."""
+        total, _, _, count = self._seen()
+        return total / count
 
     @property
     def kl(self) -> Tensor:
         """KL in nats a sample: `[]`."""
-        return self.kl_per_dimension.sum()
+        return self._seen()[0].sum() / self._samples
 
     @property
     def mean_variance(self) -> Tensor:
@@ -75,7 +78,8 @@ class Monitor:
 
         Of sums that each call makes in float32: of means some hundred times as far from 0 as they vary, few digits are left.
         """
-        _, total, squares = self._seen() / self._samples
+        _, total, squares, count = self._seen()
+        total, squares = total / count, squares / count
         return (squares - total.square()).clamp_min(0)
 
     def active_units(self, threshold: float = 0.01) -> Tensor:
@@ -102,13 +106,12 @@ class Monitor:
 
     def is_collapsed(self, threshold: float = 0.01, share: float = 0.1) -> bool:
         """Whether less than `share` of the latent dimensions are active. Waits for the device."""
-        latents = self._seen()[0].numel()
-        return int(self.active_units(threshold)) < share * latents
+        return int(self.active_units(threshold)) < share * self._dimensions()
 
     def warn_if_collapsed(self, threshold: float = 0.01, share: float = 0.1) -> None:
         """Emit a `CollapseWarning` if less than `share` of the latent dimensions are active. Waits for the device."""
         if self.is_collapsed(threshold, share):
-            active, latents = int(self.active_units(threshold)), self._seen()[0].numel()
+            active, latents = int(self.active_units(threshold)), self._dimensions()
             warnings.warn(
                 f"posterior collapse: the means of only {active} of {latents} latent dimensions vary by more than {threshold:g}"
                 f" over {self._samples} samples; the KL is {self.kl:.3g} nats a sample. A beta that warms up, free bits or a"
@@ -121,6 +124,10 @@ class Monitor:
         if self._latents is None:
             raise RuntimeError("monitor has seen no posterior: pass it to a call of loss or elbo that has mu and logvar")
         return self._latents
+
+    def _dimensions(self) -> int:
+        """How many have counted."""
+        return int((self._seen()[3] != 0).sum())
 
     def _recon_sums(self) -> Tensor:
         if self._recon is None:

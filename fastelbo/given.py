@@ -44,8 +44,6 @@ def check_sources(
     """Raise unless it is clear where the KL comes from."""
     if not isinstance(monitor, Monitor | None):
         raise TypeError(f"monitor must be a Monitor, got {type(monitor).__name__}")
-    if monitor is not None and kl_weight is not None:
-        raise ValueError("monitor must be None with kl_weight: its statistics are of all latents alike")
     if kl is None:
         if mu is None or (logvar is None and not isinstance(mu, Distribution) and objective.posterior.parameter != "logits"):
             advice = "; the reconstruction alone is fastelbo.nll" if mu is logvar is None else ""

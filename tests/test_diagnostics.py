@@ -8,6 +8,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 import fastelbo
+from fastelbo import ELBO, Weighting
 from fastelbo.diagnostics import CollapseWarning, Monitor
 from support import gradients
 
@@ -51,6 +52,39 @@ def test_the_loss_is_the_same_with_a_monitor(device):
         watched = fastelbo.loss(recon_x, x, mu, logvar, 0.3, monitor=Monitor())
         torch.testing.assert_close(plain, watched)
         torch.testing.assert_close(*(gradients(t.loss, recon_x, mu, logvar) for t in (plain, watched)))
+
+
+OPTIONS = ({}, {"weighting": Weighting(0.1)}, {"weighting": Weighting(0.1, "dimension")}, {"reduction": "none"})
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("function", ("loss", "elbo", "several samples"))
+def test_padded_time_steps(function, options, device):
+    """Each step's means are over the sequences that have it, and what lies in the padding does not count."""
+    monitor, seen = Monitor(), []
+    for recon_x, x, mu, logvar in batches(device):
+        weight = torch.tensor([[1.0, 0.5, 0.0], [1.0, 0.0, 0.0]], device=device)[torch.arange(len(mu)) % 2].unsqueeze(-1)
+        mu, logvar = (t.masked_fill(weight == 0, math.nan) for t in (mu, logvar))
+        given = {"kl_weight": weight, "monitor": monitor, **options}
+        if function == "loss":
+            fastelbo.loss(recon_x, x, mu, logvar, **given)
+        else:
+            bound = ELBO(2) if function == "several samples" else None
+            fastelbo.elbo(
+                lambda z, p=recon_x: p.repeat(z.shape[0] // len(p), 1), x, mu, logvar, bound=bound,
+                eps=None if bound is None else torch.zeros(2, *mu.shape, device=device), **given,
+            )  # fmt: skip
+        seen.append((mu, logvar, weight.expand(mu.shape)))
+    mu, logvar, weight = (torch.cat(t).double() for t in zip(*seen, strict=True))
+    mu, logvar = (t.nan_to_num(0.0) for t in (mu, logvar))
+    kl = weight * kl_divergence(Normal(mu, torch.exp(logvar / 2)), Normal(0.0, 1.0))
+    mean = (weight * mu).sum(0) / weight.sum(0)
+    variance = (weight * (mu - mean).square()).sum(0) / weight.sum(0)
+    torch.testing.assert_close(monitor.kl_per_dimension, kl.sum(0) / weight.sum(0), rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(monitor.kl, kl.sum() / len(mu), rtol=1e-5, atol=0)
+    torch.testing.assert_close(monitor.mean_variance, variance, rtol=1e-3, atol=1e-5, equal_nan=True)
+    assert monitor.active_units() == 2  # the first dimension of two steps
+    assert not monitor.is_collapsed(share=0.4) and monitor.is_collapsed(share=0.6)  # of the four that have counted
 
 
 def test_bits_of_what_is_not_masked(device):

@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 import fastelbo
 from conftest import BACKEND, DEVICE
 from fastelbo import ELBO, IWAE, Posterior, Weighting, kl_divergence, sample_kl
-from fastelbo.diagnostics import Monitor
 from support import gradcheck, gradgradcheck, relative
 
 B, T, D = 4, 3, 5
@@ -381,11 +380,9 @@ def test_a_beta_of_samples_names_it(shape):
         fastelbo.loss(recon_x, x, mu, logvar, torch.ones(shape, device=DEVICE), likelihood="mse")
 
 
-def test_not_with_a_monitor_or_a_given_kl():
-    recon_x, x, mu, logvar, _ = batch()
+def test_not_with_a_given_kl():
+    recon_x, x, mu, _, _ = batch()
     weight = WEIGHTS["samples"]()
-    with pytest.raises(ValueError, match="monitor must be None with kl_weight"):
-        fastelbo.loss(recon_x, x, mu, logvar, likelihood="mse", kl_weight=weight, monitor=Monitor())
     with pytest.raises(ValueError, match=r"kl_weight must not be given with kl"):
         fastelbo.loss(recon_x, x, kl=mu.sum(), likelihood="mse", kl_weight=weight)
 

@@ -90,8 +90,6 @@ def many_samples(
             found = recon_reduction if recon_reduction == kl_reduction else (recon_reduction, kl_reduction)
             raise ValueError(f"reduction must be 'sum', 'batchmean' or 'none' for an IWAE, got {found!r}")
     kl_beta = 1.0 if call.is_weighted else check_beta(beta, given.mu)
-    if monitor is not None and kl_weight is not None:
-        raise ValueError("monitor must be None with kl_weight: its statistics are of all latents alike")
     of_kl, tensors = check_latents(mu, logvar, objective.posterior, prior, kl_weight)
     weighting = check_weighting(weighting, given.mu, call.latents.prior is not None, kl_beta, kl_reduction)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not call.is_weighted):

@@ -16,12 +16,13 @@ from .plan import latents_plan_of
 
 
 class Statistics(NamedTuple):
-    """What diagnostics are made of, from the pass that computed the KL; tensors `mu.shape[1:]`, without gradient."""
+    """What diagnostics are made of: sums over the batch, `mu.shape[1:]`, without gradient."""
 
-    kl: Tensor  # the mean over the batch
-    mu_sum: Tensor  # sums over the batch
-    mu_square_sum: Tensor
+    kl: Tensor
+    mu: Tensor
+    mu_square: Tensor
     batch: int  # of the latents, which may be another than that of the data
+    weight: Tensor | None = None
 
 
 def kl_of(latents: Latents, tensors: Sequence[Tensor], reduction: str) -> Tensor:
@@ -43,6 +44,9 @@ def divergence_terms(
     """
     each = is_of_each(beta)
     statistics = statistics and not latents.is_categorical  # which have no means
+    if statistics and latents.weighted:
+        kl, counted, _ = divergence_terms(latents, tensors, weighting=weighting, beta=beta, reduction=reduction)
+        return kl, counted, _weighted_statistics(latents, tensors)
     if weighting.capacity is None and not each:
         call = weighted_call(latents, dtype_of(latents, tensors), weighting, reduction)
         return _in_one_pass(call, tensors, weighting, statistics)
@@ -145,7 +149,18 @@ def _statistics(call: KLCall, tensors: Sequence[Tensor], kl: Tensor, sums: Seque
     elif call.groups is not None:
         kl, *sums = sums
     mu, batch = tensors[0], tensors[0].shape[0]
-    return Statistics(kl.detach() * (1 / (call.scale(mu) * batch) if batch else torch.nan), *sums, batch)
+    return Statistics(kl.detach() * (1 / call.scale(mu) if batch else torch.nan), *sums, batch)
+
+
+@torch.no_grad()
+def _weighted_statistics(latents: Latents, tensors: Sequence[Tensor]) -> Statistics:
+    """What has the weight 0 does not count, even if it is NaN."""
+    (mu, *_), _, weight = latents.split(tensors)
+    dtype = dtype_of(latents, tensors)
+    kl = latents_terms(KLCall(latents, dtype, "element"), tensors)[1]
+    weight = counts_of("element", weight, mu, dtype)
+    mu = torch.where(weight == 0, 0, mu.to(dtype))
+    return Statistics(kl.sum(0), (weight * mu).sum(0), (weight * mu.square()).sum(0), len(mu), weight.sum(0))
 
 
 def times(factor: float | Tensor, value: Tensor) -> Tensor:
