@@ -109,7 +109,7 @@ def loss(
             sync, and a tracer sees no values. There a target of a Bernoulli likelihood outside [0, 1], and counts of a
             multinomial below 0, give a loss that means nothing; the others give NaN.
     """
-    if isinstance(reduction, PerSample):
+    if type(reduction) is PerSample:
         batch = Batch.of("x", x, reduction)
         given: Any = {"mu": mu, "logvar": logvar, "posterior": posterior, "prior": prior, "kl_weight": kl_weight}
         if kl is None and (mu is not None or logvar is not None):
@@ -133,7 +133,7 @@ def loss(
             return found
     objective = (Objective.of if surrounded else find_objective)(likelihood, posterior, reduction)
     given = (recon_x,)
-    if isinstance(recon_x, tuple | list):
+    if isinstance(recon_x, (tuple, list)):
         is_usual = len(recon_x) < 2 or TENSORS.issuperset(map(type, recon_x))
         given = recon_x if is_usual else with_numbers("recon_x", recon_x, objective.likelihood)
     if type(beta) is not float:
@@ -146,7 +146,7 @@ def loss(
         latents: tuple[Tensor, ...] = ()
         if kl is None and isinstance(mu, Tensor) and logvar is not None:
             latents = mu, logvar
-        elif kl is not None and mu is logvar is None and not isinstance(reduction, tuple | list):
+        elif kl is not None and mu is logvar is None and not isinstance(reduction, (tuple, list)):
             latents = (kl,)
         if latents:
             tensors = (*given, x, *latents) if weight is None else (*given, x, weight, *latents)
@@ -236,7 +236,7 @@ def elbo(
     """
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
-    if isinstance(reduction, PerSample):
+    if type(reduction) is PerSample:
         batch = Batch.of("x", x, reduction)
         _, merged = merged_latents(mu, logvar, posterior, prior, kl_weight, reduction, batch)
         terms = elbo(
@@ -282,7 +282,7 @@ def elbo(
         given = decoder(z)
         if isinstance(given, Distribution):
             objective, given = _of_decoded(given, objective)
-        given = _parameters(given, objective.likelihood) if isinstance(given, tuple | list) else (given,)
+        given = _parameters(given, objective.likelihood) if isinstance(given, (tuple, list)) else (given,)
         behind = (mu, logvar) if inside else (kl,)
         tensors = (*given, x, *behind) if weight is None else (*given, x, weight, *behind)
         compute = traced_terms if surrounded else planned_terms
@@ -325,7 +325,7 @@ def _of_decoded(distribution: Distribution, objective: Objective) -> tuple[Objec
 
 def _parameters(prediction: Any, likelihood: Likelihood) -> tuple[Tensor, ...]:
     """The tensors of a decoder's output."""
-    if not isinstance(prediction, tuple | list):
+    if not isinstance(prediction, (tuple, list)):
         return (prediction,)
     if len(prediction) > 1 and likelihood.counts == (1,):
         raise TypeError(

@@ -60,7 +60,7 @@ def nll(
     Raises:
         TypeError, ValueError: as `loss`.
     """
-    if isinstance(reduction, PerSample):
+    if type(reduction) is PerSample:
         batch = Batch.of("x", x, reduction)
         prediction, weight = batch.merged_prediction("recon_x", recon_x, likelihood), batch.merged_smaller(weight, x.dim())
         return batch.apart(nll(prediction, batch.merged("x", x), likelihood=likelihood, weight=weight, reduction="none"))
@@ -75,7 +75,7 @@ def nll(
     if not isinstance(reduction, str):  # a pair has one for the KL
         check_reduction(reduction)
     objective = (Objective.of if surrounded else find_objective)(likelihood, LOGVAR, reduction)
-    given = with_numbers("recon_x", recon_x, objective.likelihood) if isinstance(recon_x, tuple | list) else (recon_x,)
+    given = with_numbers("recon_x", recon_x, objective.likelihood) if isinstance(recon_x, (tuple, list)) else (recon_x,)
     tensors = (*given, x) if weight is None else (*given, x, weight)
     if not objective.is_sum:
         return composed_terms("recon_x", objective, tensors, len(given), weight is not None, None).recon
@@ -158,7 +158,7 @@ def sample_kl(
         TypeError, ValueError: as `reparameterize`; also if `prior` does not fit, if `reduction` is unknown, or if `weighting`
             is no `Weighting`, or has no meaning with the reduction or without a prior.
     """
-    if isinstance(reduction, PerSample):
+    if type(reduction) is PerSample:
         batch, arguments = merged_latents(mu, logvar, posterior, prior, kl_weight, reduction)
         eps = batch.merged("eps", eps)
         z, kl = sample_kl(**arguments, weighting=weighting, reduction="none", eps=eps, generator=generator)
@@ -230,7 +230,7 @@ def kl_divergence(
             prior of a Normal, or logits that of a Categorical; or `weighting` is no `Weighting`, or has no meaning with the
             reduction or without a prior.
     """
-    if isinstance(reduction, PerSample):
+    if type(reduction) is PerSample:
         batch, arguments = merged_latents(mu, logvar, posterior, prior, kl_weight, reduction)
         return batch.apart(kl_divergence(**arguments, weighting=weighting, reduction="none"))
     if reduction is None:  # which stands for no KL further in

@@ -5,7 +5,7 @@ private: of versions that it does not know, and wherever something is unusual, l
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 import triton
@@ -16,6 +16,7 @@ VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 _current_device = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # the number of the current stream, without an object for it
 _empty_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+_pointer = torch.Tensor.data_ptr
 _runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
 
 
@@ -49,30 +50,29 @@ class Launch:
     def __init__(self, kernel, device: torch.device, constants: dict, options: dict) -> None:
         self.kernel, self.constants, self.options = kernel, constants, options
         self.device, self.gpu = device, device.index  # the number of a GPU, None of a CPU
-        self.handles: dict[tuple, Callable] | None = None  # by kind; None where nothing is launched directly
+        self.handles: dict[Hashable, Callable] | None = None  # by kind; None where nothing is launched directly
         self.tensors, self.special = 0, ()  # how many of the arguments are tensors; places of numbers that are part of a kind
         if device.type == "cuda" and not INTERPRETED:
             self.handles, self.tensors, self.special = {}, *_arguments(kernel)
 
-    def __call__(self, programs: int, tensors: Sequence[torch.Tensor | None], numbers: Sequence[float]) -> None:
-        """Launch so many programs; no programs, no launch."""
+    def __call__(
+        self, programs: int, tensors: Sequence[torch.Tensor | None], numbers: Sequence[float], kind: Hashable = None
+    ) -> None:
+        """Launch so many programs; no programs, no launch.
+
+        `kind`: a name for which tensors there are and for their dtypes, of a caller that knows them: one name, one such kind.
+        None: they are looked at, which takes as long as the launch itself.
+        """
         if programs == 0:
             return
         if self.handles is None:
             self.by_triton(programs, tensors, numbers)
             return
-        kind, pointers, bits = [], [], 0
-        for t in tensors:
-            if t is None:
-                kind.append(None)
-                pointers.append(None)
-            else:
-                pointer = t.data_ptr()
+        pointers = [None if t is None else _pointer(t) for t in tensors]
+        bits = 0
+        for pointer in pointers:
+            if pointer is not None:
                 bits |= pointer
-                kind.append(t.dtype)
-                pointers.append(pointer)
-        if self.special:
-            kind += [numbers[i] for i in self.special]
         if (
             bits & 15
             or self.gpu != _current_device()
@@ -86,7 +86,8 @@ class Launch:
         ):
             self.by_triton(programs, tensors, numbers)
             return
-        kind = tuple(kind)
+        if kind is None:
+            kind = *[t if t is None else t.dtype for t in tensors], *[numbers[i] for i in self.special]
         handle = self.handles.get(kind)
         if handle is not None:
             handle(programs, raw_stream(self.gpu), pointers, numbers)

@@ -207,14 +207,18 @@ class Loss:
         partials, arrived = scratch(self.device, rows, rows * programs, stateless)
         empty, result = allocator(self.device), self._result
         loss, recon, kl_out = empty(*result), empty(*result), empty(*result)
-        gradient = None if guess is None else empty(*self._like_recon, recon_x.dtype)
-        if kl is not None:
-            kl = kl.contiguous()
-        (of_kl, beta), (of_recon, recon_weight) = pointer_and_value(beta), pointer_and_value(recon_weight)
+        gradient = kind = of_kl = of_recon = None
+        if guess is not None:
+            gradient = empty(*self._like_recon, recon_x.dtype)
+        if type(beta) is float and type(recon_weight) is float:
+            kind = "values" if guess is None else guess.dtype
+        else:
+            (of_kl, beta), (of_recon, recon_weight) = pointer_and_value(beta), pointer_and_value(recon_weight)
         self._forward(
             rows * programs,
             (recon_x, x, gradient, guess, mu, logvar, kl, partials, arrived, loss, recon, kl_out, of_kl, of_recon),
             (beta, recon_weight, *self.numbers, self.recon, programs, self.batch),
+            kind,
         )
         return loss, recon, kl_out, gradient
 
@@ -231,8 +235,9 @@ class Loss:
         upstream factor of the reconstruction, for the next forward to guess.
         """
         rows, recon, latents, empty = self.rows, 0, 0, allocator(self.device)
-        upstreams = [g if g is None else g.contiguous() for g in upstreams]
-        seen = grad_mu = grad_logvar = grad_kl = None
+        if rows > 1:
+            upstreams = [g if g is None else g.contiguous() for g in upstreams]
+        seen = grad_mu = grad_logvar = grad_kl = kind = of_kl = of_recon = None
         if wants_recon:
             recon, seen = self.recon, empty((rows,), (1,), self._result[2])
             if gradient is None:
@@ -246,10 +251,14 @@ class Loss:
             mu = logvar = None
         if wants_kl:
             latents, grad_kl = 1, empty(*self._result)
-        (of_kl, beta), (of_recon, recon_weight) = pointer_and_value(beta), pointer_and_value(recon_weight)
+        if type(beta) is float and type(recon_weight) is float:
+            kind = wants_recon, wants_latents, wants_kl, *[t if t is None else t.dtype for t in (used, *upstreams)]
+        else:
+            (of_kl, beta), (of_recon, recon_weight) = pointer_and_value(beta), pointer_and_value(recon_weight)
         self._backward(
             rows * (recon + latents),
             (recon_x, x, gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl, *upstreams, of_kl, of_recon),
             (beta, recon_weight, *self.numbers, recon, recon + latents, self.batch),
+            kind,
         )
         return gradient, grad_mu, grad_logvar, grad_kl, seen

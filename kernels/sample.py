@@ -91,7 +91,8 @@ class Sample:
         if wants_kl:
             kl = empty(*self._result)
             partials, arrived = scratch(self.device, self.rows, self.programs, stateless)
-        self._forward(self.programs, (mu, logvar, noise, z, kl, partials, arrived), self.numbers)
+        kind = wants_kl, noise if noise is None else noise.dtype
+        self._forward(self.programs, (mu, logvar, noise, z, kl, partials, arrived), self.numbers, kind)
         return z, kl
 
     def total(self, mu, logvar, recon, beta, recon_weight, stateless=False):
@@ -108,17 +109,20 @@ class Sample:
         """Gradients by `mu` and `logvar`: `grad_z` arrived at z, `upstreams` at a loss, in which the KL is times `beta`, and at
         the KL, each `[]`, `[B]` or None; at least one of the three is there."""
         grad_loss, grad_kl = upstreams
-        if grad_loss is not None:
-            grad_loss = grad_loss.contiguous()
-        if grad_kl is not None:
-            grad_kl = grad_kl.contiguous()
+        if self.rows > 1:
+            grad_loss, grad_kl = [g if g is None else g.contiguous() for g in upstreams]
         has_kl = grad_loss is not None or grad_kl is not None
         empty = allocator(self.device)
         grad_mu, grad_logvar = empty(*self._like, mu.dtype) if has_kl else grad_z, empty(*self._like, logvar.dtype)
-        pointer, value = pointer_and_value(beta)
+        kind = pointer = None
+        if type(beta) is float:
+            kind = *[t if t is None else t.dtype for t in (grad_z, noise, grad_loss, grad_kl)],
+        else:
+            pointer, beta = pointer_and_value(beta)
         self._backward[has_kl](
             self.programs,
             (grad_z, mu, logvar, noise, grad_mu, grad_logvar, grad_loss, grad_kl, pointer),
-            (value, *self.numbers),
+            (beta, *self.numbers),
+            kind,
         )
         return grad_mu, grad_logvar

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 
+_is_compiling, _forward_ad = torch.compiler.is_compiling, torch.autograd.forward_ad
+_dispatch_modes, _is_in_transform = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+
 # Types of arguments behind which nothing else can be.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, type(None)))
 
@@ -26,11 +29,8 @@ def is_behind_dynamo() -> bool:
 def is_surrounded() -> bool:
     """Whether torch.compile or a dispatch mode (fake tensors, counters) traces a call, torch.func transforms it, or it carries
     forward-mode tangents."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+    return (  # by names of their own: to look for one in Torch takes as long as to call it
+        _is_compiling() or _dispatch_modes() > 0 or _is_in_transform() or _forward_ad._current_level >= 0
     )
 
 

@@ -108,7 +108,7 @@ class Loss(Function):
     def forward(ctx, given: tuple[LossPlan, Factors, float | Tensor, Tensor | None], *tensors):
         ctx.set_materialize_grads(False)
         plan, factors, divisor, known = given
-        loss, recon, kl, ctx.stored, sums, used = plan.backend.loss_forward(
+        loss, recon, kl, stored, sums, used = plan.backend.loss_forward(
             plan, factors, tensors, divisor, known, plan.path.stores
         )
         beta, recon_weight = factors
@@ -120,13 +120,13 @@ class Loss(Function):
             also, saved = 3 + len(sums or ()), [n if isinstance(n, Tensor) else None for n in numbers]
             (*factors, divisor) = (n if t is None else None for n, t in zip(numbers, saved, strict=True))
             ctx.save_for_backward(*saved, *(sums or ()), *tensors)
-        ctx.state = plan, factors, divisor, known is None, used, also  # in one attribute, each of which costs
+        ctx.state = plan, factors, divisor, known is None, used, also, [stored]  # in one attribute, each of which costs
         return loss, recon, kl
 
     @staticmethod
     @never_compiled
     def backward(ctx, *upstreams):
-        plan, factors, divisor, guesses, used, also = ctx.state
+        plan, factors, divisor, guesses, used, also, kept = ctx.state
         tensors, sums = ctx.saved_tensors, None
         if also:
             saved, sums, tensors = tensors[:3], tensors[3:also], tensors[also:]
@@ -139,7 +139,7 @@ class Loss(Function):
         if upstreams[0] is not None or upstreams[1] is not None:
             # Handed out once, and without keeping a reference: it becomes `.grad` without a copy, and a second backward through
             # a retained graph, which finds None, leaves it alone.
-            stored, ctx.stored = ctx.stored, None
+            stored, kept[0] = kept[0], None
         used = None if stored is None else used
         tensors = plan.again(tensors)
         found, seen = plan.backend.loss_backward(plan, factors, tensors, divisor, upstreams, stored, sums or None, used, needs)

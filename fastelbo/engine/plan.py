@@ -41,7 +41,6 @@ _last: dict[Hashable, "LossPlan | LatentsPlan"] = {}  # of the last call with th
 _of_types = attrgetter("dtype", "device", "layout", "requires_grad")
 _of_shapes = attrgetter("dtype", "device", "layout", "requires_grad", "shape")
 _stride, _is_neg = Tensor.stride, Tensor.is_neg
-_is_nested = attrgetter("is_nested")
 
 
 def keep(table: dict, key: Hashable, made):
@@ -67,11 +66,27 @@ def _unlike(*tensors) -> bool:
     return False
 
 
+def _of_last(start: Hashable, tensors: Sequence[Tensor]) -> "LossPlan | LatentsPlan | None":
+    """The plan of the last call with these options, if these tensors are like its own."""
+    plan = _last.get(start)
+    if plan is not None:
+        for t in tensors:
+            if t.is_nested:
+                return None
+        if plan.fits(*tensors):
+            return plan
+    return None
+
+
 def _again(start: Hashable, plan: "LossPlan | LatentsPlan", tensors: Sequence[Tensor]) -> None:
     """The plan of these tensors is the first to be asked the next time."""
     if not plan.fits(*tensors):
         plan.fits = likeness(tensors)
     keep(_last, start, plan)
+
+
+def _of_dtypes(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Sequence[Tensor]:
+    return [t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
 
 
 def _of_number(factor: float | Tensor):
@@ -101,7 +116,7 @@ class LossPlan:
     """What is known of a call of `loss` before its values are. `guess` is the one thing that changes."""
 
     __slots__ = (
-        "backend", "call", "count", "divisor", "dtype", "fits", "guess", "is_dense", "is_elementwise", "is_of_classes",
+        "backend", "call", "count", "divisor", "dtype", "dtypes", "fits", "guess", "is_dense", "is_elementwise", "is_of_classes",
         "is_whole", "kl_scale", "large", "latents", "latents_launches", "latents_layout", "layout", "likelihood", "looks",
         "loss_launches", "options", "path", "per_sample", "rows", "scaling", "silent", "strides", "support",
         "weight_shape",
@@ -123,6 +138,7 @@ class LossPlan:
     latents_layout: torch.memory_format
     is_dense: bool  # all tensors lie as the backends take them
     strides: tuple  # of those that do
+    dtypes: tuple[torch.dtype, ...]
     is_elementwise: bool  # to the Torch backend: parameters are as large as the target
     is_of_classes: bool  # a term is made of many elements, by a form of its own
     is_whole: bool  # and one block, in the dtype of the arithmetic
@@ -159,7 +175,7 @@ class LossPlan:
         self.latents_layout = layout_of(latents[0]) if call.latents == 2 else torch.contiguous_format
         dense = self.dense(tensors)
         self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))
-        self.strides = tuple(map(_stride, dense))
+        self.strides, self.dtypes = tuple(map(_stride, dense)), tuple(t.dtype for t in dense)
         dtype = call.dtype
         self.is_elementwise = likelihood.dim is None and all(self.large)
         self.is_of_classes = likelihood.dim is not None and likelihood.one_pass is not None
@@ -186,12 +202,15 @@ class LossPlan:
         if call.latents == 2:
             found[-2] = found[-2].contiguous(memory_format=self.latents_layout)
             found[-1] = found[-1].contiguous(memory_format=self.latents_layout)
+        elif call.latents == 1:
+            found[-1] = found[-1].contiguous()
         return found
 
     def again(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Likewise, of what was saved: a hook, such as `save_on_cpu`, may bring it back with other strides."""
+        """Likewise, of what was saved: a hook, such as `save_on_cpu`, may bring it back with other strides, or rounded."""
         if self.is_dense and self.fits(*tensors):
             return tensors
+        tensors = _of_dtypes(tensors, self.dtypes)
         return tensors if tuple(map(_stride, tensors)) == self.strides else self.dense(tensors)
 
     def large_of(self, wants: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -229,8 +248,8 @@ def loss_plan(
     numbers = None if type(beta) is float and type(recon_weight) is float else tuple(map(_of_number, factors))
     start = objective, parameters, weighted, latents, grad_mode, numbers
     try:
-        plan = _last.get(start)
-        if plan is not None and not any(map(_is_nested, tensors)) and plan.fits(*tensors):
+        plan = _of_last(start, tensors)
+        if plan is not None:
             return plan
         key = (
             *start, *map(type, tensors), *map(_of_shapes, tensors), *map(_is_neg, tensors), *map(_stride, tensors),
@@ -264,7 +283,7 @@ class LatentsPlan:
     """What is known of a sample or a KL before its values are."""
 
     __slots__ = (
-        "backend", "call", "dtype", "fits", "has_normals", "is_by_autograd", "is_categorical", "is_dense", "is_mean_of_weights",
+        "backend", "call", "dtype", "dtypes", "fits", "has_normals", "is_by_autograd", "is_categorical", "is_dense", "is_mean_of_weights",
         "is_plain", "is_simple", "is_whole", "kl_scale", "latents_launches", "layout", "noise_layout", "per_sample", "strides",
         "wants",
     )  # fmt: skip
@@ -297,7 +316,7 @@ class LatentsPlan:
         dense = self.dense(tensors)
         self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))
         self.has_normals = noise is not None or self.backend is torch_backend  # and no seed
-        self.strides = tuple(map(_stride, dense))
+        self.strides, self.dtypes = tuple(map(_stride, dense)), tuple(t.dtype for t in dense)
 
     def dense(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors as the backends take them; copied only where they are not so yet."""
@@ -313,6 +332,7 @@ class LatentsPlan:
             return tensors, noise
         if noise is not None and noise.is_floating_point():
             noise = noise.contiguous(memory_format=self.layout)
+        tensors = _of_dtypes(tensors, self.dtypes)
         return tensors if tuple(map(_stride, tensors)) == self.strides else self.dense(tensors), noise
 
 
@@ -346,8 +366,8 @@ def latents_plan_of(
         absent = eps is None, logvar is None, kl_weight is None
         start = posterior, reduction, samples, weighting, absent, len(given), torch.is_grad_enabled()
         try:
-            found = _last.get(start)
-            if found is not None and not any(map(_is_nested, given)) and found.fits(*given):
+            found = _of_last(start, given)
+            if found is not None:
                 return found, tensors
             key = *start, *map(type, given), *map(_of_shapes, given), *map(_is_neg, given), *map(_stride, given)
             found = _plans.get(key)
