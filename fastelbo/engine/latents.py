@@ -9,13 +9,13 @@ from torch.autograd import Function
 
 from ..basics.arguments import check_generator, check_noise
 from ..basics.layout import layout_of
-from ..basics.tracing import is_surrounded, is_traced, needs_formula, never_compiled
+from ..basics.tracing import is_surrounded, is_traced, never_compiled
 from ..likelihoods.base import HALF
 from . import formula, traced
 from .backend import backend_for
 from .call import KLCall, check_kl
 from .operators import normals
-from .plan import LatentsPlan, latents_plan, latents_plan_of
+from .plan import LatentsPlan, is_usual, latents_plan, latents_plan_of
 
 Found = tuple[Any, Any, Any, Any]  # tensors, each None where it is not asked for
 
@@ -73,7 +73,7 @@ class Latents(Function):
         plan, upstreams = ctx.plan, (grad_z, grad_kl, grad_weighted)
         noise, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
-        if needs_formula(upstreams):
+        if not is_usual(plan, upstreams):
             return None, *differentiated(plan, noise, tensors, needs, upstreams)
         if grad_z is None and grad_kl is None and grad_weighted is None:
             return (None,) * (1 + len(tensors))

@@ -11,11 +11,11 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.autograd import Function
 
-from ..basics.tracing import is_surrounded, needs_formula, never_compiled
+from ..basics.tracing import is_surrounded, never_compiled
 from ..likelihoods.values import check_values, is_well
 from . import formula, traced
 from .call import ONE, Factors, Objective, check_loss
-from .plan import LossPlan, loss_plan
+from .plan import LossPlan, is_usual, loss_plan
 
 
 class ELBOTerms(NamedTuple):
@@ -132,7 +132,7 @@ class Loss(Function):
             saved, sums, tensors = tensors[:3], tensors[3:also], tensors[also:]
             (*factors, divisor) = (n if t is None else t for n, t in zip((*factors, divisor), saved, strict=True))
         needs = ctx.needs_input_grad[1:]
-        if needs_formula(upstreams):
+        if not is_usual(plan, upstreams):
             found = formula.differentiate(lambda *t: formula.terms(plan.call, factors, divisor, t), tensors, needs, upstreams)
             return None, *found
         stored = None

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 from ..basics.arguments import check_noise
 from ..basics.layout import layout_of
-from ..basics.tracing import is_wrapper
+from ..basics.tracing import is_surrounded, is_wrapper, needs_formula
 from ..latents.posterior import CLASSES, as_logits
 from ..latents.weighting import Weighting
 from ..likelihoods import Likelihood
@@ -78,6 +78,24 @@ def _of_last(start: Hashable, tensors: Sequence[Tensor]) -> "LossPlan | LatentsP
     return None
 
 
+def is_usual(plan: "LossPlan | LatentsPlan", upstreams: Sequence[Tensor | None]) -> bool:
+    """Whether a backward pass may launch what `plan` has: where it is not differentiated, and gradients have memory of their own.
+
+    One look by the compiler's guards takes a third of the time of the many that `needs_formula` takes.
+    """
+    if torch.is_grad_enabled() or is_surrounded():
+        return False
+    arrived = [g for g in upstreams if g is not None and not g.is_nested]
+    count, fits = plan.upstreams
+    if count == len(arrived) and fits(*arrived):
+        return True
+    if needs_formula(upstreams):
+        return False
+    if arrived:
+        plan.upstreams = len(arrived), likeness(arrived)
+    return True
+
+
 def _again(start: Hashable, plan: "LossPlan | LatentsPlan", tensors: Sequence[Tensor]) -> None:
     """The plan of these tensors is the first to be asked the next time."""
     if not plan.fits(*tensors):
@@ -116,10 +134,10 @@ class LossPlan:
     """What is known of a call of `loss` before its values are. `guess` is the one thing that changes."""
 
     __slots__ = (
-        "backend", "call", "count", "divisor", "dtype", "dtypes", "fits", "guess", "is_dense", "is_elementwise", "is_of_classes",
-        "is_whole", "kl_scale", "large", "latents", "latents_launches", "latents_layout", "layout", "likelihood", "looks",
-        "loss_launches", "options", "path", "per_sample", "rows", "scaling", "silent", "strides", "support",
-        "weight_shape",
+        "backend", "call", "count", "divisor", "dtype", "dtypes", "fits", "guess", "is_dense", "is_elementwise",
+        "is_of_classes", "is_whole", "kl_scale", "large", "latents", "latents_launches", "latents_layout", "layout",
+        "likelihood", "looks", "loss_launches", "options", "path", "per_sample", "rows", "scaling", "silent", "strides",
+        "support", "upstreams", "weight_shape",
     )  # fmt: skip
 
     path: LossPath
@@ -150,6 +168,7 @@ class LossPlan:
     weight_shape: torch.Size | None
     guess: Guess
     fits: Callable[..., bool]  # other tensors
+    upstreams: tuple[int, Callable[..., bool]]  # of the last backward: how many there were, and whether others are like them
     loss_launches: Any  # of the Triton backend, which makes them when they are first needed
     latents_launches: Any
 
@@ -157,6 +176,7 @@ class LossPlan:
         parameters, x, weight, latents = call.split(tensors)
         likelihood, first = call.likelihood, parameters[0]
         self.path, self.call, self.loss_launches, self.latents_launches, self.fits = path, call, None, None, _unlike
+        self.upstreams = 0, _unlike
         self.likelihood, self.dtype, self.per_sample = likelihood, call.dtype, call.per_sample
         self.count, self.latents = call.parameters, call.latents
         self.rows = first.shape[0] if call.per_sample else 1
@@ -283,13 +303,13 @@ class LatentsPlan:
     """What is known of a sample or a KL before its values are."""
 
     __slots__ = (
-        "backend", "call", "dtype", "dtypes", "fits", "has_normals", "is_by_autograd", "is_categorical", "is_dense", "is_mean_of_weights",
-        "is_plain", "is_simple", "is_whole", "kl_scale", "latents_launches", "layout", "noise_layout", "per_sample", "strides",
-        "wants",
+        "backend", "call", "dtype", "dtypes", "fits", "has_normals", "is_by_autograd", "is_categorical", "is_dense",
+        "is_mean_of_weights", "is_plain", "is_simple", "is_whole", "kl_scale", "latents_launches", "layout", "noise_layout",
+        "per_sample", "strides", "upstreams", "wants",
     )  # fmt: skip
 
     def __init__(self, call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None, grad_mode: bool) -> None:
-        mu, self.call, self.latents_launches, self.fits = tensors[0], call, None, _unlike
+        mu, self.call, self.latents_launches, self.fits, self.upstreams = tensors[0], call, None, _unlike, (0, _unlike)
         self.dtype, self.per_sample, self.kl_scale = call.dtype, call.kind == "row", call.scale(call.latents.terms(tensors))
         self.is_plain, self.is_simple, self.is_categorical = call.is_plain, call.is_simple, call.latents.is_categorical
         self.is_mean_of_weights = call.is_mean_of_weights and call.kind is not None
