@@ -79,7 +79,8 @@ class Segment(NamedTuple):
         return cls(columns, max(1, programs), rows == 1 or columns % 16 == 0, wide)
 
 
-_scratch: dict[tuple[int | None, int], tuple[torch.Tensor, torch.Tensor, int, int]] = {}  # and how many there are of each
+_scratch: dict[tuple[int | None, int], tuple[tuple, int, int]] = {}  # and how many there are of each
+_NO_SCRATCH: tuple[tuple, int, int] = (), 0, 0
 
 
 def scratch(device: torch.device, rows: int, programs: int, stateless: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,12 +95,13 @@ def scratch(device: torch.device, rows: int, programs: int, stateless: bool) -> 
     if stateless or (index is not None and _is_capturing()):
         return _new_scratch(device, rows, programs)
     key = index, threading.get_ident() if index is None else raw_stream(index)
-    found = _scratch.get(key)
-    if found is None or found[2] < programs or found[3] < rows:
+    memory, most_programs, most_rows = _scratch.get(key, _NO_SCRATCH)
+    if most_programs < programs or most_rows < rows:
         programs, rows = max(programs, 4096), max(rows, 1024)
         with torch.inference_mode(False):  # what is made in inference mode cannot be written outside of it
-            found = _scratch[key] = *_new_scratch(device, rows, programs), programs, rows
-    return found[0], found[1]
+            memory = _new_scratch(device, rows, programs)
+        _scratch[key] = memory, programs, rows
+    return memory
 
 
 def _new_scratch(device: torch.device, rows: int, programs: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -237,6 +237,7 @@ class Loss:
         rows, recon, latents, empty = self.rows, 0, 0, allocator(self.device)
         if rows > 1:
             upstreams = [g if g is None else g.contiguous() for g in upstreams]
+        grad_loss, grad_recon, grad_own_kl = upstreams
         seen = grad_mu = grad_logvar = grad_kl = kind = of_kl = of_recon = None
         if wants_recon:
             recon, seen = self.recon, empty((rows,), (1,), self._result[2])
@@ -252,12 +253,18 @@ class Loss:
         if wants_kl:
             latents, grad_kl = 1, empty(*self._result)
         if type(beta) is float and type(recon_weight) is float:
-            kind = wants_recon, wants_latents, wants_kl, *[t if t is None else t.dtype for t in (used, *upstreams)]
+            kind = (
+                wants_recon, wants_latents, wants_kl, used if used is None else used.dtype,
+                grad_loss is None, grad_recon is None, grad_own_kl is None,
+            )  # fmt: skip
         else:
             (of_kl, beta), (of_recon, recon_weight) = pointer_and_value(beta), pointer_and_value(recon_weight)
         self._backward(
             rows * (recon + latents),
-            (recon_x, x, gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl, *upstreams, of_kl, of_recon),
+            (
+                recon_x, x, gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl, grad_loss, grad_recon, grad_own_kl,
+                of_kl, of_recon,
+            ),  # fmt: skip
             (beta, recon_weight, *self.numbers, recon, recon + latents, self.batch),
             kind,
         )

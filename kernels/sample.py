@@ -116,7 +116,7 @@ class Sample:
         grad_mu, grad_logvar = empty(*self._like, mu.dtype) if has_kl else grad_z, empty(*self._like, logvar.dtype)
         kind = pointer = None
         if type(beta) is float:
-            kind = *[t if t is None else t.dtype for t in (grad_z, noise, grad_loss, grad_kl)],
+            kind = grad_z is None, noise if noise is None else noise.dtype, grad_loss is None, grad_kl is None
         else:
             pointer, beta = pointer_and_value(beta)
         self._backward[has_kl](

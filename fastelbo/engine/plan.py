@@ -85,7 +85,7 @@ def is_usual(plan: "LossPlan | LatentsPlan", upstreams: Sequence[Tensor | None])
     """
     if torch.is_grad_enabled() or is_surrounded():
         return False
-    arrived = [g for g in upstreams if g is not None and not g.is_nested]
+    arrived = [g for g in upstreams if g is not None]
     count, fits = plan.upstreams
     if count == len(arrived) and fits(*arrived):
         return True
