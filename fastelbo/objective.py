@@ -109,6 +109,16 @@ def loss(
             sync, and a tracer sees no values. There a target of a Bernoulli likelihood outside [0, 1], and counts of a
             multinomial below 0, give a loss that means nothing; the others give NaN.
     """
+    if isinstance(recon_x, Distribution):
+        likelihood, recon_x = of_distribution("recon_x", recon_x, likelihood)
+    if is_dynamo_compiling() and monitor is None:
+        values = {
+            "recon_x": recon_x, "x": x, "mu": mu, "logvar": logvar, "beta": beta, "kl": kl, "prior": prior, "weight": weight,
+            "recon_weight": recon_weight, "kl_weight": kl_weight,
+        }  # fmt: skip
+        found = in_graph(loss, values, likelihood=likelihood, posterior=posterior, weighting=weighting, reduction=reduction)
+        if found is not None:
+            return found
     if type(reduction) is PerSample:
         batch = Batch.of("x", x, reduction)
         given: Any = {"mu": mu, "logvar": logvar, "posterior": posterior, "prior": prior, "kl_weight": kl_weight}
@@ -120,17 +130,7 @@ def loss(
             weight=batch.merged_smaller(weight, x.dim()), recon_weight=recon_weight, reduction="none", monitor=monitor,
         )  # fmt: skip
         return ELBOTerms(*map(batch.apart, terms))
-    if isinstance(recon_x, Distribution):
-        likelihood, recon_x = of_distribution("recon_x", recon_x, likelihood)
     surrounded = is_surrounded()
-    if surrounded and monitor is None and is_dynamo_compiling():
-        values = {
-            "recon_x": recon_x, "x": x, "mu": mu, "logvar": logvar, "beta": beta, "kl": kl, "prior": prior, "weight": weight,
-            "recon_weight": recon_weight, "kl_weight": kl_weight,
-        }  # fmt: skip
-        found = in_graph(loss, values, likelihood=likelihood, posterior=posterior, weighting=weighting, reduction=reduction)
-        if found is not None:
-            return found
     objective = (Objective.of if surrounded else find_objective)(likelihood, posterior, reduction)
     given = (recon_x,)
     if isinstance(recon_x, (tuple, list)):

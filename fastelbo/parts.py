@@ -60,18 +60,21 @@ def nll(
     Raises:
         TypeError, ValueError: as `loss`.
     """
-    if type(reduction) is PerSample:
-        batch = Batch.of("x", x, reduction)
-        prediction, weight = batch.merged_prediction("recon_x", recon_x, likelihood), batch.merged_smaller(weight, x.dim())
-        return batch.apart(nll(prediction, batch.merged("x", x), likelihood=likelihood, weight=weight, reduction="none"))
     if isinstance(recon_x, Distribution):
         likelihood, recon_x = of_distribution("recon_x", recon_x, likelihood)
-    surrounded = is_surrounded()
-    if surrounded and is_dynamo_compiling():
+    if is_dynamo_compiling():
         values = {"recon_x": recon_x, "x": x, "weight": weight}
         found = in_graph(nll, values, likelihood=likelihood, reduction=reduction)
         if found is not None:
             return found
+    if type(reduction) is PerSample:
+        batch = Batch.of("x", x, reduction)
+        prediction, weight = batch.merged_prediction("recon_x", recon_x, likelihood), batch.merged_smaller(weight, x.dim())
+        return batch.apart(nll(prediction, batch.merged("x", x), likelihood=likelihood, weight=weight, reduction="none"))
+    if type(reduction) is PerSample:
+        batch = Batch.of("x", x, reduction)
+        return batch.apart(nll(**batch.data(recon_x, x, weight, likelihood), reduction="none"))
+    surrounded = is_surrounded()
     if not isinstance(reduction, str):  # a pair has one for the KL
         check_reduction(reduction)
     objective = (Objective.of if surrounded else find_objective)(likelihood, LOGVAR, reduction)
@@ -118,12 +121,11 @@ def reparameterize(
     Raises:
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or both `eps` and `generator` came.
     """
-    surrounded = is_surrounded()
-    if surrounded and generator is None and is_dynamo_compiling():
+    if is_dynamo_compiling() and generator is None:
         found = in_graph(reparameterize, {"mu": mu, "logvar": logvar, "eps": eps}, posterior=posterior)
         if found is not None:
             return found
-    return sample(mu, logvar, posterior, None, None, eps, generator, surrounded)[0]
+    return sample(mu, logvar, posterior, None, None, eps, generator)[0]
 
 
 def sample_kl(
@@ -158,22 +160,21 @@ def sample_kl(
         TypeError, ValueError: as `reparameterize`; also if `prior` does not fit, if `reduction` is unknown, or if `weighting`
             is no `Weighting`, or has no meaning with the reduction or without a prior.
     """
+    if is_dynamo_compiling() and generator is None:
+        values = {"mu": mu, "logvar": logvar, "prior": prior, "eps": eps, "kl_weight": kl_weight}
+        found = in_graph(sample_kl, values, posterior=posterior, weighting=weighting, reduction=reduction)
+        if found is not None:
+            return found
     if type(reduction) is PerSample:
         batch, arguments = merged_latents(mu, logvar, posterior, prior, kl_weight, reduction)
         eps = batch.merged("eps", eps)
         z, kl = sample_kl(**arguments, weighting=weighting, reduction="none", eps=eps, generator=generator)
         return SampleKL(batch.apart(z), batch.apart(kl))
-    surrounded = is_surrounded()
-    if surrounded and generator is None and is_dynamo_compiling():
-        values = {"mu": mu, "logvar": logvar, "prior": prior, "eps": eps, "kl_weight": kl_weight}
-        found = in_graph(sample_kl, values, posterior=posterior, weighting=weighting, reduction=reduction)
-        if found is not None:
-            return found
     if reduction is None:
         check_reduction(reduction)
     if weighting is not None and weighting is not ALL:
         return SampleKL(*weighted_sample(mu, logvar, posterior, prior, weighting, kl_weight, reduction, eps, generator))
-    return tuple.__new__(SampleKL, sample(mu, logvar, posterior, prior, reduction, eps, generator, surrounded, kl_weight))
+    return tuple.__new__(SampleKL, sample(mu, logvar, posterior, prior, reduction, eps, generator, None, kl_weight))
 
 
 def kl_divergence(

@@ -27,21 +27,22 @@ def in_graph(function: Callable, values: dict[str, Any], **options) -> Any:
 
     What raises is to be traced after all, so that the user gets that error and not one of Dynamo's.
     """
-    if any(isinstance(value, Distribution) for value in values.values()):
-        return None
-    name = _name_of(function)
+    # What is looked up here, Dynamo guards: each name takes time before each run.
+    for value in values.values():
+        if isinstance(value, Distribution):
+            return None
     described: dict[str, Any] = {}
     for key, option in options.items():
         described[key] = option
-        if not isinstance(option, str | tuple | list | None):
-            fields = _fields(type(option))
+        if option is not None and (fields := _fields(type(option))) is not PLAIN:
             if fields is None:
                 return None
             described[key] = {KIND: type(option).__name__, **{field: getattr(option, field) for field in fields}}
-    return _call(name, **values, **described)
+    return _call(_name_of(function), **values, **described)
 
 
 KIND = "kind"
+PLAIN = "plain"
 
 
 def _call(name: str, **arguments):
@@ -71,8 +72,10 @@ def _name_of(function: Callable) -> str:
 
 
 @constant_when_compiled
-def _fields(kind: type) -> tuple[str, ...] | None:
-    """Those of a record of this library's, which its class's name stands for."""
+def _fields(kind: type) -> tuple[str, ...] | str | None:
+    """Those of a record of this library's, which its class's name stands for; PLAIN for what a graph holds as it is."""
+    if kind in (str, tuple, list):
+        return PLAIN
     if not isinstance(kind, Record) or not kind.__module__.startswith(__name__.partition(".")[0] + "."):
         return None
     _kinds[kind.__name__] = kind
