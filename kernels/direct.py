@@ -36,6 +36,11 @@ def _empty(device: torch.device, shape, strides, dtype: torch.dtype) -> torch.Te
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
+def dtype_of(tensor: torch.Tensor | None) -> torch.dtype | None:
+    """For a launch's kind: that of a tensor which may be absent."""
+    return None if tensor is None else tensor.dtype
+
+
 class Launch:
     """A kernel with its constants on a device, for many launches.
 
@@ -86,7 +91,8 @@ class Launch:
             return
         compiled = self.by_triton(programs, tensors, numbers)
         if handle is None and not any(t is not None and t.data_ptr() % 16 for t in tensors):
-            handle = handle_of(compiled, [t is not None for t in tensors], len(self.kernel.params) - len(tensors) - len(numbers))
+            constants = len(self.kernel.params) - len(tensors) - len(numbers)
+            handle = handle_of(compiled, [t is not None for t in tensors], constants)
             if handle is not None:
                 if len(handles) >= LIMIT:
                     handles.clear()

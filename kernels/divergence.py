@@ -8,7 +8,7 @@ import triton.language as tl
 
 from . import posteriors
 from .broadcast import Operand
-from .direct import Launch, allocator, lies
+from .direct import Launch, allocator, dtype_of, lies
 from .latents import backward, clamped, divergence, forward, weight_tile
 from .launch import FINISH, MANY_REGISTERS, THREADS, TRITON_DTYPE, Segment, options_of, resident_programs, scratch, tile_size
 from .operands import scalar
@@ -226,7 +226,7 @@ class Divergence:
         weights, _, sizes = self._numbers
         kl_weight = self.weight.laid(kl_weight, mu)
         tensors = mu, second, prior_mu, prior_second, kl_weight, noise, z, kl, weighted, partials, arrived
-        self._forward(self.programs, tensors, (*weights, *sizes))
+        self._forward(self.programs, tensors, (*weights, *sizes), (dtype_of(noise), kl_weight is None))
         return z, kl, weighted
 
     def backward(
@@ -249,7 +249,8 @@ class Divergence:
         kl_weight = self.weight.laid(kl_weight, mu)
         tensors = grad_z, mu, second, prior_mu, prior_second, kl_weight, noise, grad_mu, grad_second, *grad_priors
         tensors = *tensors, grad_kl, grad_weighted, of_columns
-        self._backward[has_kl](self.programs, tensors, (*weights, *shares, *sizes))
+        kind = grad_z is None, grad_kl is None, grad_weighted is None, of_columns is None, dtype_of(noise), *wants_prior
+        self._backward[has_kl](self.programs, tensors, (*weights, *shares, *sizes), kind)
         return grad_mu, grad_second, *grad_priors
 
     def columns(self, mu, second, prior_mu, prior_second, kl_weight, statistics, stateless=False):

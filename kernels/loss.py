@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import likelihoods
-from .direct import Launch, allocator, lies
+from .direct import Launch, allocator, dtype_of, lies
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
 from .numerics import exp_and_expm1
 from .operands import factor_of_term, row_bounds, scalar
@@ -254,18 +254,15 @@ class Loss:
             latents, grad_kl = 1, empty(*self._result)
         if type(beta) is float and type(recon_weight) is float:
             kind = (
-                wants_recon, wants_latents, wants_kl, used if used is None else used.dtype,
+                wants_recon, wants_latents, wants_kl, dtype_of(used),
                 grad_loss is None, grad_recon is None, grad_own_kl is None,
             )  # fmt: skip
         else:
             (of_kl, beta), (of_recon, recon_weight) = pointer_and_value(beta), pointer_and_value(recon_weight)
-        self._backward(
-            rows * (recon + latents),
-            (
-                recon_x, x, gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl, grad_loss, grad_recon, grad_own_kl,
-                of_kl, of_recon,
-            ),  # fmt: skip
-            (beta, recon_weight, *self.numbers, recon, recon + latents, self.batch),
-            kind,
-        )
+        tensors = (
+            recon_x, x, gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl, grad_loss, grad_recon, grad_own_kl,
+            of_kl, of_recon,
+        )  # fmt: skip
+        numbers = beta, recon_weight, *self.numbers, recon, recon + latents, self.batch
+        self._backward(rows * (recon + latents), tensors, numbers, kind)
         return gradient, grad_mu, grad_logvar, grad_kl, seen

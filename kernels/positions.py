@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .direct import Launch, allocator
+from .direct import Launch, allocator, dtype_of
 from .launch import MANY_REGISTERS, PROGRAMS, options_of, scratch
 
 
@@ -117,4 +117,5 @@ class Positions:
             partials, arrived = scratch(self.device, rows, rows * programs, stateless)
         pointer, reciprocal = divisor_arguments(divisor)
         tensors = prediction, x, weight, gradient, factor, used, seen, partials, arrived, recon, pointer
-        launch(rows * programs, tensors, (reciprocal, *numbers))
+        kind = gradient is None, recon is None, dtype_of(factor), dtype_of(used), dtype_of(pointer)
+        launch(rows * programs, tensors, (reciprocal, *numbers), kind)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import likelihoods
 from .broadcast import ABSENT, BROADCAST, ELEMENT, ROW, Operand, load_operand
-from .direct import Launch, allocator, lies
+from .direct import Launch, allocator, dtype_of, lies
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
 from .numerics import exp_and_expm1, log_of_positive
 from .operands import is_wrong, row_bounds, scalar
@@ -280,7 +280,11 @@ class Pass:
             self.programs,
             (first, second, third, x, weight, *gradients, factor, used, seen, partials, arrived, *sums, pointer),
             (value, *self.options, *self.columns, share, *self.numbers),
-        )
+            (
+                sums[0] is None, gradients[0] is None, gradients[1] is None, gradients[2] is None,
+                dtype_of(factor), dtype_of(used), dtype_of(pointer),
+            ),
+        )  # fmt: skip
 
     def spread(self, sums: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """`[rows]` as a tensor of the dimensions of `like`, which broadcasts to it."""

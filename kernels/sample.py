@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .direct import Launch, allocator, lies
+from .direct import Launch, allocator, dtype_of, lies
 from .latents import backward, forward
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
 from .posteriors import logvar as logvar_posterior
@@ -91,7 +91,7 @@ class Sample:
         if wants_kl:
             kl = empty(*self._result)
             partials, arrived = scratch(self.device, self.rows, self.programs, stateless)
-        kind = wants_kl, noise if noise is None else noise.dtype
+        kind = wants_kl, dtype_of(noise)
         self._forward(self.programs, (mu, logvar, noise, z, kl, partials, arrived), self.numbers, kind)
         return z, kl
 
@@ -102,7 +102,7 @@ class Sample:
         partials, arrived = scratch(self.device, self.rows, self.programs, stateless)
         (of_kl, beta), (of_recon, recon_weight) = pointer_and_value(beta), pointer_and_value(recon_weight)
         tensors = mu, logvar, recon, kl, loss, of_kl, of_recon, partials, arrived
-        self._total(self.programs, tensors, (beta, recon_weight, *self.numbers))
+        self._total(self.programs, tensors, (beta, recon_weight, *self.numbers), (dtype_of(of_kl), dtype_of(of_recon)))
         return kl, loss
 
     def backward(self, grad_z, mu, logvar, noise, beta, upstreams):
@@ -116,7 +116,7 @@ class Sample:
         grad_mu, grad_logvar = empty(*self._like, mu.dtype) if has_kl else grad_z, empty(*self._like, logvar.dtype)
         kind = pointer = None
         if type(beta) is float:
-            kind = grad_z is None, noise if noise is None else noise.dtype, grad_loss is None, grad_kl is None
+            kind = grad_z is None, dtype_of(noise), grad_loss is None, grad_kl is None
         else:
             pointer, beta = pointer_and_value(beta)
         self._backward[has_kl](

@@ -46,6 +46,28 @@ def _operators(monkeypatch):
         monkeypatch.setattr(traced, "KERNELS_PAY", 0)
 
 
+_kinds: dict = {}  # of launches, by their names
+
+
+@pytest.fixture(autouse=True)
+def _named_kinds(monkeypatch):
+    """What a caller names as one kind of a launch is one: the same tensors are there, of the same dtypes. A GPU's launches do not
+    look at them."""
+    if BACKEND != "triton":
+        return
+    from fastelbo.kernels import direct
+
+    launch = direct.Launch.__call__
+
+    def checked(self, programs, tensors, numbers, kind=None):
+        if kind is not None:
+            found = tuple(t if t is None else t.dtype for t in tensors)
+            assert _kinds.setdefault((self, kind), found) == found, (self.kernel, kind)
+        return launch(self, programs, tensors, numbers, kind)
+
+    monkeypatch.setattr(direct.Launch, "__call__", checked)
+
+
 @pytest.fixture
 def device() -> torch.device:
     return DEVICE

@@ -117,6 +117,25 @@ def test_another_kind_is_compiled(cuda):
     assert len(kernel.calls) == len(kinds) and len(kernel.compiled.calls) == len(kinds) + 1
 
 
+def test_a_kind_by_name_is_not_looked_at(cuda):
+    """Each name is compiled once, whatever the dtypes: these are the caller's promise."""
+    kernel, launches = made()
+    for kind in ("one", "other") * 3:
+        launches(5, (A, B), (3, 1), kind)
+    assert (len(kernel.calls), len(kernel.compiled.calls)) == (2, 4)
+
+
+@pytest.mark.parametrize("kind", (None, "by name"))
+def test_a_launch_of_what_is_not_aligned_is_not_kept(kind, cuda):
+    kernel, launches = made()
+    for _ in range(2):
+        launches(5, (A[1:], B), (3, 1), kind)
+    assert (len(kernel.calls), len(kernel.compiled.calls)) == (2, 0)
+    for _ in range(2):
+        launches(5, (A, B), (3, 1), kind)
+    assert (len(kernel.calls), len(kernel.compiled.calls)) == (3, 1)
+
+
 def hooked(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
 

@@ -90,6 +90,11 @@ def test_batched_and_second_derivatives_after_plain_ones():
         check_backward(call, loss, upstream)
 
 
+def widened(t):
+    """The same values in another dtype."""
+    return t.double() if t.is_floating_point() else t
+
+
 def reversed_strides(t):
     """The same values, with the dimensions in the opposite order in memory."""
     order = tuple(reversed(range(t.dim())))
@@ -97,10 +102,10 @@ def reversed_strides(t):
 
 
 @pytest.mark.parametrize(
-    "unpack", (reversed_strides, lambda t: t.clone().contiguous(), lambda t: torch.stack((t, t), -1)[..., 0])
+    "unpack", (reversed_strides, lambda t: t.clone().contiguous(), lambda t: torch.stack((t, t), -1)[..., 0], widened)
 )
 @pytest.mark.parametrize("name", ("beta 1", "channels_last all", "transposed all", "gaussian, log_scale", "prior", "weight"))
-def test_saved_tensors_that_come_back_with_other_strides(name, unpack):
+def test_saved_tensors_that_come_back_otherwise(name, unpack):
     """The guess of the factor is wrong, so backward reads them again."""
     for factor in (1.0, 3.0):
         check(CHANGES[name](Call()))

@@ -79,7 +79,7 @@ def _of_last(start: Hashable, tensors: Sequence[Tensor]) -> "LossPlan | LatentsP
 
 
 def is_usual(plan: "LossPlan | LatentsPlan", upstreams: Sequence[Tensor | None]) -> bool:
-    """Whether a backward pass may launch what `plan` has: where it is not differentiated, and gradients have memory of their own.
+    """Whether a backward pass may launch what `plan` has: it is not differentiated, and upstreams have memory of their own.
 
     One look by the compiler's guards takes a third of the time of the many that `needs_formula` takes.
     """
