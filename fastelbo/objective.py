@@ -119,7 +119,7 @@ def loss(
         found = in_graph(loss, values, likelihood=likelihood, posterior=posterior, weighting=weighting, reduction=reduction)
         if found is not None:
             return found
-    if type(reduction) is PerSample:
+    if isinstance(reduction, PerSample):
         batch = Batch.of("x", x, reduction)
         given: Any = {"mu": mu, "logvar": logvar, "posterior": posterior, "prior": prior, "kl_weight": kl_weight}
         if kl is None and (mu is not None or logvar is not None):
@@ -236,7 +236,7 @@ def elbo(
     """
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
-    if type(reduction) is PerSample:
+    if isinstance(reduction, PerSample):
         batch = Batch.of("x", x, reduction)
         _, merged = merged_latents(mu, logvar, posterior, prior, kl_weight, reduction, batch)
         terms = elbo(

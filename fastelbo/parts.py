@@ -67,13 +67,10 @@ def nll(
         found = in_graph(nll, values, likelihood=likelihood, reduction=reduction)
         if found is not None:
             return found
-    if type(reduction) is PerSample:
+    if isinstance(reduction, PerSample):
         batch = Batch.of("x", x, reduction)
         prediction, weight = batch.merged_prediction("recon_x", recon_x, likelihood), batch.merged_smaller(weight, x.dim())
         return batch.apart(nll(prediction, batch.merged("x", x), likelihood=likelihood, weight=weight, reduction="none"))
-    if type(reduction) is PerSample:
-        batch = Batch.of("x", x, reduction)
-        return batch.apart(nll(**batch.data(recon_x, x, weight, likelihood), reduction="none"))
     surrounded = is_surrounded()
     if not isinstance(reduction, str):  # a pair has one for the KL
         check_reduction(reduction)
@@ -165,7 +162,7 @@ def sample_kl(
         found = in_graph(sample_kl, values, posterior=posterior, weighting=weighting, reduction=reduction)
         if found is not None:
             return found
-    if type(reduction) is PerSample:
+    if isinstance(reduction, PerSample):
         batch, arguments = merged_latents(mu, logvar, posterior, prior, kl_weight, reduction)
         eps = batch.merged("eps", eps)
         z, kl = sample_kl(**arguments, weighting=weighting, reduction="none", eps=eps, generator=generator)
@@ -231,7 +228,7 @@ def kl_divergence(
             prior of a Normal, or logits that of a Categorical; or `weighting` is no `Weighting`, or has no meaning with the
             reduction or without a prior.
     """
-    if type(reduction) is PerSample:
+    if isinstance(reduction, PerSample):
         batch, arguments = merged_latents(mu, logvar, posterior, prior, kl_weight, reduction)
         return batch.apart(kl_divergence(**arguments, weighting=weighting, reduction="none"))
     if reduction is None:  # which stands for no KL further in

@@ -51,8 +51,7 @@ _kinds: dict = {}  # of launches, by their names
 
 @pytest.fixture(autouse=True)
 def _named_kinds(monkeypatch):
-    """What a caller names as one kind of a launch is one: the same tensors are there, of the same dtypes. A GPU's launches do not
-    look at them."""
+    """What a caller names as one kind of a launch is one, with the same tensors and dtypes: on a GPU nobody looks at them."""
     if BACKEND != "triton":
         return
     from fastelbo.kernels import direct

@@ -45,12 +45,12 @@ MOST = {
     "loss, mse": (22, 27, 34, 10),
     "loss, learned scale": (45, 27, 83, 18),
     "loss, mask": (35, 27, 56, 11),
-    "loss, prior": (56, 37, 70, 27),
-    "loss, free bits": (48, 36, 76, 19),
-    "kl_divergence": (11, 23, 17, 7),
-    "kl_divergence, log_std": (33, 24, 30, 12),
+    "loss, prior": (54, 37, 70, 27),
+    "loss, free bits": (47, 36, 76, 19),
+    "kl_divergence": (10, 23, 17, 7),
+    "kl_divergence, log_std": (32, 24, 30, 12),
     "sample_kl + loss": (35, 36, 80, 18),
-    "elbo": (28, 27, 76, 20),
+    "elbo": (27, 27, 76, 20),
 }
 
 

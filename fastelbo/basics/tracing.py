@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 
-_is_compiling, _forward_ad = torch.compiler.is_compiling, torch.autograd.forward_ad
-_dispatch_modes, _is_in_transform = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_compiler, _forward_ad = torch.compiler, torch.autograd.forward_ad
+_is_dynamo_compiling, _dispatch_modes, _is_in_transform = (
+    torch.compiler.is_dynamo_compiling, torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+)  # fmt: skip
 
 # Types of arguments behind which nothing else can be.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, type(None)))
@@ -29,8 +31,12 @@ def is_behind_dynamo() -> bool:
 def is_surrounded() -> bool:
     """Whether torch.compile or a dispatch mode (fake tensors, counters) traces a call, torch.func transforms it, or it carries
     forward-mode tangents."""
-    return (  # by names of their own: to look for one in Torch takes as long as to call it
-        _is_compiling() or _dispatch_modes() > 0 or _is_in_transform() or _forward_ad._current_level >= 0
+    return (  # what `torch.compiler.is_compiling` asks, too; by short names, since to look for one takes as long as to call it
+        _is_dynamo_compiling()
+        or _compiler._is_compiling_flag
+        or _dispatch_modes() > 0
+        or _is_in_transform()
+        or _forward_ad._current_level >= 0
     )
 
 

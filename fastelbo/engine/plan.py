@@ -41,6 +41,7 @@ _last: dict[Hashable, "LossPlan | LatentsPlan"] = {}  # of the last call with th
 _of_types = attrgetter("dtype", "device", "layout", "requires_grad")
 _of_shapes = attrgetter("dtype", "device", "layout", "requires_grad", "shape")
 _stride, _is_neg = Tensor.stride, Tensor.is_neg
+_is_nested, _dtype = attrgetter("is_nested"), attrgetter("dtype")
 
 
 def keep(table: dict, key: Hashable, made):
@@ -66,18 +67,6 @@ def _unlike(*tensors) -> bool:
     return False
 
 
-def _of_last(start: Hashable, tensors: Sequence[Tensor]) -> "LossPlan | LatentsPlan | None":
-    """The plan of the last call with these options, if these tensors are like its own."""
-    plan = _last.get(start)
-    if plan is not None:
-        for t in tensors:
-            if t.is_nested:
-                return None
-        if plan.fits(*tensors):
-            return plan
-    return None
-
-
 def is_usual(plan: "LossPlan | LatentsPlan", upstreams: Sequence[Tensor | None]) -> bool:
     """Whether a backward pass may launch what `plan` has: it is not differentiated, and upstreams have memory of their own.
 
@@ -101,10 +90,6 @@ def _again(start: Hashable, plan: "LossPlan | LatentsPlan", tensors: Sequence[Te
     if not plan.fits(*tensors):
         plan.fits = likeness(tensors)
     keep(_last, start, plan)
-
-
-def _of_dtypes(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Sequence[Tensor]:
-    return [t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
 
 
 def _of_number(factor: float | Tensor):
@@ -195,7 +180,7 @@ class LossPlan:
         self.latents_layout = layout_of(latents[0]) if call.latents == 2 else torch.contiguous_format
         dense = self.dense(tensors)
         self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))
-        self.strides, self.dtypes = tuple(map(_stride, dense)), tuple(t.dtype for t in dense)
+        self.strides, self.dtypes = tuple(map(_stride, dense)), tuple(map(_dtype, dense))
         dtype = call.dtype
         self.is_elementwise = likelihood.dim is None and all(self.large)
         self.is_of_classes = likelihood.dim is not None and likelihood.one_pass is not None
@@ -230,7 +215,8 @@ class LossPlan:
         """Likewise, of what was saved: a hook, such as `save_on_cpu`, may bring it back with other strides, or rounded."""
         if self.is_dense and self.fits(*tensors):
             return tensors
-        tensors = _of_dtypes(tensors, self.dtypes)
+        if tuple(map(_dtype, tensors)) != self.dtypes:
+            tensors = [t.to(dtype) for t, dtype in zip(tensors, self.dtypes, strict=True)]
         return tensors if tuple(map(_stride, tensors)) == self.strides else self.dense(tensors)
 
     def large_of(self, wants: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -268,8 +254,8 @@ def loss_plan(
     numbers = None if type(beta) is float and type(recon_weight) is float else tuple(map(_of_number, factors))
     start = objective, parameters, weighted, latents, grad_mode, numbers
     try:
-        plan = _of_last(start, tensors)
-        if plan is not None:
+        plan = _last.get(start)
+        if plan is not None and True not in map(_is_nested, tensors) and plan.fits(*tensors):
             return plan
         key = (
             *start, *map(type, tensors), *map(_of_shapes, tensors), *map(_is_neg, tensors), *map(_stride, tensors),
@@ -336,7 +322,7 @@ class LatentsPlan:
         dense = self.dense(tensors)
         self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))
         self.has_normals = noise is not None or self.backend is torch_backend  # and no seed
-        self.strides, self.dtypes = tuple(map(_stride, dense)), tuple(t.dtype for t in dense)
+        self.strides, self.dtypes = tuple(map(_stride, dense)), tuple(map(_dtype, dense))
 
     def dense(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors as the backends take them; copied only where they are not so yet."""
@@ -352,7 +338,8 @@ class LatentsPlan:
             return tensors, noise
         if noise is not None and noise.is_floating_point():
             noise = noise.contiguous(memory_format=self.layout)
-        tensors = _of_dtypes(tensors, self.dtypes)
+        if tuple(map(_dtype, tensors)) != self.dtypes:
+            tensors = [t.to(dtype) for t, dtype in zip(tensors, self.dtypes, strict=True)]
         return tensors if tuple(map(_stride, tensors)) == self.strides else self.dense(tensors), noise
 
 
@@ -386,8 +373,8 @@ def latents_plan_of(
         absent = eps is None, logvar is None, kl_weight is None
         start = posterior, reduction, samples, weighting, absent, len(given), torch.is_grad_enabled()
         try:
-            found = _of_last(start, given)
-            if found is not None:
+            found = _last.get(start)
+            if found is not None and True not in map(_is_nested, given) and found.fits(*given):
                 return found, tensors
             key = *start, *map(type, given), *map(_of_shapes, given), *map(_is_neg, given), *map(_stride, given)
             found = _plans.get(key)
