@@ -112,25 +112,26 @@ class Loss(Function):
             plan, factors, tensors, divisor, known, plan.path.stores
         )
         beta, recon_weight = factors
-        if sums is None and type(beta) is float and type(recon_weight) is float and type(divisor) is float:
-            also = 0
-            ctx.save_for_backward(*tensors)
-        else:
+        saved: Sequence[Tensor | None] = ()
+        if type(beta) is not float or type(recon_weight) is not float or type(divisor) is not float:
             numbers = beta, recon_weight, divisor
-            also, saved = 3 + len(sums or ()), [n if isinstance(n, Tensor) else None for n in numbers]
+            saved = [n if isinstance(n, Tensor) else None for n in numbers]
             (*factors, divisor) = (n if t is None else None for n, t in zip(numbers, saved, strict=True))
-            ctx.save_for_backward(*saved, *(sums or ()), *tensors)
-        ctx.state = plan, factors, divisor, known is None, used, also, [stored]  # in one attribute, each of which costs
+        sums = sums or ()
+        ctx.save_for_backward(*tensors, *sums, *saved)
+        # In one attribute, each of which costs.
+        ctx.state = plan, factors, divisor, known is None, used, len(tensors), len(sums), [stored]
         return loss, recon, kl
 
     @staticmethod
     @never_compiled
     def backward(ctx, *upstreams):
-        plan, factors, divisor, guesses, used, also, kept = ctx.state
+        plan, factors, divisor, guesses, used, count, more, kept = ctx.state
         tensors, sums = ctx.saved_tensors, None
-        if also:
-            saved, sums, tensors = tensors[:3], tensors[3:also], tensors[also:]
-            (*factors, divisor) = (n if t is None else t for n, t in zip((*factors, divisor), saved, strict=True))
+        if len(tensors) > count:
+            tensors, sums, saved = tensors[:count], tensors[count : count + more], tensors[count + more :]
+            if saved:
+                (*factors, divisor) = (n if t is None else t for n, t in zip((*factors, divisor), saved, strict=True))
         needs = ctx.needs_input_grad[1:]
         if not is_usual(plan, upstreams):
             found = formula.differentiate(lambda *t: formula.terms(plan.call, factors, divisor, t), tensors, needs, upstreams)
