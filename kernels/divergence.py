@@ -249,7 +249,7 @@ class Divergence:
         kl_weight = self.weight.laid(kl_weight, mu)
         tensors = grad_z, mu, second, prior_mu, prior_second, kl_weight, noise, grad_mu, grad_second, *grad_priors
         tensors = *tensors, grad_kl, grad_weighted, of_columns
-        kind = grad_z is None, grad_kl is None, grad_weighted is None, of_columns is None, dtype_of(noise), *wants_prior
+        kind = *map(dtype_of, (grad_z, grad_kl, grad_weighted, of_columns, noise)), *wants_prior
         self._backward[has_kl](self.programs, tensors, (*weights, *shares, *sizes), kind)
         return grad_mu, grad_second, *grad_priors
 

@@ -255,7 +255,7 @@ class Loss:
         if type(beta) is float and type(recon_weight) is float:
             kind = (
                 wants_recon, wants_latents, wants_kl, dtype_of(used),
-                grad_loss is None, grad_recon is None, grad_own_kl is None,
+                dtype_of(grad_loss), dtype_of(grad_recon), dtype_of(grad_own_kl),
             )  # fmt: skip
         else:
             (of_kl, beta), (of_recon, recon_weight) = pointer_and_value(beta), pointer_and_value(recon_weight)

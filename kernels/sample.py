@@ -116,7 +116,7 @@ class Sample:
         grad_mu, grad_logvar = empty(*self._like, mu.dtype) if has_kl else grad_z, empty(*self._like, logvar.dtype)
         kind = pointer = None
         if type(beta) is float:
-            kind = grad_z is None, dtype_of(noise), grad_loss is None, grad_kl is None
+            kind = dtype_of(grad_z), dtype_of(noise), dtype_of(grad_loss), dtype_of(grad_kl)
         else:
             pointer, beta = pointer_and_value(beta)
         self._backward[has_kl](
