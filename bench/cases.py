@@ -102,7 +102,7 @@ def usual(case: Case, cuda: bool) -> bool:
 
 
 def again(case: Case) -> bool:
-    """Whether `make bench` runs one of the usual cases with another number of threads, too: those that the README shows, but of
+    """Whether `make bench` runs one of the usual cases with another number of threads, too: those of the overview, but of
     the sizes one of each kind, or it would take more than ten minutes."""
     sizes_of_loss = ("1x784", "128x784", "64x3x64x64", "4096x4000")
     return (case.dtypes, case.mode) == ("float32", "backward") and (

@@ -54,7 +54,7 @@ def tests() -> Iterator[Command]:
 
 
 def benchmarks() -> Iterator[Command]:
-    """What the README shows."""
+    """What the overview shows."""
     parts = {"step sample": (170, 200), "loss objective": (280, 310)}
     paths = [OUT / f"gpu-bench-{subjects.replace(' ', '-')}.json" for subjects in parts]
     for path, (subjects, limits) in zip(paths, parts.items(), strict=True):

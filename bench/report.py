@@ -1,4 +1,4 @@
-"""`python -m bench.report FILE...`: results of the benchmarks as tables, as plots, and as the README's performance section."""
+"""`python -m bench.report FILE...`: results of the benchmarks as tables, and as plots."""
 
 import argparse
 import json
@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 from .cases import LIKELIHOODS, SHAPES, Case, sizes
 
-README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "results"
-MARKERS = "<!-- performance: what `python -m bench.report --write` makes of bench/results -->", "<!-- end of performance -->"
+OVERVIEW = "overview.md"  # what the documentation shows of all runs
 
 
 class Row(NamedTuple):
@@ -27,7 +26,7 @@ class Row(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """One that the README shows."""
+        """One that the overview shows."""
         return (self.case.dtypes, self.case.mode, self.graph) == ("float32", "backward", False)
 
     def milliseconds(self, name: str) -> float | None:
@@ -167,23 +166,23 @@ def markdown(run: Run) -> str:
     return "\n".join([f"# {run.where}", "", LEGEND, "", *_table(COLUMNS, map(cells, run.rows)), ""])
 
 
-def readme_section(runs: list[Run]) -> str:
-    """What the README says: forward and backward in float32, and where the rest is."""
+def overview(runs: list[Run]) -> str:
+    """What the documentation says: forward and backward in float32, and where the rest is."""
     lines = [
         "Forward and backward in float32: how many times as fast as the eager naive code / as the naive code under",
         "`torch.compile`, timed in turns in one run. Both compiled: fastelbo under it as well, over the naive code.",
         "▼ marks where fastelbo loses.",
     ]
     for run in runs:
-        lines += ["", f"**{run.where}** ([all rows](bench/results/{run.path.stem}.md))", ""]
+        lines += ["", f"**{run.where}**", ""]
         for threads in dict.fromkeys(row.threads for row in run.rows):
             lines += [f"With {in_words(threads)}:", ""] if threads else []
-            lines += [*_readme_tables([row for row in run.rows if row.plain and row.threads == threads]), ""]
-        lines += [f"![speedup, share of the floor and peak memory by size](bench/results/{run.path.stem}.svg)"]
+            lines += [*_tables([row for row in run.rows if row.plain and row.threads == threads]), ""]
+        lines += [f"![speedup, share of the floor and peak memory by size]({run.path.stem}.svg)"]
     return "\n".join(lines)
 
 
-def _readme_tables(rows: list[Row]) -> list[str]:
+def _tables(rows: list[Row]) -> list[str]:
     losses = {(r.case.shape, r.case.likelihood): _both(r) for r in rows if r.case.subject == "loss"}
     shapes = dict.fromkeys(shape for shape, _ in losses)
     pivot = ([f"`loss` {shape}", *(losses.get((shape, name), "-") for name in LIKELIHOODS)] for shape in shapes)
@@ -240,17 +239,12 @@ def plots(run: Run, path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(runs: list[Run], readme: Path = README) -> None:
-    """Tables and plots beside each JSON file, and the README's section of them all."""
+def write(runs: list[Run], folder: Path = RESULTS) -> None:
+    """Tables and plots beside each JSON file, and the overview of them all."""
     for run in runs:
         run.path.with_suffix(".md").write_text(markdown(run))
         plots(run, run.path.with_suffix(".svg"))
-    begin, end = MARKERS
-    before, _, rest = readme.read_text().partition(begin)
-    _, _, after = rest.partition(end)
-    if not after:
-        raise ValueError(f"{readme} has no section between {begin!r} and {end!r}")
-    readme.write_text(f"{before}{begin}\n\n{readme_section(runs)}\n\n{end}{after}")
+    (folder / OVERVIEW).write_text(overview(runs) + "\n")
 
 
 def _megabytes(row: Row) -> float:
@@ -287,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.partition(": ")[2])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON that python -m bench has written")
     parser.add_argument("--merge", type=Path, metavar="FOLDER", help="the files are parts of one run: write that there, in one")
-    parser.add_argument("--write", action="store_true", help="write Markdown and SVG beside them, and the README's section")
+    parser.add_argument("--write", action="store_true", help="write Markdown and SVG beside them, and the overview")
     options = parser.parse_args(arguments)
     files = options.files
     if options.merge:

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say they do, and the README shows what they measured."""
+"""The benchmarks measure what they say they do, and the documentation shows what they measured."""
 
 import argparse
 import contextlib
@@ -249,13 +249,8 @@ def test_report(tmp_path):
     cells = dict(zip(report.COLUMNS, report.cells(found), strict=True))
     assert (cells["x eager"], cells["x compiled"]) == ("4.10", "0.74 ▼")
     assert (cells["GB/s"], cells["of floor"], cells["spread"], cells["peak MB"]) == ("2", "50%", "30%", "3")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.MARKERS[0]}\nold\n{report.MARKERS[1]}\nafter\n")
-    report.write([run], readme)
-    text = readme.read_text()
-    assert "old" not in text
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
+    report.write([run], tmp_path)
+    text = (tmp_path / report.OVERVIEW).read_text()
     assert "| `loss` 128x784 | - | - | 4.10 / 0.74 ▼ | - |" in text
     assert "a machine (fast), 2 threads; torch 2.13, triton 3.9, Python 3.12; commit 0123456789, 2026-01-02" in text
     assert path.with_suffix(".md").exists()
@@ -273,7 +268,7 @@ def test_report_of_several_numbers_of_threads(tmp_path):
     assert [(found.threads, found.speedup("eager")) for found in run.rows] == [(1, 4.0), (2, 1.5)]
     cells = [dict(zip(report.COLUMNS, report.cells(found), strict=True)) for found in run.rows]
     assert [(c["mode"], c["fastelbo ms"]) for c in cells] == [("backward, 1 thread", "1"), ("backward, 2 threads", "2")]
-    first, second = report.readme_section([run]).split("With 2 threads:")
+    first, second = report.overview([run]).split("With 2 threads:")
     assert "With 1 thread:" in first
     assert "| `loss` 128x784 | - | - | 4.00 / - | - |" in first and "| `loss` 128x784 | - | - | 1.50 / - | - |" in second
     assert "`loss` and of `sample_kl` + `loss`: 4 / -" in first and "`loss` and of `sample_kl` + `loss`: 1.5 / -" in second
@@ -285,13 +280,12 @@ def test_report_of_several_numbers_of_threads(tmp_path):
         report.merge([parts[0], parts[0]])
 
 
-def test_the_readme_shows_the_results_that_are_kept():
+def test_the_documentation_shows_the_results_that_are_kept():
     """`python -m bench.report --write bench/results/*.json` was run, and nobody wrote numbers by hand."""
-    runs = [run for run in map(report.load, sorted((ROOT / "bench" / "results").glob("*.json"))) if run.rows]
+    runs = [run for run in map(report.load, sorted(report.RESULTS.glob("*.json"))) if run.rows]
     assert runs
-    begin, end = report.MARKERS
-    section = (ROOT / "README.md").read_text().partition(begin)[2].partition(end)[0]
-    assert section.strip() == report.readme_section(runs).strip()
+    assert (report.RESULTS / report.OVERVIEW).read_text().strip() == report.overview(runs).strip()
+    assert "bench/results/overview.md" in (ROOT / "docs" / "performance.md").read_text()
     for run in runs:
         assert run.path.with_suffix(".md").read_text() == report.markdown(run)
 
