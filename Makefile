@@ -11,13 +11,15 @@ TRITON ?= $(if $(filter Linux,$(shell uname)),triton==3.9.0)
 ifneq ($(TORCH),)
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(subst =,-,$(TORCH))
+DOCS_READY := $(VENV)/.docs-ready
 else
 RUN := $(PYTHON)
 READY := own
+DOCS_READY := own-docs
 endif
 
-.PHONY: demo demo-iwae test test-torch test-triton test-triton-a-l test-triton-m-z lint test-integrations bench budget own clean
-.PHONY: gpu gpu-first gpu-tests gpu-bench gpu-samples
+.PHONY: demo demo-iwae test test-torch test-triton test-triton-a-l test-triton-m-z lint test-integrations bench budget docs own clean
+.PHONY: own-docs gpu gpu-first gpu-tests gpu-bench gpu-samples
 
 demo: $(READY)
 	$(RUN) examples/train_digits.py
@@ -49,8 +51,15 @@ lint: $(READY)
 test-integrations: .venv-integrations/.ready
 	.venv-integrations/bin/python -m pytest tests/integrations
 
+# The documentation, into docs/_build. It draws its plots from what the code of its pages computes. A warning is an error; links to
+# other projects need a network, and are left out without one.
+docs: $(DOCS_READY)
+	$(RUN) docs/figures
+	$(RUN) -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs docs/_build
+	@echo "built docs/_build/index.html"
+
 # In turns with the naive code, on a CUDA GPU if there is one: `python -m bench --help` has the options, and
-# `python -m bench.report --write bench/results/*.json` brings tables, plots and the README's section up to date. What many samples
+# `python -m bench.report --write bench/results/*.json` brings tables and plots up to date. What many samples
 # cost is measured by `python -m bench.samples --write`; what calls cost on the host is counted by `python -m bench.host`.
 bench: $(READY)
 	$(RUN) -m bench
@@ -77,6 +86,10 @@ $(VENV)/.ready-%: pyproject.toml
 	$(RUN) -m pip install -e ".[test,bench,examples]"
 	touch $@
 
+$(VENV)/.docs-ready: $(READY)
+	$(RUN) -m pip install -e ".[docs]"
+	touch $@
+
 .venv-integrations/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/python -m pip install $(TORCH) $(TRITON)
@@ -86,5 +99,8 @@ $(VENV)/.ready-%: pyproject.toml
 own:
 	$(PYTHON) -m pip install -e ".[test,bench,examples]"
 
+own-docs: own
+	$(PYTHON) -m pip install -e ".[docs]"
+
 clean:
-	rm -rf $(VENV) .venv-integrations build dist *.egg-info out
+	rm -rf $(VENV) .venv-integrations build dist *.egg-info out docs/_build docs/figures/out

@@ -324,7 +324,7 @@ def test_target_scale(device):
 def test_what_the_docs_show(device):
     """Is the example, in fewer lines."""
     root = Path(__file__).parents[1]
-    shown, device_function = re.findall(r"```python\n(.*?)```", (root / "docs/likelihoods.md").read_text(), re.DOTALL)
+    _, shown, device_function = re.findall(r"```python\n(.*?)```", (root / "docs/own-likelihood.md").read_text(), re.DOTALL)
     recon, x, mu = (torch.randn(3, 4, device=device) for _ in range(3))
     names = {"recon_x": recon, "x": x, "mu": mu, "logvar": mu}
     exec(shown.replace("fastelbo.loss(", "found = fastelbo.loss("), names)

@@ -46,7 +46,7 @@ class Likelihood(metaclass=Record):
 
     `record`, of this package, makes options of annotated fields, and the class frozen and compared by value; without fields of
     its own a class needs none. `parameters` names the tensors, if there are several. Each of `ranges`, `support`, `is_density`,
-    `one_pass` and `kernel` is one more step that may be left out; docs/likelihoods.md goes through them.
+    `one_pass` and `kernel` is one more step that may be left out; docs/own-likelihood.md goes through them.
 
     Args:
         target_scale: `x` is multiplied by it, such as 1/255 for `uint8` images.
