@@ -8,6 +8,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= $(if $(filter Linux,$(shell uname)),triton==3.9.0)
 
+RELEASE := .venv-release
+OUTSIDE := cd $(RELEASE) && PYTHONPATH=
+
 ifneq ($(TORCH),)
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(subst =,-,$(TORCH))
@@ -18,7 +21,7 @@ READY := own
 DOCS_READY := own-docs
 endif
 
-.PHONY: demo demo-iwae test test-torch test-triton test-triton-a-l test-triton-m-z lint test-integrations bench budget docs own clean
+.PHONY: demo demo-iwae test test-torch test-triton test-triton-a-l test-triton-m-z lint test-integrations bench budget docs release-check own clean
 .PHONY: own-docs gpu gpu-first gpu-tests gpu-bench gpu-samples
 
 demo: $(READY)
@@ -57,6 +60,24 @@ docs: $(DOCS_READY)
 	$(RUN) docs/figures
 	$(RUN) -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs docs/_build
 	@echo "built docs/_build/index.html"
+
+# What a release is: both packages into dist, checked; the wheel, in a new environment and another folder, passes its self-test and a
+# smoke test, with Triton, by Triton's interpreter, and without Triton. TAG=v1.2.3 must be the version's, where it is given.
+release-check:
+	rm -rf build dist $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install build twine $(TORCH) $(TRITON) numpy
+	$(RELEASE)/bin/python -m build --outdir dist
+	$(RELEASE)/bin/python -m twine check --strict dist/*
+	$(RELEASE)/bin/python -m pip install dist/*.whl
+	cp tests/smoke.py $(RELEASE)/smoke.py
+	$(OUTSIDE) bin/python -c "import fastelbo, sys; sys.exit('$(TAG)' not in ('', 'v' + fastelbo.__version__))"
+	$(OUTSIDE) bin/python -m fastelbo
+	$(OUTSIDE) bin/python smoke.py
+	$(OUTSIDE) TRITON_INTERPRET=1 FASTELBO_BACKEND=triton bin/python smoke.py
+	$(RELEASE)/bin/python -m pip uninstall --yes triton
+	$(OUTSIDE) bin/python -m fastelbo
+	$(OUTSIDE) bin/python smoke.py
 
 # In turns with the naive code, on a CUDA GPU if there is one: `python -m bench --help` has the options, and
 # `python -m bench.report --write bench/results/*.json` brings tables and plots up to date. What many samples
@@ -103,4 +124,4 @@ own-docs: own
 	$(PYTHON) -m pip install -e ".[docs]"
 
 clean:
-	rm -rf $(VENV) .venv-integrations build dist *.egg-info out docs/_build docs/figures/out
+	rm -rf $(VENV) .venv-integrations $(RELEASE) build dist *.egg-info out docs/_build docs/figures/out
