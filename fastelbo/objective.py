@@ -360,7 +360,7 @@ def _with_kl(
     shape = len(given), weight is not None
     terms = composed_terms(name, objective, tensors, *shape, kl if weighted is None else weighted, factors)
     if weighted is not None:
-        terms = terms._replace(kl=kl.to(terms.loss.dtype))
+        terms = ELBOTerms(terms.loss, terms.recon, kl.to(terms.loss.dtype))
     if monitor is not None:
         record_reconstruction(monitor, objective, tensors, *shape, terms.recon, statistics)
     return terms

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastelbo.engine import traced
+from fastelbo.engine import plan, traced
+from fastelbo.likelihoods import L1, MSE, Bernoulli, BernoulliLogits
 
 torch.backends.cudnn.allow_tf32 = False  # with the 10 bits of a product that it has by default, nothing agrees
 
@@ -75,6 +76,15 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def by_functions(monkeypatch):
+    """No sums by functions of Torch's own, which few elements on a CPU would take (`test_by_torch`)."""
+    for kind in (L1, MSE, Bernoulli, BernoulliLogits):
+        monkeypatch.setattr(kind, "sum_by_torch", None)
+    for table in ("_plans", "_last"):  # which know of them
+        monkeypatch.setattr(plan, table, {})
 
 
 @pytest.fixture(autouse=True)

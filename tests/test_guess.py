@@ -10,6 +10,8 @@ import torch
 import fastelbo
 from support import LIKELIHOODS, gradients, make_inputs, options, relative
 
+pytestmark = pytest.mark.usefixtures("by_functions")
+
 FACTORS = (1.0, 1.0, 1 / 64, 1 / 64, 65536.0, 0.0, math.nan, 3.0, 3.0, 3.0)
 
 

@@ -15,7 +15,10 @@ from fastelbo.likelihoods import BernoulliLogits, DiscretizedLogisticMixture, Ga
 from likelihood_cases import CASES, recon_x
 from support import gradients
 
-pytestmark = pytest.mark.skipif(BACKEND != "torch" or torch.cuda.is_available(), reason="about Torch on a CPU")
+pytestmark = [
+    pytest.mark.skipif(BACKEND != "torch" or torch.cuda.is_available(), reason="about Torch on a CPU"),
+    pytest.mark.usefixtures("by_functions"),
+]
 
 SUMMED = [name for name, case in CASES.items() if find_likelihood(case.likelihood).inner is None]
 HAVE_A_FORM = [name for name, case in CASES.items() if find_likelihood(case.likelihood).one_pass is not None]

@@ -67,6 +67,7 @@ def test_retained_graph_with_another_factor(device):
         gradients(loss, recon_x)
 
 
+@pytest.mark.usefixtures("by_functions")
 def test_stored_gradient_becomes_grad_without_a_copy(device, monkeypatch):
     allocated = recorded_allocations(monkeypatch)
     recon_x, x, mu, logvar = make_inputs("mse", (5, 9), (5, 3), device=device)

@@ -148,10 +148,11 @@ def divergence(call: KLCall, noise: Tensor | None, *tensors: Tensor):
 
 
 def with_free_bits(
-    call: KLCall, mu: Tensor, kl: Tensor, weighted: Tensor | None, sums: Sequence | None, weight: Tensor | None = None
-):
+    call: KLCall, mu: Tensor, kl: Tensor, weighted: Tensor | None, sums: Sequence | None, weight: Tensor | None = None,
+    floor: float | None = None,
+):  # fmt: skip
     """`(kl, weighted, sums, low)`: where groups have free bits, the sums of a kind all added up, and likewise with what is free
-    in place of `low` groups. Before `sums` comes the KL of each column then."""
+    in place of `low` groups. Before `sums` comes the KL of each column then. `floor`: what is free, if it is known."""
     if call.groups is None:
         return kl, weighted, sums, None
     of_groups = kl if weighted is None else weighted
@@ -159,7 +160,7 @@ def with_free_bits(
         of_groups = of_groups.flatten(1).sum(1)
     elif call.groups == "batch":
         of_groups = of_groups.sum()
-    floor = call.floor_of_groups(mu, weight)
+    floor = call.floor_of_groups(mu, weight) if floor is None else floor
     low = of_groups <= floor
     weighted = torch.where(low, floor, of_groups) if isinstance(floor, Tensor) else of_groups.masked_fill(low, floor)
     sums = None if sums is None else (kl.detach(), *sums)

@@ -15,7 +15,9 @@ from ..basics.tracing import is_surrounded, never_compiled
 from ..likelihoods.values import check_values, is_well
 from . import formula, traced
 from .call import ONE, Factors, Objective, check_loss
+from .latents import run
 from .plan import LossPlan, is_usual, loss_plan
+from .torch_backend import total
 
 
 class ELBOTerms(NamedTuple):
@@ -51,18 +53,37 @@ def planned_terms(
     factor of each row, where it is known before backward.
     """
     plan = loss_plan(name, objective, tensors, parameters, weighted, latents, factors)
-    if not plan.is_dense:
-        tensors = plan.dense(tensors)
-    divisor = plan.divisor_of(tensors) if plan.divisor is None else plan.divisor
-    if plan.backend is None:
-        terms = traced.loss(plan.call, factors, tensors, divisor)
-    elif plan.path.wants:
-        terms = _apply((plan, factors, divisor, known), *tensors)
-    else:
-        terms = plan.backend.loss_forward(plan, factors, tensors, divisor, None, plan.path.stores)[:3]
+    terms = _by_autograd(plan, tensors, factors) if plan.is_by_autograd else None
+    if terms is None:
+        if not plan.is_dense:
+            tensors = plan.dense(tensors)
+        divisor = plan.divisor_of(tensors) if plan.divisor is None else plan.divisor
+        if plan.backend is None:
+            terms = traced.loss(plan.call, factors, tensors, divisor)
+        elif plan.path.wants:
+            terms = _apply((plan, factors, divisor, known), *tensors)
+        else:
+            terms = plan.backend.loss_forward(plan, factors, tensors, divisor, None, plan.path.stores)[:3]
     if plan.looks and not is_well(plan.silent, tensors[plan.count], terms[1]):
         check_values(plan, name, tensors, terms[1])
     return tuple.__new__(ELBOTerms, terms)
+
+
+def _by_autograd(plan: LossPlan, tensors: Sequence[Tensor], factors: Factors):
+    """Likewise, where Torch has a function for the reconstruction that costs less than ours; None where it has not."""
+    n = plan.count
+    recon = plan.likelihood.sum_by_torch(tensors[:n], tensors[n])
+    if recon is None:
+        return None
+    if plan.divisor != 1:
+        recon = recon / plan.divisor
+    if plan.latents == 0:
+        return None, recon, None
+    if plan.kl_plan is None:
+        kl = tensors[-1] if tensors[-1].dtype == plan.dtype else tensors[-1].to(plan.dtype)
+        return total(factors, recon, kl), recon, kl.clone()
+    kl = run(plan.kl_plan, tensors[-2:], None)[1]
+    return total(factors, recon, kl), recon, kl
 
 
 def composed_terms(
@@ -70,10 +91,10 @@ def composed_terms(
     factors: Factors = ONE, known: Tensor | None = None,
 ) -> ELBOTerms:  # fmt: skip
     """Likewise, of a KL that is reduced already, or of none; the likelihood may be made of the sums of another one."""
-    likelihood, inner = objective.likelihood, objective.likelihood.inner
     behind = () if kl is None else (kl,)
-    if inner is None:
+    if objective.is_sum:
         return loss_terms(name, objective, (*tensors, *behind), parameters, weighted, len(behind), factors, known=known)
+    likelihood, inner = objective.likelihood, objective.likelihood.inner
     call = check_loss(name, objective, (*tensors, *behind), parameters, weighted, len(behind))
     given, x, weight, _ = call.split(tensors)
     weight = call.shaped(weight, given[0], x)

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from ..basics.arguments import check_noise
 from ..basics.layout import layout_of
 from ..basics.tracing import is_surrounded, is_wrapper, needs_formula
-from ..latents.posterior import CLASSES, as_logits
+from ..latents.posterior import CLASSES, LOGVAR, Latents, as_logits
 from ..latents.weighting import Weighting
 from ..likelihoods import Likelihood
 from ..likelihoods.values import Range, silent_range, support_to_check
@@ -119,10 +119,10 @@ class LossPlan:
     """What is known of a call of `loss` before its values are. `guess` is the one thing that changes."""
 
     __slots__ = (
-        "backend", "call", "count", "divisor", "dtype", "dtypes", "fits", "guess", "is_dense", "is_elementwise",
-        "is_of_classes", "is_whole", "kl_scale", "large", "latents", "latents_launches", "latents_layout", "layout",
-        "likelihood", "looks", "loss_launches", "options", "path", "per_sample", "rows", "scaling", "silent", "strides",
-        "support", "upstreams", "weight_shape",
+        "backend", "call", "count", "divisor", "dtype", "dtypes", "fits", "guess", "is_by_autograd", "is_dense",
+        "is_elementwise", "is_of_classes", "is_whole", "kl_plan", "kl_scale", "large", "latents", "latents_launches",
+        "latents_layout", "layout", "likelihood", "looks", "loss_launches", "options", "path", "per_sample", "rows", "scaling",
+        "silent", "strides", "support", "upstreams", "weight_shape",
     )  # fmt: skip
 
     path: LossPath
@@ -145,6 +145,8 @@ class LossPlan:
     is_elementwise: bool  # to the Torch backend: parameters are as large as the target
     is_of_classes: bool  # a term is made of many elements, by a form of its own
     is_whole: bool  # and one block, in the dtype of the arithmetic
+    is_by_autograd: bool  # a function of Torch's own may compute the reconstruction
+    kl_plan: "LatentsPlan | None"  # beside it
     scaling: tuple[float, float]  # of the target
     looks: bool  # at values
     support: Range | None
@@ -187,6 +189,12 @@ class LossPlan:
         same = self.scaling == (1.0, 0.0) and all(t.dtype == dtype for t in (*parameters, x, *([weight] * call.weighted)))
         small = first.numel() <= BLOCK and (first.dim() == 2 or not call.per_sample)
         self.is_whole = self.is_elementwise and same and small
+        on_cpu = self.backend is torch_backend and x.device.type == "cpu"
+        has_sum = likelihood.sum_by_torch is not None and weight is None and not call.per_sample and call.parameters == 1
+        self.is_by_autograd = on_cpu and has_sum and self.is_whole and first.numel() <= likelihood.few
+        self.kl_plan = None
+        if self.is_by_autograd and call.latents == 2:
+            self.kl_plan = latents_plan(KLCall(Latents(LOGVAR), dtype, "sum", call.kl_reduction), latents, None)
 
     def dense(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors as the backends take them; copied only where they are not so yet."""
@@ -289,7 +297,7 @@ class LatentsPlan:
     """What is known of a sample or a KL before its values are."""
 
     __slots__ = (
-        "backend", "call", "dtype", "dtypes", "fits", "has_normals", "is_by_autograd", "is_categorical", "is_dense",
+        "backend", "call", "dtype", "dtypes", "fits", "floor", "has_normals", "is_by_autograd", "is_categorical", "is_dense",
         "is_mean_of_weights", "is_plain", "is_simple", "is_whole", "kl_scale", "latents_launches", "layout", "noise_layout",
         "per_sample", "strides", "upstreams", "wants",
     )  # fmt: skip
@@ -304,6 +312,7 @@ class LatentsPlan:
             noise is not None and (is_wrapper(noise) or noise.is_neg())
         )
         weight = call.latents.split(tensors)[2]
+        self.floor = call.floor_of_groups(call.latents.terms(tensors)) if call.groups is not None and weight is None else None
         seldom = grad_mode and any(t is not None and t.requires_grad for t in (noise, weight))
         seldom = seldom or (self.is_categorical and weight is not None)  # which no kernel has
         self.backend = None if strange or seldom or not mu.numel() else backend_for(mu.device)

@@ -22,6 +22,8 @@ from .reconstruction import reconstruct
 
 def draw_noise(like: Tensor, layout: torch.memory_format, generator: torch.Generator | None) -> Tensor:
     """Standard normals of the shape and dtype of `like`: the ones that `torch.randn_like` would give in that layout."""
+    if generator is None:
+        return torch.randn_like(like, memory_format=layout)
     return torch.empty_like(like, memory_format=layout).normal_(generator=generator)
 
 
@@ -101,11 +103,12 @@ def latents_forward(plan, tensors, noise, stateless=False):
         kl = torch.expm1(logvar.to(dtype)).sub_(logvar).addcmul_(wide, wide).sum(0)
         kl.mul_(HALF if plan.kl_scale == 1 else 0.5 * plan.kl_scale)
         sums = (wide.sum(0), wide.square().sum(0)) if plan.call.statistics else None
-        return None, *formula.with_free_bits(plan.call, mu, kl, None, sums)
+        return None, *formula.with_free_bits(plan.call, mu, kl, None, sums, None, plan.floor)
     if noise is None:
-        kl, _ = _divergence(mu, logvar, plan.kl_scale, per_sample, dtype)
-        found = (kl, None, None, None) if plan.call.groups is None else formula.with_free_bits(plan.call, mu, kl, None, None)
-        return None, *found
+        kl, slope = _divergence(mu, logvar, plan.kl_scale, per_sample, dtype)
+        if plan.call.groups is None:
+            return None, kl, None, None, None if slope is None else (None, slope)
+        return None, *formula.with_free_bits(plan.call, mu, kl, None, None, None, plan.floor)
     if plan.is_whole and noise.dtype == dtype and (not per_sample or mu.dim() == 2):
         shift, slope, kl = torch.mul(logvar, HALF).exp_().mul_(noise), None, None
         if kind is not None:
@@ -213,10 +216,11 @@ log_ratio_forward = None  # the formula is as good, and autograd differentiates 
 def total(factors, recon: Tensor, kl: Tensor) -> Tensor:
     """The loss of its two terms."""
     beta, recon_weight = factors
-    weighted = formula.weighted_by(recon_weight, recon)
+    if type(recon_weight) is not float or recon_weight != 1:
+        recon = formula.weighted_by(recon_weight, recon)
     if isinstance(beta, Tensor):
-        return weighted + beta.to(kl.dtype) * kl
-    return torch.add(weighted, kl, alpha=beta)
+        return recon + beta.to(kl.dtype) * kl
+    return recon + kl if beta == 1 else torch.add(recon, kl, alpha=beta)
 
 
 def added(grad_loss: Tensor | None, own: Tensor | None, factor: float | Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from .values import Range
 # `rsub` that writes to given memory. Being 0-d, these go with every dtype and device.
 ONE, HALF = torch.tensor(1.0, device="cpu"), torch.tensor(0.5, device="cpu")
 
+SUM: Any = 2  # the reduction "sum", as Torch's functions take it below `torch.nn.functional`, whose Python costs 2 us
+
 
 class OnePass(NamedTuple):
     """What `Likelihood.one_pass` returns: an element's negative log-likelihood is `scale * values + constant`, and its
@@ -69,11 +71,11 @@ class Likelihood(metaclass=Record):
     Inductor's code of torch 2.11. A kernel's take 5 with one parameter."""
 
     def __init_subclass__(cls) -> None:
-        """A formula of one's own has neither its parent's one-pass form nor its kernel."""
+        """A formula of one's own has none of its parent's other forms."""
         if not hasattr(cls, "name"):
             cls.name = cls.__name__
         if "nll" in cls.__dict__:
-            for name in ("one_pass", "kernel"):
+            for name in ("one_pass", "sum_by_torch", "kernel"):
                 setattr(cls, name, cls.__dict__.get(name))
 
     def __post_init__(self) -> None:
@@ -166,6 +168,13 @@ class Likelihood(metaclass=Record):
     It returns None where some of the input needs `nll`, as one whose derivatives overflow does, and where it would have to look
     for that but cannot without a sync (`is_seen`). None: there is no such form, and autograd differentiates `nll`.
     """
+
+    sum_by_torch: ClassVar[Callable[..., Tensor | None] | None] = None
+    """`sum_by_torch(parameters, x)`: the sum of `nll` by a function of Torch's own, which autograd differentiates: of one
+    parameter, on a CPU, up to `few` elements. It returns None where it would lose digits that `one_pass` keeps. None: Torch has
+    none."""
+    few: ClassVar[int] = 2**18
+    """Elements up to which that costs less than a Function written in Python, whose passes are fewer."""
 
     def takes_samples(self, parameters: int, weighted: bool) -> bool:
         """Whether a call may have several samples of all of x, one after the other."""

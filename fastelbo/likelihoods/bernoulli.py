@@ -8,10 +8,11 @@ from ..basics.numerics import log_ratio_to_tanh, log_ratio_to_tanh_and_derivativ
 from ..basics.records import canonical, record
 from ..basics.scalars import check_real
 from ..basics.tracing import is_behind_dynamo, is_seen
-from .base import ONE, Likelihood, OnePass, check_given_once
+from .base import ONE, SUM, Likelihood, OnePass, check_given_once
 from .values import BITS, UNIT
 
-VERY_FEW, QUITE_FEW, FEW = 2**10, 2**13, 2**14  # elements, up to which calls cost more than passes
+QUITE_FEW, FEW = 2**13, 2**14  # elements, up to which calls cost more than passes
+SMALL_TERM = 2**-5  # nats
 
 DENOMINATOR = 9.999999960041972e-13  # 1e-12 in float32, which Torch clamps by in every dtype
 
@@ -25,6 +26,7 @@ class Bernoulli(Likelihood):
 
     name = kernel = "bernoulli"
     compiled_passes = 8
+    few = 2**12  # since Torch's logarithms are not vectorized there
     ranges = (UNIT,)
 
     def support(self, first, x):
@@ -43,21 +45,22 @@ class Bernoulli(Likelihood):
                 return F.binary_cross_entropy(p, x, reduction="none") + invalid
         return F.binary_cross_entropy(p, x, reduction="none") + invalid
 
+    def sum_by_torch(self, parameters, x):
+        try:
+            return torch._C._nn.binary_cross_entropy(parameters[0], x, None, SUM)
+        except RuntimeError:  # of what lies outside [0, 1]
+            return None
+
     def one_pass(self, parameters, x, wants_value, out, spare):
         # As in Torch: logarithms clamped at -100. Its own functions take fewer calls, but their logarithms are not vectorized.
         (p,), (gradient,), values, scale = parameters, out, None, 1.0
         seen = p.numel() <= QUITE_FEW and p.dtype == torch.float32 and is_seen(p)
-        try:
-            if wants_value and seen and p.numel() <= VERY_FEW:
-                values = F.binary_cross_entropy(p, x, reduction="none")
-        except RuntimeError:  # of what lies outside [0, 1]
-            pass
         if gradient is not None and seen:
             torch.ops.aten.binary_cross_entropy_backward.grad_input(ONE, p, x, None, 0, grad_input=gradient)
         elif gradient is not None:
             denominator = torch.sub(ONE, p, out=spare[1]).mul_(p).clamp_(min=DENOMINATOR)
             torch.sub(p, x, out=gradient).div_(denominator)
-        if wants_value and values is None:
+        if wants_value:
             of_one = torch.log(p, out=spare[0]).clamp_(min=-100)
             of_zero = torch.neg(p, out=spare[1]).log1p_().clamp_(min=-100)
             values, scale = torch.lerp(of_zero, of_one, x, out=of_zero), -1.0
@@ -141,6 +144,12 @@ class BernoulliLogits(Likelihood):
             return F.binary_cross_entropy_with_logits(logits, x, pos_weight=weight, reduction="none")
         positive = x * softplus(-logits)
         return (1 - x) * softplus(logits) + positive * (pos_weight[0] if pos_weight else self.pos_weight)
+
+    def sum_by_torch(self, parameters, x):
+        weight = None if self.pos_weight is None else torch.full((), self.pos_weight, dtype=x.dtype)
+        total = torch.binary_cross_entropy_with_logits(parameters[0], x, None, weight, SUM)
+        # It loses what is small beside a logit, and so the digits of a sum that is all small.
+        return total if total.item() > SMALL_TERM * x.numel() else None
 
     def one_pass(self, parameters, x, wants_value, out, spare):
         if len(parameters) > 1 or self.pos_weight is not None:

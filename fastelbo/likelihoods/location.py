@@ -12,7 +12,7 @@ from ..basics.numerics import fitting, positive, softplus
 from ..basics.records import canonical, check_choice, record
 from ..basics.scalars import check_real
 from ..basics.tracing import is_seen
-from .base import ONE, Likelihood, OnePass, check_given_once
+from .base import ONE, SUM, Likelihood, OnePass, check_given_once
 from .values import POSITIVE
 
 SCALES = ("scale", "log_scale", "logvar")
@@ -27,6 +27,9 @@ class MSE(Likelihood):
 
     def nll(self, parameters, x):
         return F.mse_loss(parameters[0], x, reduction="none")
+
+    def sum_by_torch(self, parameters, x):
+        return torch._C._nn.mse_loss(parameters[0], x, SUM)
 
     def one_pass(self, parameters, x, wants_value, out, spare):
         return OnePass(_squares(parameters[0], x, wants_value, out[0], spare), slopes=(2.0,))
@@ -52,6 +55,9 @@ class L1(Likelihood):
 
     def nll(self, parameters, x):
         return F.l1_loss(parameters[0], x, reduction="none")
+
+    def sum_by_torch(self, parameters, x):
+        return torch._C._nn.l1_loss(parameters[0], x, SUM)
 
     def one_pass(self, parameters, x, wants_value, out, spare):
         return OnePass(_distances(parameters[0], x, wants_value, out[0], spare))

@@ -1,0 +1,85 @@
+"""Sums by functions of Torch's own, of few elements on a CPU, where a Function written in Python would cost more."""
+
+import pytest
+import torch
+
+import fastelbo
+from conftest import BACKEND
+from fastelbo.likelihoods import BernoulliLogits, find_likelihood
+from support import gradients
+
+pytestmark = pytest.mark.skipif(BACKEND != "torch" or torch.cuda.is_available(), reason="about Torch on a CPU")
+
+KINDS = {
+    "bernoulli": "bernoulli",
+    "logits": "bernoulli_logits",
+    "positives": BernoulliLogits(pos_weight=3.0),
+    "mse": "mse",
+    "l1": "l1",
+}
+LARGEST = {"bernoulli": 2**12, "logits": 2**18, "positives": 2**18, "mse": 2**18, "l1": 2**18}
+
+
+def inputs(kind, *shape):
+    torch.manual_seed(0)
+    y, mu, logvar = torch.randn(shape), torch.randn(shape[0], 3), torch.randn(shape[0], 3)
+    y = y.sigmoid() if kind == "bernoulli" else y
+    return y.requires_grad_(), torch.rand(shape), mu.requires_grad_(), logvar.requires_grad_()
+
+
+def is_by_torch(recon) -> bool:
+    """Whether none of its graph's nodes is a Function written in Python."""
+    node = recon.grad_fn
+    return not hasattr(node, "_forward_cls") and all(not hasattr(f, "_forward_cls") for f, _ in node.next_functions)
+
+
+@pytest.mark.parametrize("latents", ("posterior", "kl", "none"))
+@pytest.mark.parametrize("reduction", ("sum", "batchmean", "mean"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_terms(kind, reduction, latents):
+    """Value and gradients of each term, against float64 formulas."""
+    y, x, mu, logvar = inputs(kind, 5, 7)
+    leaves = y, mu, logvar
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    likelihood = find_likelihood(KINDS[kind])
+    recon = likelihood.nll(wide[:1], x.double()).sum()
+    kl = 0.5 * (wide[1] ** 2 + wide[2].exp() - 1 - wide[2]).sum()
+    sizes = {"sum": (1, 1), "batchmean": (5, 5), "mean": (35, 15)}[reduction]
+    expected = [recon / sizes[0], kl / sizes[1]]
+    options = {"likelihood": likelihood, "reduction": reduction}
+    if latents == "none":
+        found, expected, leaves, wide = [fastelbo.nll(y, x, **options)], expected[:1], leaves[:1], wide[:1]
+        assert is_by_torch(found[0])
+    else:
+        expected.insert(0, 2.0 * expected[0] + 0.3 * expected[1])
+        options |= {"beta": 0.3, "recon_weight": 2.0}
+        if latents == "kl":
+            given = fastelbo.kl_divergence(mu, logvar, reduction=reduction)
+            found = fastelbo.loss(y, x, kl=given, **options)
+            assert found.kl.data_ptr() != given.data_ptr()  # users may write to it
+        else:
+            found = fastelbo.loss(y, x, mu, logvar, **options)
+        assert is_by_torch(found.recon)
+    kept = {"retain_graph": True, "allow_unused": True}
+    for got, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.double(), true, rtol=1e-6, atol=0)
+        for a, b in zip(gradients(got, *leaves, **kept), gradients(true, *wide, **kept), strict=True):
+            assert (a is None or not a.any()) if b is None else torch.allclose(a.double(), b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_up_to_which_size(kind):
+    for rows, expected in ((LARGEST[kind] // 64, True), (LARGEST[kind] // 64 + 1, False)):
+        y, x, _, _ = inputs(kind, rows, 64)
+        assert is_by_torch(fastelbo.nll(y, x, likelihood=KINDS[kind])) == expected
+
+
+@pytest.mark.parametrize("kind", ("logits", "positives"))
+def test_small_sums_keep_their_digits(kind):
+    """Beside a logit of -20, Torch's function loses log(1 + exp(-20))."""
+    y, x = torch.full((4, 9), -20.0, requires_grad=True), torch.zeros(4, 9)
+    true = 36 * torch.log1p(torch.exp(torch.tensor(-20.0, dtype=torch.float64)))
+    assert torch.nn.functional.binary_cross_entropy_with_logits(y, x, reduction="sum").item() == 0
+    recon = fastelbo.nll(y, x, likelihood=KINDS[kind])
+    torch.testing.assert_close(recon.double(), true, rtol=1e-6, atol=0)
+    assert not is_by_torch(recon)
