@@ -91,11 +91,11 @@ class NegativeBinomial(Likelihood):
 
     def one_pass(self, parameters, x, wants_value, out, spare):
         (mean, theta), (to_mean, to_theta) = parameters, out
-        if not _is_common(mean, theta, x):
+        index, count = _above_zero(x)
+        if not _is_common(mean, theta, count):
             return None
         values = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
-        index = None if 4 * torch.sign(x, out=spare[0]).sum() > x.numel() else _indices(x)
-        _add_beyond_zero(mean, theta, x, index, values if wants_value else None, to_mean, to_theta)
+        _add_beyond_zero(mean, theta, count, index, values if wants_value else None, to_mean, to_theta)
         return OnePass(values, slopes=(1.0, 1.0))
 
 
@@ -125,31 +125,26 @@ class ZeroInflatedNegativeBinomial(Likelihood):
 
     def one_pass(self, parameters, x, wants_value, out, spare):
         (mean, theta, logits), (to_mean, to_theta, to_logits) = parameters, out
-        if logits.shape != x.shape or not logits.is_contiguous() or not _is_common(mean, theta, x):
+        if logits.shape != x.shape or not logits.is_contiguous():
+            return None
+        index, count = _above_zero(x, 1.0)
+        if not _is_common(mean, theta, count) or (count.numel() and not count.min() >= EPS):
             return None
         zeros = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
-        index = _indices(torch.ge(x, EPS, out=torch.empty_like(x) if spare[0] is None else spare[0]))
-        if index.numel() == x.numel():
+        if index is None:
             if to_logits is not None:
                 torch.sigmoid(logits, out=to_logits)
             values = zeros.add_(softplus(logits)) if wants_value else None
             _add_beyond_zero(mean, theta, x, None, values, to_mean, to_theta)
             return OnePass(values, slopes=(1.0, 1.0, 1.0))
-        # p(0) = inflated + (1 - inflated) exp(-zeros), of which neither term is negative; and p(0) - 1, where that is small.
-        inflated = torch.sigmoid(logits, out=spare[2])
-        other = torch.sub(ONE, inflated, out=spare[3])
-        by_zeros = torch.neg(zeros, out=spare[0])
-        missed = torch.expm1(by_zeros, out=spare[4]).mul_(other)
-        by_zeros.exp_().mul_(other)
-        p = torch.add(inflated, by_zeros, out=other)
-        if not p.min() > 1e-30:  # by which the quotients could overflow, or NaN
+        parts = _inflated_zeros_in_one_pass(zeros, logits, spare)
+        if parts is None:
             return None
-        by_zeros.div_(p)
-        missed.div_(p)  # and -log p(0) is log1p of minus this: 1 / p(0) is that much more than 1
-        values = torch.neg(missed, out=spare[5]).log1p_() if wants_value else None
+        inflated, by_zeros, p = parts
         if to_logits is not None:
-            torch.mul(inflated, missed, out=to_logits)
+            torch.div(inflated, p, out=to_logits).neg_().add_(inflated)
             to_logits.view(-1).index_copy_(0, index, inflated.view(-1).index_select(0, index))
+        values = p.log_().neg_() if wants_value else None
         if values is not None:
             found = softplus(logits.view(-1).index_select(0, index)).add_(zeros.view(-1).index_select(0, index))
             values.view(-1).index_copy_(0, index, found)
@@ -157,9 +152,9 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         for gradient in (to_mean, to_theta):
             if gradient is not None:
                 gradient.mul_(by_zeros)
-        # Of all, since a count of exactly 0 adds nothing, where there are many others.
-        of_all = 4 * index.numel() > x.numel() and index.numel() == torch.sign(x, out=spare[6]).sum()
-        _add_beyond_zero(mean, theta, x, None if of_all else index, values, to_mean, to_theta)
+        if index.numel() > MANY * x.numel():  # then of all, since a count of 0 adds nothing
+            index, count = None, x
+        _add_beyond_zero(mean, theta, count, index, values, to_mean, to_theta)
         return OnePass(values, slopes=(1.0, 1.0, 1.0))
 
 
@@ -188,8 +183,9 @@ class NegativeBinomialLogits(Likelihood):
         (logits, failures), (to_logits, to_failures), values = parameters, out, None
         if not is_seen(x) or x.dtype != torch.float32 or not (logits.is_contiguous() and x.is_contiguous()):
             return None
-        (lowest, highest), (least, most) = torch.aminmax(failures), torch.aminmax(x)
-        if not ((lowest >= LEAST) & (highest + most < MOST) & (least >= 0)):
+        index, count = _above_zero(x)
+        (lowest, highest), (least, most) = torch.aminmax(failures), _ends(count)
+        if not (lowest >= LEAST and highest + most < MOST and least >= 0):
             return None
         # Each softplus is a maximum and log1p(exp(-|l|)), so that no two terms cancel.
         rest = torch.abs(logits, out=spare[1]).neg_().exp_().log1p_()
@@ -202,8 +198,7 @@ class NegativeBinomialLogits(Likelihood):
         if to_logits is not None:
             torch.sigmoid(logits, out=to_logits).mul_(failures)
             to_logits.addcmul_(torch.neg(logits, out=spare[1]).sigmoid_(), x, value=-1)
-        index = None if 4 * torch.sign(x, out=spare[1]).sum() > x.numel() else _indices(x)
-        _add_beyond_zero(logits, failures, x, index, values, None, to_failures, _ways_of)
+        _add_beyond_zero(logits, failures, count, index, values, None, to_failures, _ways_of)
         return OnePass(values, slopes=(1.0, 1.0))
 
 
@@ -217,20 +212,38 @@ def _beyond_zero(mean: Tensor, theta: Tensor, x: Tensor) -> Tensor:
     return log_factorial(x) - log_gamma_ratio(theta, x) + x * torch.log1p(theta / (mean + EPS))
 
 
-def _indices(x: Tensor) -> Tensor:
-    """Flat, of what is not 0; by way of bool, which takes less time than comparing floats does."""
-    return x.reshape(-1).bool().nonzero().squeeze(1)
+MANY = 0.25  # of the elements, from which on a form for all takes less time than one by indices
+
+
+def _above_zero(x: Tensor, share: float = MANY) -> tuple[Tensor | None, Tensor]:
+    """Flat indices of what is not 0, and that; None and all, where it is more than this share. By way of bool, which takes less
+    time than comparing floats does."""
+    if not is_seen(x) or not x.is_contiguous():
+        return None, x
+    above = x.view(-1).bool()
+    if torch.count_nonzero(above).item() >= share * x.numel():
+        return None, x
+    index = above.nonzero().squeeze(1)
+    return index, x.view(-1).index_select(0, index)
 
 
 LEAST, MOST = 1e-6, 1e8  # of theta, and of theta and a count, for the faster form in float32
 
 
-def _is_common(mean: Tensor, theta: Tensor, x: Tensor) -> bool:
+def _is_common(mean: Tensor, theta: Tensor, count: Tensor) -> bool:
     """Whether nothing is rare: no NaN, none below 0, nothing that the series are not for."""
-    if not is_seen(x) or x.dtype != torch.float32 or not (mean.is_contiguous() and x.is_contiguous()):
+    if not is_seen(count) or count.dtype != torch.float32 or not (mean.is_contiguous() and count.is_contiguous()):
         return False
-    (lowest_mean, highest_mean), (lowest, highest), (least, most) = torch.aminmax(mean), torch.aminmax(theta), torch.aminmax(x)
-    return bool((lowest_mean >= 0) & (highest_mean < MOST) & (lowest >= LEAST) & (highest + most < MOST) & (least >= 0))
+    (lowest_mean, highest_mean), (lowest, highest), (least, most) = map(_ends, (mean, theta, count))
+    return lowest_mean >= 0 and highest_mean < MOST and lowest >= LEAST and highest + most < MOST and least >= 0
+
+
+def _ends(values: Tensor) -> tuple[float, float]:
+    """The lowest and the highest, NaN if one is; 0 of none."""
+    if not values.numel():
+        return 0.0, 0.0
+    lowest, highest = torch.aminmax(values)
+    return lowest.item(), highest.item()
 
 
 def _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare) -> Tensor:
@@ -246,32 +259,44 @@ def _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare) -> Tensor:
     return values.mul_(theta)
 
 
+def _inflated_zeros_in_one_pass(zeros, logits, spare) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The share of extra zeros, the derivative of -log p(0) by `zeros`, and p(0); None where that is too small to divide by."""
+    inflated = torch.sigmoid(logits, out=spare[2])
+    by_zeros = torch.neg(zeros, out=spare[0]).exp_()
+    # inflated + (1 - inflated) exp(-zeros), of which neither term is negative.
+    p = torch.lerp(by_zeros, ONE, inflated, out=spare[3])
+    if not p.min() > 1e-30:  # or NaN
+        return None
+    return inflated, by_zeros.addcmul_(by_zeros, inflated, value=-1).div_(p), p
+
+
 CHUNK = 2**17  # elements
 
 
-def _add_beyond_zero(mean, theta, x, index, values, to_mean, to_theta, of=None) -> None:
-    """Add what a negative binomial's -log p(x) is more than -log p(0), and the derivatives: of the elements in `index`, which
-    the others are zeros beside, or of all if it is None. `of` computes it: `_beyond_zero_of`, or another one."""
-    of = of or _beyond_zero_of
+def _add_beyond_zero(mean, theta, count, index, values, to_mean, to_theta, of=None) -> None:
+    """Add what a negative binomial's -log p(x) is more than -log p(0), and the derivatives: of the elements in `index`, whose
+    counts come and which the others are zeros beside, or of all if it is None. `of` computes it: `_beyond_zero_of`, or another
+    one."""
+    of, shape = of or _beyond_zero_of, mean.shape
     if index is None:  # some rows at a time, since a dozen tensors of their size are needed
-        height = max(1, CHUNK // max(1, x[0].numel()))
-        for i in range(0, x.shape[0], height):
+        height = max(1, CHUNK // max(1, mean[0].numel()))
+        for i in range(0, shape[0], height):
             rows = slice(i, i + height)
-            own = theta[rows] if theta.dim() == x.dim() and theta.shape[0] == x.shape[0] else theta
+            own = theta[rows] if theta.dim() == len(shape) and theta.shape[0] == shape[0] else theta
             to_values, by_mean, by_theta = (t if t is None else t[rows] for t in (values, to_mean, to_theta))
-            of(mean[rows], own, x[rows], to_values, by_mean, by_theta, lambda total, part: total.add_(part))
+            of(mean[rows], own, count[rows], to_values, by_mean, by_theta, lambda total, part: total.add_(part))
         return
     own = theta.shape
     while own[:1] == (1,):
         own = own[1:]
     if theta.numel() == 1:
         t = theta.reshape(())
-    elif own == x.shape[x.dim() - len(own) :]:
-        t = theta.reshape(-1).index_select(0, index if theta.numel() == x.numel() else index % theta.numel())
+    elif own == shape[len(shape) - len(own) :]:
+        t = theta.reshape(-1).index_select(0, index if theta.numel() == mean.numel() else index % theta.numel())
     else:
-        t = theta.expand_as(x).reshape(-1).index_select(0, index)
+        t = theta.expand(shape).reshape(-1).index_select(0, index)
     of(
-        mean.view(-1).index_select(0, index), t, x.view(-1).index_select(0, index), values, to_mean, to_theta,
+        mean.view(-1).index_select(0, index), t, count, values, to_mean, to_theta,
         lambda total, part: total.view(-1).index_add_(0, index, part),
     )  # fmt: skip
 
