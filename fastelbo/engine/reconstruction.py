@@ -1,13 +1,12 @@
 """The reconstruction in Torch: value and gradients in one pass, a block at a time, for parameters and weights of any shape."""
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
 from . import formula
-from .blocks import added_up, block_size, converted, cut_alike, scratch, spare
+from .blocks import added_up, as_tensor, block_size, converted, cut_alike, scratch, spare
 
 
 def reconstruct(plan, tensors, divisor, factor, wants, wants_sum):
@@ -58,7 +57,7 @@ def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
         values, scale, constant, _ = found
         total = _sum(values if weight is None else values.mul_(weight), per_sample)
         if scale != 1:
-            total.mul_(_number(scale))
+            total.mul_(as_tensor(scale))
         if constant:
             counted = values.numel() / max(total.numel(), 1) if weight is None else _sum(weight.expand_as(values), per_sample)
             total.add_(constant * counted)
@@ -73,7 +72,7 @@ def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
             gradient.mul_(weight if weight.dim() == gradient.dim() else weight.unsqueeze(likelihood.dim))
         factor = by if slope == 1 else by * slope
         if isinstance(factor, Tensor) or factor != 1:
-            gradient.mul_(factor if isinstance(factor, Tensor) else _number(factor))
+            gradient.mul_(factor if isinstance(factor, Tensor) else as_tensor(factor))
         # A derivative may have overflown where a weight is 0.
         if weight is not None and not math.isfinite(gradient.sum().item()):
             return _by_formula(plan, parameters, x, weight, by, out, wants_sum, per_sample)
@@ -112,13 +111,6 @@ def _sum(values, per_sample):
     if not per_sample:
         return values.sum()
     return values.sum(-1) if values.dim() == 2 else formula.reduced(values, "none")
-
-
-@functools.lru_cache(1024)
-def _number(value: float) -> Tensor:
-    """A number as a tensor, which Torch makes of it at every operation."""
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _in_blocks(plan, tensors, by, wants, wants_sum):

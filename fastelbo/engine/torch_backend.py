@@ -16,7 +16,7 @@ from torch import Tensor
 from ..latents.gaussian import Slope, kl_elements, kl_in_one_pass, sample_in_one_pass
 from ..likelihoods.base import HALF
 from . import categorical, formula
-from .blocks import SMALL, added_up, converted, cut_alike, scratch
+from .blocks import SMALL, added_up, as_tensor, converted, cut_alike, scratch
 from .reconstruction import reconstruct
 
 
@@ -178,7 +178,7 @@ def _any_latents(plan, tensors, noise):
             values, slopes = found
         if weight is not None:
             values = without_nan(values.mul_(weight), weight)
-        kl = formula.by_kind(values, call.kind).mul_(0.5 * plan.kl_scale)
+        kl = formula.by_kind(values, call.kind).mul_(HALF if plan.kl_scale == 1 else 0.5 * plan.kl_scale)
     return z, kl, None, None, Slopes(slopes, of_z, weight)
 
 
@@ -196,7 +196,7 @@ def _of_slopes(plan, tensors, needs, grad_z, grad_kl, kept):
         factor = factor if kept.weight is None else factor * kept.weight
         for i, (tensor, number) in enumerate(kept.of_kl):
             if needs[i]:
-                found[i] = torch.mul(tensor, factor if number == 1 else factor * number)
+                found[i] = torch.mul(tensor, factor if number == 1 else factor * as_tensor(number))
                 if kept.weight is not None:
                     found[i] = without_nan(found[i], kept.weight)
     if grad_z is not None:

@@ -41,7 +41,9 @@ def std(raw: Tensor, parameter: str) -> Tensor:
 
 
 def inverse_std(raw: Tensor, parameter: str) -> Tensor:
-    return std(-raw, parameter) if parameter in ("logvar", "log_std") else 1 / std(raw, parameter)
+    if parameter == "logvar":
+        return torch.exp(-0.5 * raw)
+    return torch.exp(-raw) if parameter == "log_std" else 1 / std(raw, parameter)
 
 
 def log_variance(raw: Tensor, parameter: str) -> Tensor:
@@ -89,9 +91,10 @@ class Slope(NamedTuple):
 
     def by_log_variance(self, raw: Tensor, parameter: str) -> "Slope":
         """That by the parameter, from that by the logarithm of the variance."""
-        if parameter in ("std", "var"):
-            return Slope(self.tensor / raw, self.number * (2.0 if parameter == "std" else 1.0))
-        return Slope(self.tensor, self.number * (2.0 if parameter == "log_std" else 1.0))
+        if parameter == "logvar":
+            return self
+        number = self.number if parameter == "var" else 2 * self.number
+        return Slope(self.tensor if parameter == "log_std" else self.tensor / raw, number)
 
 
 def kl_in_one_pass(latents: Latents, mu: Tensor, raw: Tensor, prior: Sequence[Tensor]) -> tuple[Tensor, list[Slope]] | None:
@@ -122,11 +125,11 @@ def kl_in_one_pass(latents: Latents, mu: Tensor, raw: Tensor, prior: Sequence[Te
         difference = difference if kind is None else difference - log_variance(prior_raw, kind)
         slope = torch.expm1(difference)
         values = torch.sub(slope, difference)
-    squares = distance * distance
     slopes = [Slope(by_mu, 1.0), Slope(slope, 0.5).by_log_variance(raw, parameter)]
     if kind is not None:
-        slopes += [Slope(by_mu, -1.0), Slope(squares + slope, -0.5).by_log_variance(prior_raw, kind)]
-    return values.add_(squares), slopes
+        to_prior = torch.addcmul(slope, distance, distance)
+        slopes += [Slope(by_mu, -1.0), Slope(to_prior, -0.5).by_log_variance(prior_raw, kind)]
+    return values.addcmul_(distance, distance), slopes
 
 
 def sample_in_one_pass(parameter: str, mu: Tensor, raw: Tensor, eps: Tensor) -> tuple[Tensor, Slope]:
