@@ -147,6 +147,7 @@ def test_one_gradient_of_all_three_results():
     assert relative(found, (2 * 0.25 + 3) * (torch.sigmoid(logits) - x)) < 1e-6
 
 
+@pytest.mark.usefixtures("by_functions")
 def test_a_repeated_weight_is_guessed():
     """Backward hands out what forward stored: it would not survive that the prediction is replaced in between."""
     for step in range(2):

@@ -186,6 +186,7 @@ def test_results_can_be_pickled(device):
     assert all(torch.equal(a, b) for a, b in zip(twin, terms, strict=True))
 
 
+@pytest.mark.usefixtures("by_functions")
 @pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode))
 def test_no_gradient_is_stored_without_grad_mode(mode, device, monkeypatch):
     """Nothing as large as the prediction is allocated."""
