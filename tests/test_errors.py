@@ -51,7 +51,7 @@ BAD = [
     ({"recon_x": [1.0]}, TypeError, "recon_x must be a tensor, got float"),
     ({"x": 3.0}, TypeError, "x must be a tensor, got float"),
     ({"likelihood": "bernouli"}, ValueError, "likelihood must be an object of .* or one of 'bernoulli'.*got 'bernouli'"),
-    ({"likelihood": None}, ValueError, "likelihood must be an object of fastelbo.likelihoods or one of"),
+    ({"likelihood": 0.5}, ValueError, "likelihood must be an object of fastelbo.likelihoods or one of"),
     ({"reduction": "avg"}, ValueError, "reduction must be one of 'sum'.*got 'avg'"),
     ({"reduction": ("sum",)}, ValueError, "reduction must be a name or a pair"),
     ({"reduction": ("none", "sum")}, ValueError, "'none' cannot be paired"),
