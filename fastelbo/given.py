@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .basics.arguments import OF_EACH, REALS, check_batch, check_device, check_number, check_reals
+from .basics.arguments import OF_EACH, REALS, check_batch, check_device, check_number
+from .basics.sparse import check_data
 from .diagnostics import Monitor
 from .engine.call import Objective
 from .latents.posterior import LOGVAR
@@ -17,12 +18,12 @@ def checked_beta(beta: Any, x: Any) -> float | Tensor:
     """A number as a float; a tensor as it is, which for each latent dimension is checked with the latents."""
     if is_of_each(beta):
         return beta
-    check_reals("x", x)
+    check_data("x", x)
     return check_number("beta", beta, x)
 
 
 def checked_recon_weight(recon_weight: Any, x: Any) -> float | Tensor:
-    check_reals("x", x)
+    check_data("x", x)
     return check_number("recon_weight", recon_weight, x)
 
 
@@ -31,7 +32,7 @@ def check_target(x: Any, mu: Tensor, reduction: str) -> None:
     if isinstance(x, Tensor) and x.dtype in REALS and x.layout == torch.strided and x.device == mu.device:
         if x.shape[:1] == mu.shape[:1] and not x.is_nested:
             return
-    check_reals("x", x)
+    check_data("x", x)
     check_device("x", x, "mu", mu)
     if reduction == "none":
         check_batch("x", x, "mu", mu, OF_EACH)

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.distributions import Distribution
 
-from .basics.arguments import OF_EACH, check_batch, check_device, check_number, check_reals
+from .basics.arguments import OF_EACH, check_batch, check_device, check_number
+from .basics.sparse import check_data
 from .basics.tracing import is_surrounded
 from .bounds.records import ELBO, ONE_SAMPLE, check_bound
 from .bounds.samples import many_samples
@@ -61,7 +62,9 @@ def loss(
             scvi-tools' `NegativeBinomial` or `ZeroInflatedNegativeBinomial`, or an `Independent` of one. Then the
             reconstruction is minus the sum of its `log_prob(x)`, with gradients to what it was made of, and no `likelihood` is
             given.
-        x: the target, of the shape of `recon_x` and any real dtype; integers and booleans are converted on the fly.
+        x: the target, of the shape of `recon_x` and any real dtype; integers and booleans are converted on the fly. Or a matrix
+            `[B, G]` of the layout `torch.sparse_csr`, which is never made dense, for likelihoods with a closed form where x is
+            0, as those of counts, bits and items have it: `fastelbo.likelihoods` lists them. Each place has one value at most.
         mu: mean of the encoder's Gaussian, `[B, ...]`, of any such shape and floating dtype; or a `torch.distributions.Normal`,
             or an `Independent` of one, which stands for `mu` and `logvar`. Of categorical latents logits, or a `Categorical` or
             `OneHotCategorical`, as in `kl_divergence`. Its batch may be another one than that of `x`, as of clips and their
@@ -106,8 +109,9 @@ def loss(
             another one. On a CPU, too, if a value that has a weight lies where its likelihood has none: probabilities and
             targets of `"bernoulli"`, or integer targets of `"bernoulli_logits"`, outside [0, 1]; counts, rates or means below
             0; scales or dispersions that are not positive; unknown labels or levels. NaN passes. On a GPU, looking would need a
-            sync, and a tracer sees no values. There a target of a Bernoulli likelihood outside [0, 1], and counts of a
-            multinomial below 0, give a loss that means nothing; the others give NaN.
+            sync, and a tracer sees no values. There a target of a Bernoulli likelihood outside [0, 1], counts of a
+            multinomial below 0, and a sparse target with several values for one place, give a loss that means nothing; the
+            others give NaN.
     """
     if isinstance(recon_x, Distribution):
         likelihood, recon_x = of_distribution("recon_x", recon_x, likelihood)
@@ -168,7 +172,7 @@ def loss(
     else:
         kind, of_latents = check_latents(mu, logvar, posterior, prior, kl_weight, samples=False)
         kl, beta, weighted, statistics = _divergence(kind, of_latents, objective, beta, weighting, monitor)
-    check_reals("x", x)
+    check_data("x", x)
     check_device("mu", of_latents[0], "recon_x", x)
     if objective.reduction == "none":
         check_batch("mu", of_latents[0], "x", x, OF_EACH)

@@ -47,7 +47,7 @@ def nll(
     Args:
         recon_x: the decoder's output, `[B, ...]`, float16, bfloat16, float32 or float64; or the tuple of tensors that
             parametrize the likelihood. A tuple of one is that one. Or a distribution, which stands for both, as in `loss`.
-        x: the target, of the shape of `recon_x` and any real dtype.
+        x: the target, of the shape of `recon_x` and any real dtype; or a sparse one, as in `loss`.
         likelihood: what `recon_x` parametrizes, a name or an object of `fastelbo.likelihoods`, as in `loss`.
         weight: weights of the elements of `x`, such as a mask, as in `loss`: what has the weight 0 does not count.
         reduction: `"sum"`, `"batchmean"` (sum / B), `"mean"` (over all elements, or divided by the sum of the weights) or

@@ -403,6 +403,8 @@ def test_kinds_of_tensors(place, kind):
     def make(t):
         if t.dim() == 1 and kind.startswith("sparse"):
             pytest.skip("a matrix only") if kind != "sparse_coo" else None
+        if place.split(" ")[0] == "x" and kind == "sparse_csr":
+            pytest.skip("a target may be that")
         if kind == "mkldnn" and t.device.type != "cpu":
             pytest.skip("on a CPU only")
         return KINDS[kind](t)

@@ -21,9 +21,9 @@ from ..basics.arguments import (
     check_generator,
     check_noise,
     check_number,
-    check_reals,
     result_dtype,
 )
+from ..basics.sparse import check_data, is_sparse
 from ..basics.tracing import is_differentiated, is_traced, never_compiled
 from ..basics.warnings import stacklevel_of_user
 from ..engine.call import Factors, LossCall, Objective, with_numbers
@@ -122,7 +122,7 @@ def prepared(decoder, x, mu, logvar, objective: Objective, bound: ELBO, *, prior
             f"likelihood must not be {objective.likelihood!r} with several samples: its scale differs from sample to sample"
         )
     mu = tensors[0]
-    check_reals("x", x)
+    check_data("x", x)
     check_device("x", x, "mu", mu)
     check_batch("x", x, "mu", mu)
     check_generator(generator, mu)
@@ -275,7 +275,7 @@ def score(
         rows = slice(i * batch, (i + 1) * batch)
         return [v[rows] if v.dim() == values[0].dim() and v.shape[0] == samples * batch else v for v in values]
 
-    if samples == 1 or likelihood.takes_samples(len(values), given.weight is not None):
+    if samples == 1 or (likelihood.takes_samples(len(values), given.weight is not None) and not is_sparse(x)):
         found = [terms_of(values, kl, known if known is None else known.reshape(-1), samples)]
     else:  # their kernels and formulas take as many targets as predictions: the same one again, in a view of a sample each
         parts = zip(kl.view(samples, batch), [None] * samples if known is None else known, strict=True)

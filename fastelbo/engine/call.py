@@ -14,7 +14,6 @@ from ..basics.arguments import (
     check_batch,
     check_device,
     check_floats,
-    check_reals,
     check_reduction,
     check_weight,
     factor_of,
@@ -22,6 +21,7 @@ from ..basics.arguments import (
     split_reduction,
 )
 from ..basics.scalars import check_real
+from ..basics.sparse import check_data, is_sparse
 from ..latents.posterior import LOGVAR, CategoricalPosterior, Latents, Posterior, check_latents, find_posterior
 from ..latents.weighting import Weighting, check_weighting, counts_of, shares_of
 from ..likelihoods import Likelihood, find_likelihood
@@ -134,7 +134,9 @@ def check_loss(name: str, objective: Objective, tensors: Sequence, parameters: i
     """The call, once its tensors, of which errors call the first ones `name`, are found to fit together."""
     likelihood, _, reduction, kl_reduction, _, _, _, samples = objective
     given, x = tensors[:parameters], tensors[parameters]
-    check_reals("x", x)
+    check_data("x", x)
+    if likelihood.at_zero is None and is_sparse(x):
+        raise TypeError(f"x must be dense for the likelihood {likelihood.name!r}, which has no closed form where x is 0")
     likelihood.check(name, given if samples == 1 else [p[: x.shape[0]] for p in given], x)
     first, rest = given[0], tensors[parameters + 1 + weighted :]
     if weighted:

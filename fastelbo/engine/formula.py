@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..basics.sparse import Nonzeros
 from ..basics.tracing import is_behind_dynamo
 from ..latents import categorical, gaussian
 from ..latents.posterior import LOGVAR, Latents
@@ -60,8 +61,12 @@ def elements(call: LossCall, parameters: Sequence[Tensor], x: Tensor, weight: Te
     return weighted_nll(call.likelihood, parameters, target, None if weight is None else weight.to(call.dtype))
 
 
-def weighted_nll(likelihood: Likelihood, parameters: Sequence[Tensor], target: Tensor, weight: Tensor | None) -> Tensor:
+def weighted_nll(
+    likelihood: Likelihood, parameters: Sequence[Tensor], target: Tensor | Nonzeros, weight: Tensor | None
+) -> Tensor:
     """Likewise, of tensors of one dtype, and the target as `nll` takes it."""
+    if isinstance(target, Nonzeros):
+        return _weighted_sparse_nll(likelihood, parameters, target, weight)
     if weight is None:
         return likelihood.nll(parameters, target)
     if is_behind_dynamo() and not (weight.requires_grad or target.requires_grad):
@@ -72,6 +77,19 @@ def weighted_nll(likelihood: Likelihood, parameters: Sequence[Tensor], target: T
     in_first = in_target if in_target.dim() == parameters[0].dim() else in_target.unsqueeze(likelihood.dim)
     target = torch.where(in_target, target, torch.zeros((), dtype=target.dtype, device=target.device))
     values = likelihood.nll([torch.where(in_first, p, 0.5) for p in parameters], target)
+    return torch.where(keep, weight * values, 0.0)
+
+
+def _weighted_sparse_nll(
+    likelihood: Likelihood, parameters: Sequence[Tensor], target: Nonzeros, weight: Tensor | None
+) -> Tensor:
+    """Likewise."""
+    if weight is None:
+        return likelihood.sparse_nll(parameters, target)
+    keep = weight != 0
+    in_first = keep if keep.dim() == 2 else keep.unsqueeze(likelihood.dim)
+    target = target._replace(values=torch.where(target.of(in_first), target.values, 0.0))
+    values = likelihood.sparse_nll([torch.where(in_first, p, 0.5) for p in parameters], target)
     return torch.where(keep, weight * values, 0.0)
 
 

@@ -11,12 +11,14 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.autograd import Function
 
+from ..basics.sparse import is_sparse
 from ..basics.tracing import is_surrounded, never_compiled
 from ..likelihoods.values import check_values, is_well
 from . import formula, traced
 from .call import ONE, Factors, Objective, check_loss
 from .latents import run
 from .plan import LossPlan, is_usual, loss_plan
+from .sparse import sparse_terms
 from .torch_backend import total
 
 
@@ -38,6 +40,8 @@ def traced_terms(
 ) -> ELBOTerms:
     """Likewise, of a call that something surrounds."""
     call = check_loss(name, objective, tensors, parameters, weighted, latents)
+    if is_sparse(tensors[parameters]):
+        return ELBOTerms(*sparse_terms(name, objective, tensors, parameters, weighted, latents, factors))
     return ELBOTerms(*traced.loss(call, factors, tensors))
 
 
@@ -53,6 +57,9 @@ def planned_terms(
     factor of each row, where it is known before backward.
     """
     plan = loss_plan(name, objective, tensors, parameters, weighted, latents, factors)
+    if plan is None:
+        found = sparse_terms(name, objective, tensors, parameters, weighted, latents, factors, known)
+        return tuple.__new__(ELBOTerms, found)
     terms = _by_autograd(plan, tensors, factors) if plan.is_by_autograd else None
     if terms is None:
         if not plan.is_dense:

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from ..basics.arguments import check_noise
 from ..basics.layout import layout_of
+from ..basics.sparse import is_sparse
 from ..basics.tracing import is_surrounded, is_wrapper, needs_formula
 from ..latents.posterior import CLASSES, LOGVAR, Latents, as_logits
 from ..latents.weighting import Weighting
@@ -255,8 +256,9 @@ def find_objective(likelihood, posterior, reduction) -> Objective:
 
 def loss_plan(
     name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, latents: int, factors: Factors
-) -> LossPlan:
-    """The plan of a call of `loss` with these tensors, of which errors call the first ones `name`."""
+) -> LossPlan | None:
+    """The plan of a call of `loss` with these tensors, of which errors call the first ones `name`; None where the target is
+    sparse."""
     grad_mode = torch.is_grad_enabled()
     beta, recon_weight = factors
     numbers = None if type(beta) is float and type(recon_weight) is float else tuple(map(_of_number, factors))
@@ -271,6 +273,8 @@ def loss_plan(
         plan = _plans.get(key)
     except (AttributeError, TypeError, RuntimeError):  # not tensors, or none with strides
         check_loss(name, objective, tensors, parameters, weighted, latents)
+        if is_sparse(tensors[parameters]):
+            return None
         raise
     if plan is None:
         call = check_loss(name, objective, tensors, parameters, weighted, latents)

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..basics.sparse import Nonzeros
 from . import formula
 from .blocks import added_up, as_tensor, block_size, converted, cut_alike, scratch, spare
 
@@ -43,15 +44,16 @@ def _of_samples(plan, tensors, divisor, factor, wants, wants_sum):
 
 def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
     """`(sum, gradients)` of a block: the weighted sum, if it is wanted, and the gradients times `by`, in the tensors of `out`
-    that are not None. All come in one dtype, and the target as the likelihood's formula takes it.
+    that are not None. All come in one dtype, and the target as the likelihood's formula takes it; it may be sparse.
 
     A weight broadcasts to the terms, and parameters to the first. The gradient by one that is smaller is given for each
     element, as large as the tensor of `out`, or summed.
     """
     likelihood, found = plan.likelihood, None
+    one_pass = likelihood.sparse_one_pass if isinstance(x, Nonzeros) else likelihood.one_pass
     # Something weighted by 0 may be NaN, which only the sum tells, and that only where looking costs no sync.
-    if likelihood.one_pass is not None and (weight is None or (wants_sum and x.device.type == "cpu")):
-        found = likelihood.one_pass(parameters, x, wants_sum, out, spare(parameters[0], plan.dtype))
+    if one_pass is not None and (weight is None or (wants_sum and x.device.type == "cpu")):
+        found = one_pass(parameters, x, wants_sum, out, spare(parameters[0], plan.dtype))
     total = None
     if found is not None and wants_sum:
         values, scale, constant, _ = found

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
-from ..basics.arguments import check_count, check_reals
+from ..basics.arguments import check_count
 from ..basics.records import Record, canonical, record
+from ..basics.sparse import check_data, is_sparse
 from ..latents.posterior import check_latents
 from ..likelihoods.distributions import Parametrized, of_distribution
 
@@ -41,7 +42,9 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, name: str, value: Any, reduction: PerSample) -> "Batch":
-        check_reals(name, value)
+        check_data(name, value)
+        if reduction.batch_dims > 1 and is_sparse(value):
+            raise ValueError(f"{name} must be dense with {reduction!r}: a sparse one has one batch dimension")
         if value.dim() < reduction.batch_dims:
             raise ValueError(
                 f"{name} must have {reduction.batch_dims} batch dimensions, as {reduction!r} says: got {tuple(value.shape)}"

@@ -1,8 +1,8 @@
 """The primitives in pure Torch: what runs on a CPU, and wherever Triton cannot.
 
 `triton_backend` has the same ones, so the two can be read side by side: `draw_noise`, `loss_forward`, `loss_backward`,
-`latents_forward` and `latents_backward`. Formulas are evaluated a block at a time, with results in scratch memory that stays
-in cache, and gradients come from the same pass.
+`latents_forward`, `latents_backward`, `sparse_forward` and `sparse_backward`. Formulas are evaluated a block at a time, with
+results in scratch memory that stays in cache, and gradients come from the same pass.
 
 Tensors come as the plan's `dense` lays them out. A `beta` is a float, or a 0-d tensor on the device.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..latents.gaussian import Slope, kl_elements, kl_in_one_pass, sample_in_one_pass
 from ..likelihoods.base import HALF
-from . import categorical, formula
+from . import categorical, formula, sparse_reconstruction
 from .blocks import SMALL, added_up, as_tensor, converted, cut_alike, scratch
 from .reconstruction import reconstruct
 
@@ -210,6 +210,7 @@ def _of_slopes(plan, tensors, needs, grad_z, grad_kl, kept):
     return [g if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
 
 
+sparse_forward, sparse_backward = sparse_reconstruction.forward, sparse_reconstruction.backward
 log_ratio_forward = None  # the formula is as good, and autograd differentiates it
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..basics.arguments import check_alike, check_device, check_prediction, check_smaller
 from ..basics.records import Record, canonical, record
 from ..basics.scalars import check_integer, check_real
+from ..basics.sparse import Nonzeros
 from .values import Range
 
 # Torch makes a tensor of a number at every operation, which costs as much as the operation on a small input; and it has no
@@ -75,7 +76,7 @@ class Likelihood(metaclass=Record):
         if not hasattr(cls, "name"):
             cls.name = cls.__name__
         if "nll" in cls.__dict__:
-            for name in ("one_pass", "sum_by_torch", "kernel"):
+            for name in ("one_pass", "sum_by_torch", "kernel", "at_zero"):
                 setattr(cls, name, cls.__dict__.get(name))
 
     def __post_init__(self) -> None:
@@ -176,6 +177,44 @@ class Likelihood(metaclass=Record):
     few: ClassVar[int] = 2**18
     """Elements up to which that costs less than a Function written in Python, whose passes are fewer."""
 
+    # --- a target that is mostly zeros
+
+    at_zero: ClassVar[Callable[..., Tensor] | None] = None
+    """`at_zero(parameters)`: `nll` of zeros, in closed form, of the shape of the first parameter. None: there is none, and the
+    target must be dense."""
+
+    def nll_of_zeros(self, parameters: Sequence[Tensor]) -> Tensor:
+        """An `at_zero` for a formula in which a target of 0 costs nothing."""
+        return self.nll(parameters, _zeros_like(parameters[0]))
+
+    def one_pass_at_zero(self, parameters, wants_value, out, spare) -> OnePass | None:
+        """`one_pass` of zeros."""
+        return None if self.one_pass is None else self.one_pass(parameters, _zeros_like(parameters[0]), wants_value, out, spare)
+
+    def sparse_nll(self, parameters: Sequence[Tensor], x: Nonzeros) -> Tensor:
+        """`nll` of a matrix that is 0 elsewhere."""
+        assert self.at_zero is not None
+        zeros, own = self.at_zero(parameters), self.nll([x.of(p) for p in parameters], x.values)
+        return zeros.reshape(-1).index_copy(0, x.index, own).view(zeros.shape)
+
+    def sparse_one_pass(self, parameters, x: Nonzeros, wants_value, out, spare) -> OnePass | None:
+        """`one_pass` likewise, of contiguous rows."""
+        if self.one_pass is None or (found := self.one_pass_at_zero(parameters, wants_value, out, spare)) is None:
+            return None
+        if not x.values.numel():
+            return found
+        slopes = [None if to is None else torch.empty_like(x.values) for to in out]
+        own = self.one_pass([x.of(p) for p in parameters], x.values, wants_value, slopes, (None,) * 10)
+        if own is None:
+            return None
+        if found.values is not None and own.values is not None:
+            nll = torch.add(own.values * own.scale, own.constant - found.constant)
+            found.values.view(-1).index_copy_(0, x.index, nll.div_(found.scale))
+        for to, slope, number, other in zip(out, slopes, own.slopes, found.slopes, strict=True):
+            if to is not None and slope is not None:
+                to.view(-1).index_copy_(0, x.index, slope if number == other else slope * (number / other))
+        return found
+
     def takes_samples(self, parameters: int, weighted: bool) -> bool:
         """Whether a call may have several samples of all of x, one after the other."""
         return self.is_plain(parameters) and not weighted
@@ -214,6 +253,11 @@ class Likelihood(metaclass=Record):
         scale, shift = self.scaling(x)
         found = {"target_scale": scale, "target_shift": shift}
         return found if self.constant is None else found | {"constant": self.constant}
+
+
+def _zeros_like(first: Tensor) -> Tensor:
+    """In the memory of one."""
+    return first.new_zeros(()).expand(first.shape)
 
 
 def check_given_once(likelihood: Likelihood, field: str, parameters: Sequence[Tensor]) -> None:

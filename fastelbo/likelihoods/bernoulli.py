@@ -51,6 +51,9 @@ class Bernoulli(Likelihood):
         except RuntimeError:  # of what lies outside [0, 1]
             return None
 
+    def at_zero(self, parameters):
+        return self.nll_of_zeros(parameters)
+
     def one_pass(self, parameters, x, wants_value, out, spare):
         # As in Torch: logarithms clamped at -100. Its own functions take fewer calls, but their logarithms are not vectorized.
         (p,), (gradient,), values, scale = parameters, out, None, 1.0
@@ -150,6 +153,20 @@ class BernoulliLogits(Likelihood):
         total = torch.binary_cross_entropy_with_logits(parameters[0], x, None, weight, SUM)
         # It loses what is small beside a logit, and so the digits of a sum that is all small.
         return total if total.item() > SMALL_TERM * x.numel() else None
+
+    def at_zero(self, parameters):
+        return softplus(parameters[0])
+
+    def one_pass_at_zero(self, parameters, wants_value, out, spare):
+        (logit, *_), (to_logit, *to_weight), values = parameters, out, None
+        if wants_value:
+            positive, remainder = _softplus_in_parts(logit, spare)
+            values = positive.sub_(remainder)
+        if to_logit is not None:
+            torch.sigmoid(logit, out=to_logit)
+        if to_weight and to_weight[0] is not None:
+            to_weight[0].zero_()
+        return OnePass(values, slopes=(1.0,) * len(parameters))
 
     def one_pass(self, parameters, x, wants_value, out, spare):
         if len(parameters) > 1 or self.pos_weight is not None:

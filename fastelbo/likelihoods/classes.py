@@ -56,6 +56,29 @@ class Classes(Likelihood):
             torch.ops.aten._log_softmax_backward_data.out(x, log_p, dim, x.dtype, out=gradient)
         return OnePass(values, -1.0, 0.0, (-1.0,))
 
+    def at_zero(self, parameters):
+        """What an item without counts adds."""
+        return torch.zeros_like(parameters[0])
+
+    def sparse_nll(self, parameters, x):
+        log_p = F.log_softmax(parameters[0], -1)
+        own = x.of(log_p)
+        of_nan = (0 * log_p.masked_fill(log_p.isinf(), 0.0)).sum(-1)  # which a row without counts has, too
+        return of_nan - x.sums(torch.where((x.values == 0) & own.isinf(), 0.0, own * x.values))
+
+    def sparse_one_pass(self, parameters, x, wants_value, out, spare):
+        (logits,), (gradient,) = parameters, out
+        if not is_seen(logits):
+            return None
+        p = torch.softmax(logits, -1, out=spare[0] if gradient is None else gradient)
+        chosen, total = x.of(p), x.sums(x.values)
+        # Probabilities whose logarithm has lost its digits, or NaN; and rows that may hide one.
+        if not total.all() or not chosen.min() > 1e-30:
+            return None
+        if gradient is not None:
+            p.mul_(total.unsqueeze(1)).view(-1).index_add_(0, x.index, x.values, alpha=-1)
+        return OnePass(x.sums(chosen.log_().mul_(x.values)) if wants_value else None, -1.0)
+
 
 @record
 class Categorical(Classes):
@@ -132,6 +155,8 @@ class Categorical(Classes):
             logits = torch.where(ignored.unsqueeze(1), 0.0, logits)  # or the gradient by a NaN that does not count would be NaN
         nll = F.cross_entropy(logits, torch.where(ignored | outside, 0, x), reduction="none")
         return torch.where(outside, torch.nan, torch.where(ignored, 0.0, nll))
+
+    at_zero = Classes.at_zero
 
     def one_pass(self, parameters, x, wants_value, out, spare):
         (logits,), (gradient,) = parameters, out

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..basics.numerics import log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative, softplus
+from ..basics.numerics import fitting, log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative, nan_unless, softplus
 from ..basics.records import record
 from ..basics.tracing import is_seen
 from .base import ONE, Likelihood, OnePass
@@ -27,6 +27,10 @@ class Poisson(Likelihood):
         zero = (rate == 0) & (x == 0)
         return rate - torch.where(zero, 0.0, x * torch.log(torch.where(zero, 1.0, rate))) + log_factorial(x)
 
+    def at_zero(self, parameters):
+        (rate,) = parameters
+        return nan_unless(rate >= 0, rate)
+
     def one_pass(self, parameters, x, wants_value, out, spare):
         (rate,), (gradient,), values = parameters, out, None
         if not is_seen(rate) or not rate.min() > SMALLEST:  # of 0, or whose reciprocal overflows, or of NaN
@@ -35,6 +39,16 @@ class Poisson(Likelihood):
             values = torch.log(rate, out=spare[0]).mul_(x).neg_().add_(rate).add_(log_factorial(x))
         if gradient is not None:
             torch.div(x, rate, out=gradient).neg_().add_(ONE)
+        return OnePass(values)
+
+    def one_pass_at_zero(self, parameters, wants_value, out, spare):
+        (rate,), (gradient,), values = parameters, out, None
+        if not is_seen(rate) or not rate.min() >= 0:
+            return None
+        if wants_value:
+            values = rate.clone() if spare[0] is None else spare[0].copy_(rate)
+        if gradient is not None:
+            gradient.fill_(1)
         return OnePass(values)
 
 
@@ -52,6 +66,9 @@ class PoissonLog(Likelihood):
         (log_rate,) = parameters
         return torch.exp(log_rate) - x * log_rate + log_factorial(x)
 
+    def at_zero(self, parameters):
+        return torch.exp(parameters[0])
+
     def one_pass(self, parameters, x, wants_value, out, spare):
         (log_rate,), (gradient,), values = parameters, out, None
         rate = torch.exp(log_rate, out=spare[0] if gradient is None else gradient)
@@ -60,6 +77,13 @@ class PoissonLog(Likelihood):
         if gradient is not None:
             gradient.sub_(x)
         return OnePass(values)
+
+    def one_pass_at_zero(self, parameters, wants_value, out, spare):
+        (log_rate,), (gradient,) = parameters, out
+        rate = torch.exp(log_rate, out=spare[0] if gradient is None else gradient)
+        if gradient is None or not wants_value:
+            return OnePass(rate)
+        return OnePass(rate.clone() if spare[0] is None else spare[0].copy_(rate))
 
 
 SMALLEST = 1e-30  # of a rate by which a count is divided
@@ -89,6 +113,9 @@ class NegativeBinomial(Likelihood):
         mean, theta = parameters
         return zeros_nll(mean, theta) + _beyond_zero(mean, theta, x)
 
+    def at_zero(self, parameters):
+        return zeros_nll(*parameters)
+
     def one_pass(self, parameters, x, wants_value, out, spare):
         (mean, theta), (to_mean, to_theta) = parameters, out
         index, count = _above_zero(x)
@@ -97,6 +124,12 @@ class NegativeBinomial(Likelihood):
         values = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
         _add_beyond_zero(mean, theta, count, index, values if wants_value else None, to_mean, to_theta)
         return OnePass(values, slopes=(1.0, 1.0))
+
+    def one_pass_at_zero(self, parameters, wants_value, out, spare):
+        (mean, theta), (to_mean, to_theta) = parameters, out
+        if not _is_common(mean, theta, mean.new_zeros(())):
+            return None
+        return OnePass(_zeros_in_one_pass(mean, theta, to_mean, to_theta, spare), slopes=(1.0, 1.0))
 
 
 @record
@@ -117,11 +150,12 @@ class ZeroInflatedNegativeBinomial(Likelihood):
     def nll(self, parameters, x):
         mean, theta, logits = parameters
         zeros = zeros_nll(mean, theta)
-        # log p(0) = log(1 - q), q = sigmoid(-logits) (1 - exp(-zeros)); where q is near 1, as a difference.
-        q = -torch.sigmoid(-logits) * torch.expm1(-zeros)
-        near = q < 0.5
-        is_zero = torch.where(near, -torch.log1p(-torch.where(near, q, 0.0)), softplus(-logits) - softplus(-logits - zeros))
+        is_zero = _inflated_zeros_nll(zeros, logits)
         return torch.where((x < EPS) & (x >= 0), is_zero, softplus(logits) + zeros + _beyond_zero(mean, theta, x))
+
+    def at_zero(self, parameters):
+        mean, theta, logits = parameters
+        return _inflated_zeros_nll(zeros_nll(mean, theta), logits)
 
     def one_pass(self, parameters, x, wants_value, out, spare):
         (mean, theta, logits), (to_mean, to_theta, to_logits) = parameters, out
@@ -157,6 +191,22 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         _add_beyond_zero(mean, theta, count, index, values, to_mean, to_theta)
         return OnePass(values, slopes=(1.0, 1.0, 1.0))
 
+    def one_pass_at_zero(self, parameters, wants_value, out, spare):
+        (mean, theta, logits), (to_mean, to_theta, to_logits) = parameters, out
+        if not logits.is_contiguous() or not _is_common(mean, theta, mean.new_zeros(())):
+            return None
+        zeros = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
+        parts = _inflated_zeros_in_one_pass(zeros, logits, spare)
+        if parts is None:
+            return None
+        inflated, by_zeros, p = parts
+        if to_logits is not None:
+            torch.div(inflated, p, out=to_logits).neg_().add_(inflated)
+        for gradient in (to_mean, to_theta):
+            if gradient is not None:
+                gradient.mul_(by_zeros)
+        return OnePass(p.log_().neg_() if wants_value else None, slopes=(1.0, 1.0, 1.0))
+
 
 @record
 class NegativeBinomialLogits(Likelihood):
@@ -178,6 +228,10 @@ class NegativeBinomialLogits(Likelihood):
         nothing = (failures == 0) & (x == 0)
         ways = log_gamma_ratio(torch.where(nothing, 1.0, failures), x)
         return failures * softplus(logits) + x * softplus(-logits) + log_factorial(x) - ways
+
+    def at_zero(self, parameters):
+        logits, failures = parameters
+        return failures * softplus(logits)
 
     def one_pass(self, parameters, x, wants_value, out, spare):
         (logits, failures), (to_logits, to_failures), values = parameters, out, None
@@ -201,10 +255,28 @@ class NegativeBinomialLogits(Likelihood):
         _add_beyond_zero(logits, failures, count, index, values, None, to_failures, _ways_of)
         return OnePass(values, slopes=(1.0, 1.0))
 
+    def one_pass_at_zero(self, parameters, wants_value, out, spare):
+        (logits, failures), (to_logits, to_failures) = parameters, out
+        softplus = torch.abs(logits, out=spare[1] if to_failures is None else to_failures).neg_().exp_().log1p_()
+        softplus.add_(torch.clamp_min(logits, 0, out=spare[2]))
+        if to_logits is not None:
+            torch.sigmoid(logits, out=to_logits).mul_(failures)
+        return OnePass(torch.mul(softplus, failures, out=spare[0]) if wants_value else None, slopes=(1.0, 1.0))
+
 
 def zeros_nll(mean: Tensor, theta: Tensor) -> Tensor:
     """-log p(0) of a negative binomial."""
     return torch.where((mean >= 0) & (theta > 0), theta, torch.nan) * torch.log1p(mean / (theta + EPS))
+
+
+def _inflated_zeros_nll(zeros: Tensor, logits: Tensor) -> Tensor:
+    """-log p(0) with the share of extra zeros that these logits are, from that without.
+
+    log p(0) = log(1 - q), q = sigmoid(-logits) (1 - exp(-zeros)); where q is near 1, as a difference.
+    """
+    q = -torch.sigmoid(-logits) * torch.expm1(-zeros)
+    near = q < 0.5
+    return torch.where(near, -torch.log1p(-torch.where(near, q, 0.0)), softplus(-logits) - softplus(-logits - zeros))
 
 
 def _beyond_zero(mean: Tensor, theta: Tensor, x: Tensor) -> Tensor:
@@ -261,7 +333,7 @@ def _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare) -> Tensor:
 
 def _inflated_zeros_in_one_pass(zeros, logits, spare) -> tuple[Tensor, Tensor, Tensor] | None:
     """The share of extra zeros, the derivative of -log p(0) by `zeros`, and p(0); None where that is too small to divide by."""
-    inflated = torch.sigmoid(logits, out=spare[2])
+    inflated = torch.sigmoid(logits, out=fitting(spare[2], logits))
     by_zeros = torch.neg(zeros, out=spare[0]).exp_()
     # inflated + (1 - inflated) exp(-zeros), of which neither term is negative.
     p = torch.lerp(by_zeros, ONE, inflated, out=spare[3])

@@ -14,6 +14,7 @@ from torch.distributions import Distribution, Independent
 from ..basics.layout import without_copies
 from ..basics.numerics import log_factorial, log_gamma_ratio
 from ..basics.records import record
+from ..basics.sparse import Nonzeros
 from ..basics.tracing import is_seen
 from . import BY_NAME, find_likelihood
 from .base import Likelihood, OnePass
@@ -115,6 +116,17 @@ class MultinomialOfCounts(Multinomial):
     def nll(self, parameters, x):
         return super().nll(parameters, x) - self.log_coefficient(x)
 
+    at_zero = Multinomial.at_zero
+
+    def sparse_nll(self, parameters, x):
+        return super().sparse_nll(parameters, x) - self.sparse_log_coefficient(x)
+
+    def sparse_one_pass(self, parameters, x, wants_value, out, spare) -> OnePass | None:
+        found = super().sparse_one_pass(parameters, x, wants_value, out, spare)
+        if found is None or found.values is None:
+            return found
+        return found._replace(values=found.values + self.sparse_log_coefficient(x))
+
     def one_pass(self, parameters, x, wants_value, out, spare) -> OnePass | None:
         found = super().one_pass(parameters, x, wants_value, out, spare)
         if found is None or found.values is None:
@@ -123,6 +135,9 @@ class MultinomialOfCounts(Multinomial):
 
     def log_coefficient(self, x: Tensor) -> Tensor:
         return log_factorial(x.sum(self.dim)) - log_factorial(x).sum(self.dim)
+
+    def sparse_log_coefficient(self, x: Nonzeros) -> Tensor:
+        return log_factorial(x.sums(x.values)) - x.sums(log_factorial(x.values))
 
 
 # Made once: a record is checked when it is made.
