@@ -41,6 +41,15 @@ SEVERAL = (
 )
 
 
+SPARSE = (
+    ("poisson", (F32,)),
+    ("poisson_log", (F32,)),
+    ("bernoulli_logits", (F32,)),
+    ("negative_binomial", (F32, F32)),
+    ("zero_inflated_negative_binomial", (F32, F32, F32)),
+)  # of which the target is not read
+
+
 class Device(NamedTuple):
     """A product of an architecture. Rates: operations of a multiprocessor (compute unit) a clock, by kind."""
 
@@ -173,6 +182,14 @@ def kernels() -> Iterator[Kernel]:
             stream = Stream(tuple(dtypes), tuple(f"grad_{name}" for name in PARAMETERS[: len(parameters)]))
             kind = f"{likelihood} {' '.join(map(_name, (*parameters, target)))}" + (" weighted" if weight else "")
             yield _kernel(primitive, kind, launch, dtypes, (stream,))
+    for likelihood, parameters in SPARSE:
+        for primitive, guess in (("sparse forward", None), ("sparse backward, another factor", torch.ones(1))):
+            zeros, _ = compiled.sparse(likelihood, *parameters, guess=guess)
+            dtypes = dict(zip(PARAMETERS, parameters, strict=False))
+            stream = Stream(tuple(dtypes), tuple(f"grad_{name}" for name in dtypes))
+            kind = f"{likelihood} {' '.join(map(_name, parameters))}, zeros"
+            # Its sums are in float64.
+            yield _kernel(primitive, kind, zeros, dtypes | ({"recon": F64} if guess is None else {}), (stream,))
     for dtype in (F32, BF16, F64):
         dtypes = {"mu": dtype, "logvar": dtype}
         yield _kernel("sample forward", _name(dtype), compiled.sample_forward(dtype), dtypes)

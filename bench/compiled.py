@@ -31,14 +31,19 @@ class Launch(NamedTuple):
 
 def record(call) -> Launch:
     """The one launch that `call()` asks for."""
+    (launch,) = record_all(call)
+    return launch
+
+
+def record_all(call) -> list[Launch]:
+    """The launches that `call()` asks for."""
     launches, run = [], JITFunction.run
     JITFunction.run = lambda self, *args, grid, warmup, **options: launches.append(Launch(self, args, options))
     try:
         call()
     finally:
         JITFunction.run = run
-    (launch,) = launches
-    return launch
+    return launches
 
 
 def specialization(launch: Launch) -> str:
@@ -133,6 +138,27 @@ def reconstruction(
         return record(lambda: launches.forward(tensors, x, weight, 1.0, factor, wants))
     gradients = [torch.empty_like(t) if t.shape == x.shape else None for t in tensors]
     return record(lambda: launches.backward(tensors, x, weight, 1.0, factor, gradients, guess, wants))
+
+
+def sparse(
+    likelihood, *parameters, values=torch.float32, index=torch.int64, rows=128, features=784, count=128, weight=None, shapes=(),
+    per_sample=False, guess=None,
+):  # fmt: skip
+    """Both kernels of a target with `count` nonzeros: of all as zeros, and of these; the arguments are those of
+    `reconstruction`."""
+    shapes = [shapes[i - 1] if i and i <= len(shapes) else (rows, features) for i in range(len(parameters))]
+    tensors = [torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, parameters, strict=True)]
+    x = torch.zeros(rows + 1, dtype=index), torch.zeros(count, dtype=index), torch.zeros(count, dtype=values)
+    dtype = torch.float64 if torch.float64 in parameters else torch.float32
+    at_zero = f"{likelihood.removesuffix('_weighted')}_at_zero"
+    launches = kernels.SparseReconstruction(
+        family=kernels.Family(likelihood), at_zero=at_zero, per_sample=per_sample, dtype=dtype, device=x[0].device
+    )
+    factor, wants = torch.ones(rows if per_sample else 1, dtype=dtype), (True,) * len(tensors)
+    if guess is None:
+        return record_all(lambda: launches.forward(tensors, x, weight, 1.0, factor, wants))
+    gradients = [torch.empty_like(t) if t.shape == tensors[0].shape else None for t in tensors]
+    return record_all(lambda: launches.backward(tensors, x, weight, 1.0, factor, gradients, guess, wants))
 
 
 def categorical(*shape, dense=False, dtype=torch.float32, per_sample=False):

@@ -13,6 +13,7 @@ from .loss import Loss
 from .mixture import Mixture
 from .reconstruction import Family, Reconstruction
 from .sample import Sample, draw_noise
+from .sparse import SparseReconstruction
 
 __all__ = [
     "INTERPRETED",
@@ -24,6 +25,7 @@ __all__ = [
     "Mixture",
     "Reconstruction",
     "Sample",
+    "SparseReconstruction",
     "draw_noise",
     "log_ratio_backward",
     "log_ratio_forward",

@@ -6,6 +6,8 @@ before a division that may overflow, as that by a rate of 1e-39. A parameter tha
 and what it returns in its place means nothing. Those with a scale get its logarithm as `second` and its reciprocal as `third`,
 and return the derivative by the logarithm. The formulas in Torch are in `fastelbo/likelihoods/`.
 
+Those with `_at_zero` are the same for a target of 0, which they do not read.
+
 One from elsewhere is found by the name "module:function".
 """
 
@@ -60,6 +62,12 @@ def bernoulli_logits_weighted(logit, pos_weight, third, target, constant, upstre
 
 
 @triton.jit
+def bernoulli_logits_at_zero(logit, pos_weight, third, target, constant, upstream):
+    softplus, p = softplus_and_sigmoid(logit)
+    return softplus, p * upstream, tl.zeros_like(logit), third
+
+
+@triton.jit
 def mse(prediction, second, third, target, constant, upstream):
     d = prediction - target
     return d * d, 2.0 * d * upstream, second, third
@@ -110,6 +118,18 @@ def poisson(rate, second, third, target, constant, upstream):
     divisor = tl.where((target == 0.0) & (rate == 0.0), 1.0, rate)  # 0 log 0 is 0, and so is 0 / 0
     slope = upstream - upstream * target / divisor
     return rate - target * log(divisor) + log_factorial(target), slope, second, third
+
+
+@triton.jit
+def poisson_at_zero(rate, second, third, target, constant, upstream):
+    valid = rate >= 0.0
+    return tl.where(valid, rate, float("nan")), tl.where(valid, upstream, float("nan")), second, third
+
+
+@triton.jit
+def poisson_log_at_zero(log_rate, second, third, target, constant, upstream):
+    rate, _ = exp_and_expm1(log_rate)
+    return rate, rate * upstream, second, third
 
 
 @triton.jit
@@ -207,22 +227,54 @@ def negative_binomial(mean, theta, third, target, constant, upstream):
 
 
 @triton.jit
+def negative_binomial_at_zero(mean, theta, third, target, constant, upstream):
+    zeros, to_mean, to_theta = no_counts(mean, theta)
+    return zeros, to_mean * upstream, to_theta, third
+
+
+@triton.jit
 def zero_inflated_negative_binomial(mean, theta, logit, target, constant, upstream):
     nll, to_mean, to_theta, zeros, zeros_to_mean, zeros_to_theta = counts(mean, theta, target)
     extra, share = softplus_and_sigmoid(logit)
-    # log p(0) = log(1 - q), q = sigmoid(-logit) (1 - exp(-zeros)); where q is near 1, as a difference.
-    _, expm1 = exp_and_expm1(-zeros)
-    q = -(1.0 - share) * expm1
-    softplus, rest = softplus_and_sigmoid(-logit)
-    softplus_zeros, rest_zeros = softplus_and_sigmoid(-logit - zeros)
+    nll_zero, rest_zeros, rest = extra_zeros(zeros, logit, share)
     is_zero = (target < 1e-8) & (target >= 0.0)
-    nll_zero = tl.where(q < 0.5, -log1p(-tl.where(q < 0.5, q, 0.0)), softplus - softplus_zeros)
     return (
         tl.where(is_zero, nll_zero, extra + nll),
         tl.where(is_zero, rest_zeros * zeros_to_mean, to_mean) * upstream,
         tl.where(is_zero, rest_zeros * zeros_to_theta, to_theta),
         tl.where(is_zero, rest_zeros - rest, share),
     )
+
+
+@triton.jit
+def zero_inflated_negative_binomial_at_zero(mean, theta, logit, target, constant, upstream):
+    zeros, to_mean, to_theta = no_counts(mean, theta)
+    _, share = softplus_and_sigmoid(logit)
+    nll, rest_zeros, rest = extra_zeros(zeros, logit, share)
+    return nll, rest_zeros * to_mean * upstream, rest_zeros * to_theta, rest_zeros - rest
+
+
+@triton.jit
+def extra_zeros(zeros, logit, share):
+    """-log p(0) with this share of extra zeros, which is the sigmoid of `logit`, from that without; its derivative by that; and
+    what is to be taken from this for the derivative by the logit."""
+    # log p(0) = log(1 - q), q = sigmoid(-logit) (1 - exp(-zeros)); where q is near 1, as a difference.
+    _, expm1 = exp_and_expm1(-zeros)
+    q = -(1.0 - share) * expm1
+    softplus, rest = softplus_and_sigmoid(-logit)
+    softplus_zeros, rest_zeros = softplus_and_sigmoid(-logit - zeros)
+    nll = tl.where(q < 0.5, -log1p(-tl.where(q < 0.5, q, 0.0)), softplus - softplus_zeros)
+    return nll, rest_zeros, rest
+
+
+@triton.jit
+def no_counts(mean, theta):
+    """A negative binomial's -log p(0), before its derivatives by mean and inverse dispersion: those of `counts`, alone."""
+    share = mean / (theta + 1e-8)
+    log_share = log1p_positive(share)
+    to_mean = theta / (theta + mean + 1e-8)
+    zeros = tl.where((mean >= 0.0) & (theta > 0.0), theta * log_share, float("nan"))
+    return zeros, to_mean, log_share - to_mean * share
 
 
 @triton.jit

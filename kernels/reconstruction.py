@@ -66,9 +66,11 @@ def reconstruction_tile(
     smaller ones, to be added up.
     """
     a = tl.load(first + o, mask=mask, other=0.5).to(DTYPE)
-    t = tl.load(target + o, mask=mask, other=0).to(DTYPE) * target_scale
-    if SHIFT != 0.0:
-        t += SHIFT
+    t = tl.zeros_like(a)
+    if target is not None:
+        t = tl.load(target + o, mask=mask, other=0).to(DTYPE) * target_scale
+        if SHIFT != 0.0:
+            t += SHIFT
     b, c, chain = a, a, a
     if SECOND != ABSENT:
         b = load_operand(second, o, mask, row_start, None, second_inner, second_groups, SECOND, WIDE, DTYPE)
@@ -123,6 +125,7 @@ def reconstruction_kernel(
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
     FINISH: tl.constexpr,
 ):  # fmt: skip
+    """A `target` of None is 0 everywhere. Its sums are in float64, since what is no zero is taken out of them again."""
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
     floor = None
@@ -138,7 +141,7 @@ def reconstruction_kernel(
         by /= scalar(divisor, divisor_value, DTYPE)
         ts, extra = scalar(None, target_scale, DTYPE), scalar(None, constant, DTYPE)
         base, end = row_bounds(row, columns, ALIGNED, WIDE)
-        sums = tl.zeros([THREADS], dtype=DTYPE)
+        sums = tl.zeros([THREADS], dtype=tl.float64 if target is None else DTYPE)
         seconds = tl.zeros([THREADS], dtype=DTYPE)
         thirds = tl.zeros([THREADS], dtype=DTYPE)
         for start in tl.range(worker * BLOCK, end, programs * BLOCK):
@@ -151,7 +154,7 @@ def reconstruction_kernel(
                 second_out is not None, third_out is not None, WIDE, DTYPE,
             )  # fmt: skip
             if recon_out is not None:
-                sums += fold(tiles[0], BLOCK, THREADS)
+                sums += fold(tiles[0].to(sums.dtype), BLOCK, THREADS)
             if second_out is not None:
                 seconds += fold(tiles[1], BLOCK, THREADS)
             if third_out is not None:
@@ -180,7 +183,7 @@ def reconstruction_kernel(
             if arrive_last(partials, arrived, row, programs, tl.sum(sums.to(tl.float64))):
                 mine = partials + row * programs
                 total = ordered_sum(mine, programs, FINISH) / scalar(divisor, divisor_value, tl.float64)
-                tl.store(recon_out + row, total.to(DTYPE))
+                tl.store(recon_out + row, total.to(recon_out.dtype.element_ty))
                 if second_out is not None:
                     total = ordered_sum(mine + tl.num_programs(0), programs, FINISH)
                     tl.store(second_out + row, total.to(DTYPE))
@@ -223,14 +226,19 @@ class Pass:
         rows = first.shape[0] if per_sample else 1
         # Where a parameter to differentiate by has long stretches in common, these are rows, and the kernel adds them up.
         for wanted, operand in zip(wants[1:], (second, third), strict=False):
-            if wanted and operand.mode == BROADCAST and LEAST_COLUMNS <= operand.inner < first.numel() // max(rows, 1):
+            if (
+                wanted
+                and x is not None
+                and operand.mode == BROADCAST
+                and LEAST_COLUMNS <= operand.inner < first.numel() // max(rows, 1)
+            ):
                 rows = first.numel() // operand.inner
         columns = first.numel() // max(rows, 1)
         self.rows, self.operands = rows, tuple(operand.read_by(columns) for operand in (second, third, weight))
         self.lays = any(operand.laid(t, first) is not t for operand, t in zip(self.operands, given, strict=True))
         second, third, weight = self.operands
         streamed = [t for t, operand in zip(given, self.operands, strict=True) if operand.mode == ELEMENT]
-        tile = min(tile_size(first, t) for t in (x, *streamed))
+        tile = min(tile_size(first, t) for t in (first if x is None else x, *streamed))
         if third.mode != ABSENT:
             tile //= 2  # registers would be spilled otherwise
         segment = Segment.of(first, rows, tile)
@@ -250,12 +258,16 @@ class Pass:
         # Where the results go: the place, whether it is among the sums, shape, strides and dtype. Smaller parameters have the
         # whole sum there, that of each row, or a derivative for each element.
         shape = (rows,) if per_sample or rows > 1 else ()
-        self.recon, self.results, self.smaller = (shape, (1,) * len(shape), dtype), [], []
+        self.recon = shape, (1,) * len(shape), torch.float64 if x is None else dtype
+        self.results, self.smaller = [], []
         for i, parameter in enumerate(parameters):
             if not wants or not wants[i]:
                 continue
             if i == 0 or parameter.shape == first.shape:
                 self.results.append((i, False, *self.like, parameter.dtype))
+                continue
+            if x is None:  # the nonzeros come on top
+                self.results.append((i, False, *self.like, dtype))
                 continue
             is_whole = rows == parameter.numel() == 1 and not per_sample
             of_rows = is_whole or self.operands[i - 1].mode == ROW
@@ -337,7 +349,7 @@ class Reconstruction:
                 gradients[i] = sums[i]
             else:
                 found = gradients[i] if sums[i] is None else launch.spread(sums[i], first)
-                gradients[i] = _summed(found, parameters[i], first, per_sample)
+                gradients[i] = summed(found, parameters[i], first, per_sample)
         batch = first.shape[0] if per_sample else 1
         if launch.rows != batch:  # no view is handed out
             recon = recon.view(batch, -1).sum(1 if per_sample else None, dtype=torch.float64).to(dtype)
@@ -360,7 +372,7 @@ class Reconstruction:
         return gradients, seen
 
 
-def _summed(full: torch.Tensor, parameter: torch.Tensor, first: torch.Tensor, per_sample: bool) -> torch.Tensor:
+def summed(full: torch.Tensor, parameter: torch.Tensor, first: torch.Tensor, per_sample: bool) -> torch.Tensor:
     """What broadcasts to `first`, added up to the shape of `parameter`, or to that for each sample."""
     shape = [1] * (first.dim() - parameter.dim()) + list(parameter.shape)
     if per_sample:

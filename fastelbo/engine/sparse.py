@@ -4,6 +4,7 @@ A target in CSR comes to it from `planned_terms`, where the plan of a dense one 
 """
 
 from collections.abc import Hashable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch.autograd import Function
 from ..basics.sparse import Rows
 from ..basics.tracing import is_seen, is_surrounded, is_wrapper, needs_formula, never_compiled
 from ..latents.posterior import LOGVAR, Latents
+from ..likelihoods import Likelihood
 from ..likelihoods.values import check_values, is_well, silent_range, support_to_check
 from . import formula, torch_backend
+from .backend import backend_for
 from .call import KINDS, Factors, KLCall, LossCall, Objective, check_loss
 from .guess import Guess
 from .latents import latents_terms
@@ -64,8 +67,8 @@ class SparsePlan:
     """What is known of a call before its values are. `guess` is the one thing that changes."""
 
     __slots__ = (
-        "backend", "call", "count", "divisor", "dtype", "guess", "likelihood", "looks", "per_sample", "silent", "stores",
-        "support", "weight_shape",
+        "backend", "call", "count", "divisor", "dtype", "guess", "launches", "likelihood", "looks", "options", "per_sample",
+        "silent", "stores", "support", "weight_shape",
     )  # fmt: skip
 
     def __init__(self, call: LossCall, tensors: Sequence[Tensor], grad_mode: bool) -> None:
@@ -76,7 +79,7 @@ class SparsePlan:
         self.stores = tuple(grad_mode and p.requires_grad for p in parameters)
         strange = is_surrounded() or any(t.is_neg() or is_wrapper(t) for t in tensors)
         seldom = grad_mode and weight is not None and weight.requires_grad
-        self.backend = None if strange or seldom or not first.numel() else torch_backend
+        self.backend = None if strange or seldom or not first.numel() else _backend_of(likelihood, x.device)
         self.guess = Guess(first.shape[0] if call.per_sample else 1, call.dtype, first.device)
         by_values = call.reduction == "mean" and weight is not None
         self.divisor = None if by_values else call.divisor(first, x, None)
@@ -84,6 +87,15 @@ class SparsePlan:
         self.support = support_to_check(likelihood, first, x)
         self.silent = silent_range(self.support, likelihood.target_scale, x)
         self.looks = self.support is not None or any(likelihood.ranges)
+        self.options, self.launches = likelihood.constants(parameters, x), None
+
+    def large_of(self, wants: Sequence[bool], parameters: Sequence[Tensor]) -> tuple[bool, ...]:
+        """Which of the wanted gradients are as large as the first parameter."""
+        return tuple(want and p.shape == parameters[0].shape for want, p in zip(wants, parameters, strict=True))
+
+
+def _backend_of(likelihood: Likelihood, device: torch.device) -> ModuleType:
+    return torch_backend if likelihood.kernel_at_zero is None else backend_for(device)
 
 
 def _reconstruction(plan: SparsePlan, parameters: Sequence[Tensor], x: Rows, weight: Tensor | None, known) -> Tensor:
@@ -133,6 +145,7 @@ class Reconstruction(Function):
             return None, *found, *none
         # Handed out once: it becomes `.grad` without a copy, and a second backward through a retained graph leaves it alone.
         stored, ctx.stored = ctx.stored, None
+        used = None if stored is None else used
         parameters = [p.contiguous() for p in parameters]  # a hook may bring it back with other strides
         found, seen = plan.backend.sparse_backward(
             plan, parameters, x, weight, divisor, upstream, stored, used, needs[: plan.count]

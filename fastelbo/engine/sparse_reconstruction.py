@@ -27,7 +27,7 @@ def backward(plan, parameters, x: Rows, weight, divisor, upstream, stored, used,
     """The gradients that are needed, and the upstream factor, for the next forward to guess."""
     is_number = not plan.per_sample and upstream.device.type == "cpu"
     seen = upstream.item() if is_number else upstream
-    if stored is None or used is None or not (seen == used if is_number else torch.equal(seen, used)):  # a NaN equals nothing
+    if used is None or not (seen == used if is_number else torch.equal(seen, used)):  # a NaN equals nothing
         if not is_number:
             seen = seen.to(plan.dtype, copy=True)  # whoever passed it in may write to it
         _, stored = _reconstruct(plan, parameters, x, weight, divisor, seen, needs, False)

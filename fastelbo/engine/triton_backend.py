@@ -138,6 +138,56 @@ def latents_backward(plan, tensors, noise, needs, grad_z, grad_kl, grad_weighted
     return grads if weight is None else (*grads, None)
 
 
+def sparse_forward(plan, parameters, x, weight, divisor, known):
+    """See `sparse_reconstruction.forward`. In the place of the gradients by smaller parameters stand the derivatives of the sum
+    by them, times no factor and not over the divisor."""
+    used = None
+    if True in plan.large_of(plan.stores, parameters):
+        used = plan.guess.factor() if known is None else known
+    recon, stored = _of_sparse(plan, parameters, x, weight, divisor, used, plan.stores)
+    return recon, stored, used
+
+
+def sparse_backward(plan, parameters, x, weight, divisor, upstream, stored, used, needs):
+    """See `sparse_reconstruction.backward`. What was stored with another factor is corrected where it lies."""
+    large, seen = plan.large_of(needs, parameters), None
+    if stored is None and large != needs:  # once more, all of it
+        seen = upstream.reshape(-1).to(plan.dtype, copy=True)
+        _, stored = _of_sparse(plan, parameters, x, weight, divisor, seen, needs)
+        found = list(stored)
+    else:
+        found = list(stored or [None] * plan.count)
+        if True in large:
+            operands, missing = _operands(plan, parameters)
+            held = [g if at else None for g, at in zip(found, large, strict=True)]
+            corrected, seen = _sparse(plan, x).backward(
+                operands, x[:3], weight, divisor, upstream, [*held, *missing], used, (*large, *(False for _ in missing))
+            )  # fmt: skip
+            found = [c if at else g for g, c, at in zip(found, corrected, large, strict=False)]
+    for i, (parameter, at) in enumerate(zip(parameters, large, strict=True)):
+        if needs[i] and not at:
+            found[i] = _times_upstream(found[i], upstream, divisor, parameter)
+    return found, seen
+
+
+def _of_sparse(plan, parameters, x, weight, divisor, factor, wants):
+    operands, missing = _operands(plan, parameters)
+    wants = (*wants, *(False for _ in missing))
+    recon, gradients = _sparse(plan, x, len(operands)).forward(operands, x[:3], weight, divisor, factor, wants)
+    return recon, gradients[: plan.count]
+
+
+def _sparse(plan, x, operands=0):
+    """The launches of the kernels for sparse targets, which the plan keeps."""
+    if plan.launches is None:
+        likelihood = plan.likelihood
+        plan.launches = kernels.SparseReconstruction(
+            family=kernels.Family(likelihood.function(operands), **plan.options), at_zero=likelihood.kernel_at_zero,
+            per_sample=plan.per_sample, dtype=plan.dtype, device=x.values.device,
+        )  # fmt: skip
+    return plan.launches
+
+
 def _categorical_forward(plan, tensors, stateless):
     """`latents_forward` of classes."""
     call, like = plan.call, plan.call.latents.terms(tensors)

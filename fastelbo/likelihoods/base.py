@@ -76,7 +76,7 @@ class Likelihood(metaclass=Record):
         if not hasattr(cls, "name"):
             cls.name = cls.__name__
         if "nll" in cls.__dict__:
-            for name in ("one_pass", "sum_by_torch", "kernel", "at_zero"):
+            for name in ("one_pass", "sum_by_torch", "kernel", "at_zero", "kernel_at_zero"):
                 setattr(cls, name, cls.__dict__.get(name))
 
     def __post_init__(self) -> None:
@@ -183,6 +183,9 @@ class Likelihood(metaclass=Record):
     """`at_zero(parameters)`: `nll` of zeros, in closed form, of the shape of the first parameter. None: there is none, and the
     target must be dense."""
 
+    kernel_at_zero: ClassVar[str | None] = None
+    """Its device function likewise, beside `kernel`; None: Torch computes sparse targets."""
+
     def nll_of_zeros(self, parameters: Sequence[Tensor]) -> Tensor:
         """An `at_zero` for a formula in which a target of 0 costs nothing."""
         return self.nll(parameters, _zeros_like(parameters[0]))
@@ -210,9 +213,9 @@ class Likelihood(metaclass=Record):
         if found.values is not None and own.values is not None:
             nll = torch.add(own.values * own.scale, own.constant - found.constant)
             found.values.view(-1).index_copy_(0, x.index, nll.div_(found.scale))
-        for to, slope, number, other in zip(out, slopes, own.slopes, found.slopes, strict=True):
+        for to, slope in zip(out, slopes, strict=True):  # which `found.slopes` are times, too
             if to is not None and slope is not None:
-                to.view(-1).index_copy_(0, x.index, slope if number == other else slope * (number / other))
+                to.view(-1).index_copy_(0, x.index, slope)
         return found
 
     def takes_samples(self, parameters: int, weighted: bool) -> bool:

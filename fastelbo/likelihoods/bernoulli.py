@@ -24,7 +24,7 @@ class Bernoulli(Likelihood):
     `recon_x` and `x` lie in [0, 1]; `uint8` images take `target_scale=1/255`.
     """
 
-    name = kernel = "bernoulli"
+    name = kernel = kernel_at_zero = "bernoulli"
     compiled_passes = 8
     few = 2**12  # since Torch's logarithms are not vectorized there
     ranges = (UNIT,)
@@ -111,6 +111,7 @@ class BernoulliLogits(Likelihood):
 
     pos_weight: float | None = None
     name = kernel = "bernoulli_logits"
+    kernel_at_zero = "bernoulli_logits_at_zero"
     parameters = ("logits", "pos_weight")
 
     def __post_init__(self):

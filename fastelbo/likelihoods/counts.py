@@ -15,6 +15,7 @@ class Poisson(Likelihood):
     """Counts by their rate: `-Poisson(recon_x).log_prob(x)`. Rates and counts are not negative."""
 
     name = kernel = "poisson"
+    kernel_at_zero = "poisson_at_zero"
     compiled_passes = 5
     ranges = (NONNEGATIVE,)
 
@@ -57,6 +58,7 @@ class PoissonLog(Likelihood):
     """Counts by the logarithm of their rate: `-Poisson(recon_x.exp()).log_prob(x)`. Counts are not negative."""
 
     name = kernel = "poisson_log"
+    kernel_at_zero = "poisson_log_at_zero"
     compiled_passes = 5
 
     def support(self, first, x):
@@ -102,6 +104,7 @@ class NegativeBinomial(Likelihood):
     """
 
     name = kernel = "negative_binomial"
+    kernel_at_zero = "negative_binomial_at_zero"
     compiled_passes = 8
     parameters = ("mean", "inverse_dispersion")
     ranges = (NONNEGATIVE, POSITIVE)
@@ -140,6 +143,7 @@ class ZeroInflatedNegativeBinomial(Likelihood):
     """
 
     name = kernel = "zero_inflated_negative_binomial"
+    kernel_at_zero = "zero_inflated_negative_binomial_at_zero"
     compiled_passes = 11
     parameters = ("mean", "inverse_dispersion", "zi_logits")
     ranges = (NONNEGATIVE, POSITIVE, None)
