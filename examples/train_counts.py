@@ -43,12 +43,14 @@ class Cells(NamedTuple):
     inverse_dispersion: Tensor  # [genes]
 
 
-def draw(cells: int, genes: int, seed: int, device: torch.device | str | None = None) -> Cells:
+def draw(
+    cells: int, genes: int, seed: int, device: torch.device | str | None = None, counts_a_gene: float = COUNTS_A_GENE
+) -> Cells:
     torch.manual_seed(seed)
     types = torch.randint(TYPES, (cells,))
     shares = (torch.randn(genes) + 0.3 * torch.randn(TYPES, genes)).softmax(1)
     depth = torch.exp(0.3 * torch.randn(cells, 1))
-    mean = COUNTS_A_GENE * genes * depth * shares[types]
+    mean = counts_a_gene * genes * depth * shares[types]
     inverse_dispersion = 0.5 * 40 ** torch.rand(genes)
     counts = Poisson(Gamma(inverse_dispersion, inverse_dispersion / mean).sample()).sample()
     counts[torch.rand(cells, genes) < EXTRA_ZEROS] = 0

@@ -146,6 +146,20 @@ def test_counts(monkeypatch):
     assert_fall(run(monkeypatch, "train_counts", plain_counts, *options), 2, 0.02)
 
 
+def test_sparse_counts(monkeypatch):
+    """Counts in CSR and the same made dense: one loss, which falls."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("train_sparse")
+    arguments = "--steps", 12, "--cells", 200, "--genes", 60, "--batch-size", 50, "--device", DEVICE.type
+    options = example.parse([str(a) for a in (*arguments, "--likelihood", "zero_inflated_negative_binomial")])
+    counts = importlib.import_module("train_counts").draw(200, 60, 0, counts_a_gene=0.3).counts
+    rows = example.CountRows(counts.float().to_sparse_csr())
+    assert torch.equal(rows.__getitems__([7, 3, 199]).to_dense(), counts[[7, 3, 199]].float())
+    (sparse, _, moved), (dense, _, all_moved) = (example.train(options, rows, kind) for kind in (True, False))
+    torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=0)
+    assert sparse[-1] < 0.98 * sparse[0] and moved < all_moved
+
+
 def test_counts_are_drawn_as_described(monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.syspath_prepend(EXAMPLES)
