@@ -85,6 +85,7 @@ release-check:
 bench: $(READY)
 	$(RUN) -m bench
 	$(RUN) -m bench.likelihoods --write
+	$(RUN) -m bench.sparse --write
 
 # What the compiled kernels cost, and that each of them keeps the budget; to be run whenever they change.
 budget: $(READY)

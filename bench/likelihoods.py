@@ -454,6 +454,12 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
+def stand(module: str) -> str:
+    """Where and of what a table is."""
+    processor = cpuinfo.get_cpu_info()["brand_raw"]
+    return f"{processor}, torch {torch.__version__}, commit {commit()}. `python -m {module} --write`"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.likelihoods", description=__doc__.partition(": ")[2])
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
@@ -466,7 +472,7 @@ def main() -> None:
 
 How many times as fast as the eager formula that its users write, forward and backward in float32, with the KL of 20 latents in
 both; medians of pairs in turns, and of {len(runs)} run{"s" * (len(runs) > 1)}. ▼ marks where fastelbo loses.
-{cpuinfo.get_cpu_info()["brand_raw"]}, torch {torch.__version__}, commit {commit()}. `python -m bench.likelihoods --write`
+{stand("bench.likelihoods")}
 
 {table({n: medians([run[n] for run in runs]) for n in given.threads})}
 """
