@@ -117,7 +117,7 @@ goes to a device.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each row and number of threads")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each row and number of threads")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--match", default="", help="only likelihoods with this in their name")
     parser.add_argument("--write", action="store_true", help="keep the tables in bench/results/sparse.md")
