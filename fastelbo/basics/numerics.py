@@ -30,6 +30,25 @@ class _CompiledSoftplus(torch.autograd.Function):
         return upstream * torch.sigmoid(x)
 
 
+class CompiledBound(torch.autograd.Function):
+    """softplus and the reciprocal of its exponential, sigmoid(-x), for the compiler: each pass takes one exponential, and only
+    one of them a logarithm."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        e = torch.exp(-x.abs())
+        return x.clamp(min=0) + torch.log1p(e), torch.where(x > 0, e, 1.0) / (1 + e)
+
+    @staticmethod
+    def backward(ctx, to_value, to_inverse):
+        (x,) = ctx.saved_tensors
+        e = torch.exp(-x.abs())
+        share = 1 / (1 + e)
+        inverse = torch.where(x > 0, e, 1.0) * share
+        return (to_value - to_inverse * inverse) * (torch.where(x > 0, 1.0, e) * share)
+
+
 def nan_unless(valid: Tensor, x: Tensor) -> Tensor:
     """x where it is `valid`; elsewhere NaN, with a gradient of NaN."""
     return x * torch.where(valid, 1.0, torch.nan).to(x.dtype)  # or the default dtype would count

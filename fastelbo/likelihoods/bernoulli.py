@@ -76,23 +76,26 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p, x):
         ctx.save_for_backward(p, x)
-        values = (x - 1) * torch.log1p(-p).clamp(min=-100) - x * torch.log(p).clamp(min=-100)
-        return values + _nan_below((1 - x) * x)  # a logarithm is NaN where p lies outside [0, 1]
+        values = (x - 1) * _log_of_rest(p).clamp(min=-100) - x * torch.log(p).clamp(min=-100)
+        return torch.where((x - 1) * x <= 0, values, torch.nan)  # a logarithm is NaN where p lies outside
 
     @staticmethod
     def backward(ctx, upstream):
         p, x = ctx.saved_tensors
-        inside = (1 - p) * p  # not negative
-        invalid = _nan_below(torch.minimum(inside, (1 - x) * x))
+        spread = (1 - p) * p
+        inside = (spread >= 0) & ((1 - x) * x >= 0)
         # What does not depend on the upstream, the compiler would write in forward, by a launch of its own, to read it again.
-        by_p = upstream * (p - x) / (inside.clamp(min=DENOMINATOR) + invalid)
-        return by_p, upstream * (torch.log1p(-p) - torch.log(p) + invalid)
+        by_p = torch.where(inside, upstream * (p - x), torch.nan) / spread.clamp(min=DENOMINATOR)
+        return by_p, torch.where(inside, upstream * (_log_of_rest(p) - torch.log(p)), torch.nan)
 
 
-def _nan_below(value: Tensor) -> Tensor:
-    """0 from 0 on. Not as a product with 0, which the compiler takes to be 0."""
-    root = torch.sqrt(value)
-    return root - root
+def _log_of_rest(p: Tensor) -> Tensor:
+    """log(1 - p). On a CPU a logarithm takes three quarters of `log1p`: to that of 1 - p as rounded, it adds what was lost
+    there over it, to first order. A GPU's logarithm has few digits near 1."""
+    if p.device.type != "cpu":
+        return torch.log1p(-p)
+    rest = 1 - p
+    return torch.log(rest) - ((rest - 1) + p) * (2 - rest)
 
 
 @record

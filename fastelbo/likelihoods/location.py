@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..basics.numerics import fitting, positive, softplus
+from ..basics.numerics import CompiledBound, fitting, positive, softplus
 from ..basics.records import canonical, check_choice, record
 from ..basics.scalars import check_real
-from ..basics.tracing import is_seen
+from ..basics.tracing import is_behind_dynamo, is_seen
 from .base import ONE, SUM, Likelihood, OnePass, check_given_once
 from .values import POSITIVE
 
 SCALES = ("scale", "log_scale", "logvar")
+NEAR = 20.0  # up to which neither factor of a bounded scale's reciprocal overflows or underflows
 
 
 @record
@@ -128,6 +129,9 @@ class Scaled(Likelihood):
 
     def bounded(self, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         """Likewise, from a logarithm that has no bound yet."""
+        if self.soft_min is not None and is_behind_dynamo() and abs(self.soft_min) <= NEAR:
+            above, inverse = CompiledBound.apply(log_scale - self.soft_min)
+            return self.soft_min + above, inverse * math.exp(-self.soft_min)
         if self.soft_min is not None:
             log_scale = self.soft_min + softplus(log_scale - self.soft_min)
         return log_scale, torch.exp(-log_scale)
