@@ -106,8 +106,15 @@ class _CompiledWeights(torch.autograd.Function):
     def backward(ctx, upstream):
         weight, target, *parameters = ctx.saved_tensors
         first, needs = parameters[0], ctx.needs_input_grad[3:]
+        # What does not depend on the upstream, the compiler would write in forward, to read it again.
+        nothing = upstream - upstream
+        if nothing.dim() != first.dim():
+            nothing = nothing.unsqueeze(ctx.likelihood.dim)
         with torch.enable_grad():  # by elements, since a NaN among those that a parameter goes with would be in their sum
-            leaves = [p.detach().expand(first.shape).requires_grad_(need) for p, need in zip(parameters, needs, strict=True)]
+            leaves = [
+                (p.detach() + nothing).expand(first.shape).requires_grad_(need)
+                for p, need in zip(parameters, needs, strict=True)
+            ]
             values = ctx.likelihood.nll(leaves, target)
         found = iter(torch.autograd.grad(values, [v for v in leaves if v.requires_grad], upstream * weight))
         keep = weight != 0

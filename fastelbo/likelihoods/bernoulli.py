@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..basics.numerics import log_ratio_to_tanh, log_ratio_to_tanh_and_derivative, nan_unless, softplus
+from ..basics.numerics import log1p, log_ratio_to_tanh, log_ratio_to_tanh_and_derivative, nan_unless, softplus
 from ..basics.records import canonical, record
 from ..basics.scalars import check_real
 from ..basics.tracing import is_behind_dynamo, is_seen
@@ -76,7 +76,7 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p, x):
         ctx.save_for_backward(p, x)
-        values = (x - 1) * _log_of_rest(p).clamp(min=-100) - x * torch.log(p).clamp(min=-100)
+        values = (x - 1) * log1p(-p).clamp(min=-100) - x * torch.log(p).clamp(min=-100)
         return torch.where((x - 1) * x <= 0, values, torch.nan)  # a logarithm is NaN where p lies outside
 
     @staticmethod
@@ -86,16 +86,7 @@ class _Compiled(torch.autograd.Function):
         inside = (spread >= 0) & ((1 - x) * x >= 0)
         # What does not depend on the upstream, the compiler would write in forward, by a launch of its own, to read it again.
         by_p = torch.where(inside, upstream * (p - x), torch.nan) / spread.clamp(min=DENOMINATOR)
-        return by_p, torch.where(inside, upstream * (_log_of_rest(p) - torch.log(p)), torch.nan)
-
-
-def _log_of_rest(p: Tensor) -> Tensor:
-    """log(1 - p). On a CPU a logarithm takes three quarters of `log1p`: to that of 1 - p as rounded, it adds what was lost
-    there over it, to first order. A GPU's logarithm has few digits near 1."""
-    if p.device.type != "cpu":
-        return torch.log1p(-p)
-    rest = 1 - p
-    return torch.log(rest) - ((rest - 1) + p) * (2 - rest)
+        return by_p, torch.where(inside, upstream * (log1p(-p) - torch.log(p)), torch.nan)
 
 
 @record
@@ -144,6 +135,8 @@ class BernoulliLogits(Likelihood):
     def nll(self, parameters, x):
         logits, *pos_weight = parameters
         if not pos_weight and self.pos_weight is None:
+            if is_behind_dynamo():
+                return _CompiledLogits.apply(logits, x)
             return F.binary_cross_entropy_with_logits(logits, x, reduction="none")
         if is_behind_dynamo() and not (pos_weight and pos_weight[0].requires_grad):  # one logarithm in place of two
             number = torch.ones((), dtype=x.dtype, device=x.device) * (self.pos_weight or 0.0)
@@ -208,6 +201,21 @@ class BernoulliLogits(Likelihood):
 
     def function(self, parameters):
         return self.kernel if parameters == 1 else "bernoulli_logits_weighted"
+
+
+class _CompiledLogits(torch.autograd.Function):
+    """The same for the compiler. The upstream comes first, or it would write the gradient in forward, to read it again."""
+
+    @staticmethod
+    def forward(ctx, logit, x):
+        ctx.save_for_backward(logit, x)
+        size = logit.abs()
+        return size * torch.where(logit > 0, 1 - x, x) + log1p(torch.exp(-size))  # no two terms cancel
+
+    @staticmethod
+    def backward(ctx, upstream):
+        logit, x = ctx.saved_tensors
+        return upstream / (1 + torch.exp(-logit)) - upstream * x, -upstream * logit
 
 
 @record
