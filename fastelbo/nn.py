@@ -27,7 +27,7 @@ class ELBOLoss(nn.Module):
 
     Args:
         likelihood, reduction, posterior, weighting: as in `fastelbo.loss`.
-        beta, recon_weight: likewise, numbers.
+        beta, recon_weight: as in `fastelbo.loss`; numbers.
 
     Raises:
         TypeError, ValueError: as `fastelbo.loss`.

@@ -48,11 +48,11 @@ def log_likelihood(
     It is for evaluation, as in Rezende et al. (Stochastic Backpropagation and Approximate Inference in Deep Generative Models,
     2014), and in Burda et al. (Importance Weighted Autoencoders, 2016), with 5,000 samples. The estimate is the latter's bound,
     whose expectation rises to log p(x) with `n_samples`. Nothing is differentiated, and one chunk is in memory at a time. The
-    decoder runs as it is: put it in eval mode first.
+    decoder runs as it is: put it in eval mode first. The likelihood is a density: not MSE or L1, and not a Gaussian of the
+    optimal scale. There is no `kl_weight`: where steps are padding, give `mu` and `logvar` the prior's values.
 
     Args:
-        decoder, x, mu, logvar, likelihood, posterior, prior, weight: as in `elbo`. The likelihood is a density: not MSE or L1,
-            and not a Gaussian of the optimal scale.
+        decoder, x, mu, logvar, likelihood, posterior, prior, weight: as in `elbo`.
         n_samples: the samples of z for each datum, at least 1.
         chunk: how many of them are decoded at a time, as `[chunk * B, ...]`.
         eps: noise to use, `[n_samples, *mu.shape]`.
