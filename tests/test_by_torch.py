@@ -83,3 +83,13 @@ def test_small_sums_keep_their_digits(kind):
     recon = fastelbo.nll(y, x, likelihood=KINDS[kind])
     torch.testing.assert_close(recon.double(), true, rtol=1e-6, atol=0)
     assert not is_by_torch(recon)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_a_default_device(kind):
+    """What is made beside the inputs lies where they do."""
+    y, x, *_ = inputs(kind, 2, 3)
+    expected = fastelbo.nll(y, x, likelihood=KINDS[kind])
+    with torch.device("meta"):
+        found = fastelbo.nll(y, x, likelihood=KINDS[kind])
+    assert torch.equal(found, expected)

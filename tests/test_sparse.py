@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Multinomial, NegativeBinomial
+from torch.distributions import Bernoulli, Multinomial, NegativeBinomial, Poisson
 
 import fastelbo
 from conftest import BACKEND, DEVICE, INTERPRETED, once
@@ -223,10 +223,21 @@ def test_distributions():
     assert relative(found, truth) < 1e-12 and relative(*(gradients(r, p)[0] for r in (found, truth))) < 1e-12
 
 
-def test_soft_classes():
-    logits, x = torch.randn(WHOLE, device=DEVICE).double().requires_grad_(), counts()
-    found = [fastelbo.nll(logits, t, likelihood=Categorical(dim=1)) for t in (csr(x), x)]
-    assert relative(*found) < 1e-12 and relative(*(gradients(r, logits)[0] for r in found)) < 1e-12
+def test_soft_classes_have_to_be_dense():
+    """A target of as many dimensions as the logits has may be labels or probabilities, which its values alone do not tell."""
+    with pytest.raises(TypeError, match="x must be dense for the likelihood 'categorical'"):
+        fastelbo.nll(torch.randn(WHOLE, device=DEVICE), csr(counts()), likelihood=Categorical(dim=1))
+
+
+def test_weights_that_lie_otherwise_at_the_next_call():
+    """In the same shape: the next call's strides are its own."""
+    p, x = torch.rand(WHOLE, device=DEVICE).add(0.1).requires_grad_(), counts()
+    large = torch.rand(2 * BATCH, 2 * WIDTH, device=DEVICE)
+    views = large[:BATCH, :WIDTH], large[::2, ::2], large[:WIDTH, :BATCH].t() if WIDTH <= 2 * BATCH else large[:BATCH, 1::2]
+    for weight in (*views, large[:1, :WIDTH].expand(WHOLE), large[:BATCH, :1].expand(WHOLE), views[0].contiguous()):
+        found = fastelbo.nll(p, csr(x), likelihood="poisson", weight=weight)
+        truth = (weight.double() * -Poisson(p.double()).log_prob(x.double())).sum()
+        assert relative(found, truth) < 1e-5 and relative(*(gradients(r, p)[0] for r in (found, truth))) < 1e-5
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the same kernels as above, for minutes")

@@ -103,6 +103,7 @@ def _reconstruction(plan: SparsePlan, parameters: Sequence[Tensor], x: Rows, wei
     if plan.backend is None:
         return _formula(plan, divisor, x, parameters, weight)
     dense = [p.contiguous() if p.device == x.values.device else p.to(x.values.device) for p in parameters]
+    weight = weight if weight is None else weight.contiguous()
     if True in plan.stores:
         return Reconstruction.apply((plan, divisor, known, x.shape), *dense, *x[:3], *(() if weight is None else (weight,)))
     return plan.backend.sparse_forward(plan, dense, x, weight, divisor, None)[0]
@@ -146,7 +147,8 @@ class Reconstruction(Function):
         # Handed out once: it becomes `.grad` without a copy, and a second backward through a retained graph leaves it alone.
         stored, ctx.stored = ctx.stored, None
         used = None if stored is None else used
-        parameters = [p.contiguous() for p in parameters]  # a hook may bring it back with other strides
+        # A hook may bring them back with other strides.
+        parameters, weight = [p.contiguous() for p in parameters], weight if weight is None else weight.contiguous()
         found, seen = plan.backend.sparse_backward(
             plan, parameters, x, weight, divisor, upstream, stored, used, needs[: plan.count]
         )

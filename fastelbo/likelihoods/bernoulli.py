@@ -146,7 +146,7 @@ class BernoulliLogits(Likelihood):
         return (1 - x) * softplus(logits) + positive * (pos_weight[0] if pos_weight else self.pos_weight)
 
     def sum_by_torch(self, parameters, x):
-        weight = None if self.pos_weight is None else torch.full((), self.pos_weight, dtype=x.dtype)
+        weight = None if self.pos_weight is None else torch.full((), self.pos_weight, dtype=x.dtype, device=x.device)
         total = torch.binary_cross_entropy_with_logits(parameters[0], x, None, weight, SUM)
         # It loses what is small beside a logit, and so the digits of a sum that is all small.
         return total if total.item() > SMALL_TERM * x.numel() else None

@@ -156,8 +156,6 @@ class Categorical(Classes):
         nll = F.cross_entropy(logits, torch.where(ignored | outside, 0, x), reduction="none")
         return torch.where(outside, torch.nan, torch.where(ignored, 0.0, nll))
 
-    at_zero = Classes.at_zero
-
     def one_pass(self, parameters, x, wants_value, out, spare):
         (logits,), (gradient,) = parameters, out
         if x.dim() == logits.dim():
