@@ -31,7 +31,7 @@ Each has `target_scale`, 1 by default: `x` is multiplied by it, such as 1/255 fo
 `interval` on top of it, where the values of a floating `x` lie then, and take an `x` of integers as the levels that these are.
 
 A target that is mostly zeros may be a matrix `[B, G]` of the layout `torch.sparse_csr` for both kinds of Bernoulli, of Poisson
-and of negative binomial, the zero-inflated one included, for `Multinomial`, and for a `Categorical` of probabilities.
+and of negative binomial, the zero-inflated one included, and for `Multinomial`.
 
 A distribution of `torch.distributions` in the place of `recon_x` brings its likelihood with it, and its own constants: a
 `Multinomial` its coefficient, a `NegativeBinomial` no 1e-8. Two conventions stay those of the table: a `Bernoulli` of
