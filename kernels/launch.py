@@ -80,7 +80,7 @@ class Segment(NamedTuple):
 
 
 _scratch: dict[tuple[int | None, int], tuple[tuple, int, int]] = {}  # and how many there are of each
-_NO_SCRATCH: tuple[tuple, int, int] = (), 0, 0
+_NO_SCRATCH: tuple[tuple, int, int] = (), -1, -1  # too few for a launch of nothing, too
 
 
 def scratch(device: torch.device, rows: int, programs: int, stateless: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ import torch
 from bench import sparse
 from conftest import once
 
-pytestmark = [once, pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")]
+pytestmark = once
 
 
 @pytest.mark.parametrize("name", sparse.CASES)

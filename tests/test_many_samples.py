@@ -885,6 +885,7 @@ def test_errors_of_bounds(make, error, match):
         make()
 
 
+@pytest.mark.usefixtures("by_functions")
 def test_no_bound_is_the_elbo_of_one_sample(device):
     net, x, (mu, logvar), eps = network(device), target(device), latents(device), torch.randn(B, LATENT, device=device)
     results = []

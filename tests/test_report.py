@@ -113,6 +113,7 @@ def spoil(monkeypatch, primitive: str, change, *place: int) -> None:
     monkeypatch.setattr(module, primitive, lambda *args, **kwargs: changed(right(*args, **kwargs), *place))
 
 
+@pytest.mark.usefixtures("by_functions")
 @pytest.mark.parametrize(
     "primitive, place, spoiled, name",
     (
@@ -138,6 +139,7 @@ def test_a_wrong_result_fails(monkeypatch, main, primitive, place, spoiled, name
                 assert error < 1e-5, (subject, column)
 
 
+@pytest.mark.usefixtures("by_functions")
 def test_a_gradient_that_is_wrong_only_where_it_is_computed_anew_fails(monkeypatch, main):
     module = backend.backend_for(DEVICE)
     right = module.loss_backward
@@ -152,6 +154,7 @@ def test_a_gradient_that_is_wrong_only_where_it_is_computed_anew_fails(monkeypat
     assert code == 1 and errors(text)["loss mse"]["d recon_x"] == pytest.approx(0.01, rel=0.02)
 
 
+@pytest.mark.usefixtures("by_functions")
 def test_nan_fails(monkeypatch, main):
     spoil(monkeypatch, "loss_backward", lambda tensor: tensor * float("nan"), 0, 3)
     text, code = main()
