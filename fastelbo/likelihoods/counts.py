@@ -175,12 +175,11 @@ class ZeroInflatedNegativeBinomial(Likelihood):
             values = zeros.add_(softplus(logits)) if wants_value else None
             _add_beyond_zero(mean, theta, x, None, values, to_mean, to_theta)
             return OnePass(values, slopes=(1.0, 1.0, 1.0))
-        parts = _inflated_zeros_in_one_pass(zeros, logits, spare)
+        parts = _inflated_zeros_in_one_pass(zeros, logits, to_logits, spare)
         if parts is None:
             return None
         inflated, by_zeros, p = parts
         if to_logits is not None:
-            torch.div(inflated, p, out=to_logits).neg_().add_(inflated)
             to_logits.view(-1).index_copy_(0, index, inflated.view(-1).index_select(0, index))
         values = p.log_().neg_() if wants_value else None
         if values is not None:
@@ -200,12 +199,10 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         if not logits.is_contiguous() or not _is_common(mean, theta, mean.new_zeros(())):
             return None
         zeros = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
-        parts = _inflated_zeros_in_one_pass(zeros, logits, spare)
+        parts = _inflated_zeros_in_one_pass(zeros, logits, to_logits, spare)
         if parts is None:
             return None
-        inflated, by_zeros, p = parts
-        if to_logits is not None:
-            torch.div(inflated, p, out=to_logits).neg_().add_(inflated)
+        _, by_zeros, p = parts
         for gradient in (to_mean, to_theta):
             if gradient is not None:
                 gradient.mul_(by_zeros)
@@ -335,14 +332,17 @@ def _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare) -> Tensor:
     return values.mul_(theta)
 
 
-def _inflated_zeros_in_one_pass(zeros, logits, spare) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The share of extra zeros, the derivative of -log p(0) by `zeros`, and p(0); None where that is too small to divide by."""
+def _inflated_zeros_in_one_pass(zeros, logits, to_logits, spare) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The share of extra zeros, the derivative of -log p(0) by `zeros`, and p(0); None where that is too small to divide by.
+    The derivative by `logits` goes to `to_logits`, if that is there."""
     inflated = torch.sigmoid(logits, out=fitting(spare[2], logits))
     by_zeros = torch.neg(zeros, out=spare[0]).exp_()
     # inflated + (1 - inflated) exp(-zeros), of which neither term is negative.
     p = torch.lerp(by_zeros, ONE, inflated, out=spare[3])
     if not p.min() > 1e-30:  # or NaN
         return None
+    if to_logits is not None:
+        torch.div(inflated, p, out=to_logits).neg_().add_(inflated)
     return inflated, by_zeros.addcmul_(by_zeros, inflated, value=-1).div_(p), p
 
 
