@@ -160,7 +160,7 @@ class Slopes(NamedTuple):
 def _any_latents(plan, tensors, noise):
     """`latents_forward` of any posterior and prior, with the derivatives that backward needs."""
     call, dtype = plan.call, plan.dtype
-    wide = [t.to(dtype) for t in tensors]
+    wide = [_in(dtype, t) for t in tensors]
     weight = wide.pop() if call.latents.weighted else None
     kl, z, slopes, of_z = None, None, [], None
     if noise is not None:
@@ -207,7 +207,12 @@ def _of_slopes(plan, tensors, needs, grad_z, grad_kl, kept):
         if needs[1]:
             moved = torch.mul(tensor, wide)
             found[1] = moved.mul_(number) if found[1] is None else found[1].add_(moved, alpha=number)
-    return [g if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
+    return [g if g is None else _in(t.dtype, g) for g, t in zip(found, tensors, strict=True)]
+
+
+def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """`tensor.to(dtype)`, which takes longer to find that it has nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 sparse_forward, sparse_backward = sparse_reconstruction.forward, sparse_reconstruction.backward

@@ -16,6 +16,8 @@ from .posterior import Latents, Posterior
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
+MINUS_HALF = torch.tensor(-0.5, device="cpu")  # for eager calls: see ONE in `likelihoods/base.py`
+
 
 def clamped(second: Tensor, posterior: Posterior, dtype: torch.dtype) -> Tensor:
     second = second.to(dtype)
@@ -108,28 +110,26 @@ def kl_in_one_pass(latents: Latents, mu: Tensor, raw: Tensor, prior: Sequence[Te
     distance = by_mu = mu
     if kind is not None:
         prior_mu, prior_raw = prior
-        inverse = inverse_std(prior_raw, kind)
+        inverse = torch.exp(prior_raw * MINUS_HALF) if kind == "logvar" else inverse_std(prior_raw, kind)
         distance = torch.sub(mu, prior_mu)
         distance = distance.div_(prior_raw) if kind == "std" else distance.mul_(inverse)
         by_mu = distance * inverse
     if parameter == "var" and kind in (None, "var"):
         ratio = raw if kind is None else raw / prior_raw
-        slope = ratio - 1
-        values = torch.sub(slope, torch.log(ratio))
+        slope, log, times = ratio - 1, torch.log(ratio), 1
     elif parameter in ("std", "var") and kind in (None, "std"):
         ratio = std(raw, parameter) if kind is None else std(raw, parameter) / prior_raw
-        slope = (ratio - 1).mul_(ratio + 1)
-        values = torch.sub(slope, torch.log(ratio), alpha=2)
+        slope, log, times = (ratio - 1).mul_(ratio + 1), torch.log(ratio), 2
     else:
-        difference = log_variance(raw, parameter)
-        difference = difference if kind is None else difference - log_variance(prior_raw, kind)
-        slope = torch.expm1(difference)
-        values = torch.sub(slope, difference)
+        log = log_variance(raw, parameter)
+        log = log if kind is None else log - log_variance(prior_raw, kind)
+        slope, times = torch.expm1(log), 1
     slopes = [Slope(by_mu, 1.0), Slope(slope, 0.5).by_log_variance(raw, parameter)]
-    if kind is not None:
-        to_prior = torch.addcmul(slope, distance, distance)
-        slopes += [Slope(by_mu, -1.0), Slope(to_prior, -0.5).by_log_variance(prior_raw, kind)]
-    return values.addcmul_(distance, distance), slopes
+    beyond = torch.addcmul(slope, distance, distance)
+    if kind is None:
+        return beyond.sub_(log, alpha=times), slopes
+    slopes += [Slope(by_mu, -1.0), Slope(beyond, -0.5).by_log_variance(prior_raw, kind)]
+    return torch.sub(beyond, log, alpha=times), slopes
 
 
 def sample_in_one_pass(parameter: str, mu: Tensor, raw: Tensor, eps: Tensor) -> tuple[Tensor, Slope]:
