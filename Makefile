@@ -6,9 +6,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# A torch that is built for CUDA brings the triton that it needs; this one goes with a torch that brings none.
 TRITON ?= $(if $(filter Linux,$(shell uname)),triton==3.9.0)
 
 RELEASE := .venv-release
+
+# $(call install,PYTHON): what TORCH and TRITON say.
+define install
+$(1) -m pip install $(TORCH)
+$(if $(TRITON),$(1) -m pip show --quiet triton || $(1) -m pip install $(TRITON))
+endef
+
 OUTSIDE := cd $(RELEASE) && PYTHONPATH=
 
 ifneq ($(TORCH),)
@@ -66,7 +74,8 @@ docs: $(DOCS_READY)
 release-check:
 	rm -rf build dist $(RELEASE)
 	$(PYTHON) -m venv $(RELEASE)
-	$(RELEASE)/bin/python -m pip install build twine $(TORCH) $(TRITON) numpy
+	$(call install,$(RELEASE)/bin/python)
+	$(RELEASE)/bin/python -m pip install build twine numpy
 	$(RELEASE)/bin/python -m build --outdir dist
 	$(RELEASE)/bin/python -m twine check --strict dist/*
 	$(RELEASE)/bin/python -m pip install dist/*.whl
@@ -104,7 +113,7 @@ gpu-first gpu-tests gpu-bench gpu-samples: gpu-%:
 # Made anew when the requirements change.
 $(VENV)/.ready-%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install $(TORCH) $(TRITON)
+	$(call install,$(RUN))
 	$(RUN) -m pip install -e ".[test,bench,examples]"
 	touch $@
 
@@ -114,7 +123,7 @@ $(VENV)/.docs-ready: $(READY)
 
 .venv-integrations/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-integrations
-	.venv-integrations/bin/python -m pip install $(TORCH) $(TRITON)
+	$(call install,.venv-integrations/bin/python)
 	.venv-integrations/bin/python -m pip install -e ".[test,examples,integrations]"
 	touch $@
 

@@ -22,7 +22,8 @@ _runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
 
 def allocator(device: torch.device) -> Callable[..., torch.Tensor]:
     """`empty(shape, strides, dtype)` for new tensors on a device: on the current GPU, what compiled code allocates with."""
-    if device.index == _current_device() and _empty_cuda is not None:  # a CPU has no index
+    # A CPU has no index; without a driver a CUDA build of Torch raises where it is asked for the current GPU.
+    if device.index is not None and device.index == _current_device() and _empty_cuda is not None:
         return _empty_cuda
     return functools.partial(_empty, device)
 
