@@ -44,6 +44,14 @@ def test_cpu_tensors_bring_no_triton():
     assert python(RUN + "\nimport sys; print('triton' in sys.modules)").stdout.split() == ["True", "True", "False"]
 
 
+def test_interpreted_kernels_ask_cuda_nothing():
+    """A CUDA build of Torch raises, where there is no driver, when it is asked for the current GPU."""
+    pytest.importorskip("triton")
+    forbid = "import torch\ndef forbidden(): raise AssertionError('CUDA was asked')\ntorch._C._cuda_getDevice = forbidden\n"
+    result = python(forbid + RUN, FASTELBO_BACKEND="triton", TRITON_INTERPRET="1")
+    assert result.stdout.split() == ["True", "True"], result.stderr
+
+
 def test_without_triton():
     blocked = "import sys; sys.modules['triton'] = None\n"
     assert python(blocked + RUN).stdout.split() == ["True", "True"]
