@@ -11,7 +11,15 @@ import fastelbo
 from conftest import BACKEND
 from fastelbo.basics.numerics import log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative, ratio_and_derivatives
 from fastelbo.engine import blocks, formula
-from fastelbo.likelihoods import BernoulliLogits, DiscretizedLogisticMixture, Gaussian, Laplace, StudentT, find_likelihood
+from fastelbo.likelihoods import (
+    BernoulliLogits,
+    DiscretizedLogisticMixture,
+    Gaussian,
+    Laplace,
+    StudentT,
+    classes,
+    find_likelihood,
+)
 from likelihood_cases import CASES, recon_x
 from support import gradients
 
@@ -100,6 +108,62 @@ def test_mixtures(channels, each, dim, place, monkeypatch):
         same(loss(parameters, x, likelihood, reduction, None), expected, parameters, wide, 1)
     monkeypatch.setattr(formula, "weighted_nll", None)
     loss(parameters, x, likelihood, "sum", None)
+
+
+def long_rows(*batch):
+    """Logits of more elements than are few, and counts of some of the items."""
+    logits, x = 3 * torch.randn(*batch, 4500), torch.poisson(torch.rand(*batch, 4500)) * (torch.rand(*batch, 4500) < 0.1)
+    return logits, x
+
+
+@pytest.mark.parametrize("weighted", (False, True), ids=("", "weighted"))
+@pytest.mark.parametrize("reduction", ("sum", "none", "batchmean"))
+@pytest.mark.parametrize("size", (1, 10_000, 2**30))
+@pytest.mark.parametrize("batch", ((5,), (3, 2)), ids=str)
+def test_long_rows_of_counts(batch, size, reduction, weighted, monkeypatch):
+    """A form of their own, some rows at a time; confident ones, without counts, and far from 0."""
+    monkeypatch.setattr(classes, "PART", size)
+    taken, form = [], classes._of_long_rows
+    monkeypatch.setattr(classes, "_of_long_rows", lambda *args: taken.append(form(*args)) or taken[-1])
+    logits, x = long_rows(*batch)
+    x[0, ..., 3:], logits[0, ..., 0], x[1] = 0, 60.0, 0
+    logits[2] += 1e4
+    x[0, ..., 0] = 7
+    logits.requires_grad_()
+    weight = torch.rand(*batch, 1) if weighted else None
+    expected, wide = truth([logits], x, "multinomial", "sum" if reduction == "batchmean" else reduction, weight)
+    expected = expected / batch[0] if reduction == "batchmean" else expected
+    got = loss([logits], x, "multinomial", reduction, weight)
+    torch.testing.assert_close(got.double(), expected.detach(), rtol=1e-6, atol=1e-5)
+    upstream = torch.rand_like(got)
+    (slope,) = gradients(got, logits, grad_outputs=upstream)
+    torch.testing.assert_close(
+        slope.double(), gradients(expected, *wide, grad_outputs=upstream.double())[0], rtol=2e-5, atol=2e-6
+    )
+    assert taken and all(found is not None for found in taken)
+
+
+@pytest.mark.parametrize(
+    ("logit", "count", "value"),
+    (
+        (-math.inf, 0.0, None), (-math.inf, 2.0, math.inf), (math.nan, 0.0, math.nan), (math.inf, 0.0, math.nan),
+        (0.0, math.nan, math.nan), (-300.0, 2.0, None),
+    ),
+)  # fmt: skip
+def test_a_rare_item_of_a_long_row(logit, count, value):
+    """Masked, impossible, or no number: in its row alone."""
+    logits, x = long_rows(5)
+    logits[1, 7], x[1, 7] = logit, count
+    logits.requires_grad_()
+    expected, wide = truth([logits], x, "multinomial", "none", None)
+    got = loss([logits], x, "multinomial", "none", None)
+    torch.testing.assert_close(got.double(), expected.detach(), rtol=1e-6, atol=1e-5, equal_nan=True)
+    if value is None:
+        assert got.isfinite().all()
+        slope, exact = gradients(got.sum(), logits)[0], gradients(expected.sum(), *wide)[0]
+        torch.testing.assert_close(slope.double(), exact, rtol=2e-5, atol=2e-6)
+    else:
+        assert str(got[1].item()) == str(value) and got[[0, 2, 3, 4]].isfinite().all()
 
 
 OVERFLOWN = {

@@ -167,8 +167,11 @@ def test_short_predictions(dtype):
 def test_any_dtype(values, index):
     case = SPARSE["poisson_log"]
     (p,), x = case.parameters(torch.float32), counts(values == torch.bool)
+    x[2, 3] = 1  # or a row without counts has the multinomial's formula take over
     sparse, dense = (fastelbo.nll(p, t, likelihood="poisson_log") for t in (csr(x, index, values), x))
     assert sparse.dtype == torch.float32 and relative(sparse, dense) < 1e-6
+    found = [gradients(fastelbo.nll(p, t, likelihood="multinomial"), p)[0] for t in (csr(x, index, values), x)]
+    assert relative(*found) < 1e-6
     scaled = fastelbo.likelihoods.PoissonLog(target_scale=3.0)
     assert relative(*(fastelbo.nll(p, t, likelihood=scaled) for t in (csr(x, index, values), x))) < 1e-6
 
@@ -519,6 +522,15 @@ def test_shapes_and_gradients():
         call(torch.ones(2, *WHOLE, device=DEVICE).to_sparse_csr())
     with raises(TypeError, "recon_x must be a dense tensor"):
         fastelbo.nll(x, x, likelihood="poisson")
+    with raises(TypeError, "recon_x must be a dense tensor, got a nested one"):
+        nested = torch.nested.nested_tensor([torch.rand(WIDTH)] * BATCH, device=DEVICE, layout=torch.jagged)
+        fastelbo.nll(nested, x, likelihood="poisson")
+    latents = torch.zeros(BATCH, 2, device=DEVICE)
+    for other, kind in ((0.5, "float"), ("mu", "str"), (None, "NoneType")):
+        with raises(TypeError, "recon_x must be a tensor", kind):
+            fastelbo.nll(other, x, likelihood="poisson")
+    with raises(TypeError, "logvar must be a tensor, got float"):
+        fastelbo.loss(torch.rand(WHOLE, device=DEVICE), x, latents, 0.5, likelihood="poisson")
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="nothing is looked at on a GPU")

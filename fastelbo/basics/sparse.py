@@ -15,6 +15,7 @@ class Nonzeros(NamedTuple):
     rows: Tensor  # [n], int64, as the next two
     columns: Tensor
     index: Tensor  # in the flat matrix
+    starts: Tensor  # [B + 1], of the rows among them
     shape: tuple[int, int]
 
     @property
@@ -36,6 +37,10 @@ class Nonzeros(NamedTuple):
         total = torch.zeros(self.shape[0], dtype=torch.float64, device=self.device)
         return total.index_add(0, self.rows, values.double()).to(values.dtype)
 
+    def totals(self, values: Tensor) -> Tensor:
+        """Likewise, in half the time; it cannot be differentiated twice."""
+        return torch.segment_reduce(values.double(), "sum", offsets=self.starts, initial=0).to(values.dtype)
+
 
 class Rows(NamedTuple):
     """The rows of a CSR matrix."""
@@ -55,17 +60,16 @@ class Rows(NamedTuple):
         """Raise unless each place of the matrix, which errors call `name`, has one value at most. It looks at the indices."""
         starts, columns, (_, width) = self.starts, self.columns, self.shape
         count = columns.numel()
-        if starts[0] != 0 or starts[-1] != count or (starts.diff() < 0).any():
+        if starts[0].item() != 0 or starts[-1].item() != count or (len(starts) > 1 and starts.diff().min().item() < 0):
             raise ValueError(f"{name}.crow_indices() must rise from 0 to the number of values, {count}: got {starts.tolist()}")
         if not count:
             return
-        low, high = torch.aminmax(columns)
+        low, high = (t.item() for t in torch.aminmax(columns))
         if low < 0 or high >= width:
-            raise ValueError(f"{name}.col_indices() must be from 0 to {width - 1}, got from {low.item()} to {high.item()}")
-        rises = torch.ones(count + 1, dtype=torch.bool, device=columns.device)
-        torch.gt(columns[1:], columns[:-1], out=rises[1:-1])
-        rises[starts.long()] = True  # a row may begin anywhere
-        if rises.all():
+            raise ValueError(f"{name}.col_indices() must be from 0 to {width - 1}, got from {low} to {high}")
+        steps = columns.new_empty(count + 1)
+        torch.sub(columns[1:], columns[:-1], out=steps[1:-1])
+        if steps.index_fill_(0, starts.long(), 1).min().item() > 0:  # a row may begin anywhere
             return
         index = torch.sort(self.nonzeros(0, self.shape[0], 0, count).index).values
         twice = index[1:][index[1:] == index[:-1]]
@@ -75,10 +79,13 @@ class Rows(NamedTuple):
 
     def nonzeros(self, top: int, bottom: int, start: int, stop: int) -> Nonzeros:
         """Those of the rows from `top` to `bottom`, whose values are the ones from `start` to `stop`."""
-        counts = self.starts[top : bottom + 1].diff()
-        rows = torch.repeat_interleave(counts, output_size=stop - start)
+        starts = self.starts[top : bottom + 1]
+        rows = torch.repeat_interleave(starts.diff(), output_size=stop - start)
         columns, width = self.columns[start:stop].long(), self.shape[1]
-        return Nonzeros(self.values[start:stop], rows, columns, torch.add(columns, rows, alpha=width), (bottom - top, width))
+        index = torch.add(columns, rows, alpha=width)
+        return Nonzeros(
+            self.values[start:stop], rows, columns, index, starts - start if start else starts, (bottom - top, width)
+        )
 
     def all(self) -> Nonzeros:
         return self.nonzeros(0, self.shape[0], 0, self.values.numel())

@@ -267,6 +267,8 @@ def loss_plan(
         plan = _last.get(start)
         if plan is not None and True not in map(_is_nested, tensors) and plan.fits(*tensors):
             return plan
+        if is_sparse(tensors[parameters]):  # or looking for its strides raises, which takes as long as some operators
+            return None
         key = (
             *start, *map(type, tensors), *map(_of_shapes, tensors), *map(_is_neg, tensors), *map(_stride, tensors),
         )  # fmt: skip

@@ -52,10 +52,14 @@ def sparse_terms(
 
 def _plan_of(name: str, objective: Objective, tensors: Sequence, parameters: int, weighted: bool, latents: int) -> "SparsePlan":
     grad_mode = torch.is_grad_enabled()
-    key = (
-        objective, parameters, weighted, latents, grad_mode, is_surrounded(),
-        *((type(t), t.dtype, t.device, t.layout, t.requires_grad, t.shape, t.is_neg()) for t in tensors),
-    )  # fmt: skip
+    try:
+        key = (
+            objective, parameters, weighted, latents, grad_mode, is_surrounded(),
+            *((type(t), t.dtype, t.device, t.layout, t.requires_grad, t.shape, t.is_neg()) for t in tensors),
+        )  # fmt: skip
+    except (AttributeError, RuntimeError):  # not tensors, or nested ones
+        check_loss(name, objective, tensors, parameters, weighted, latents)
+        raise
     found = _plans.get(key)
     if found is None:
         call = check_loss(name, objective, tensors, parameters, weighted, latents)

@@ -11,6 +11,10 @@ from ..basics.tracing import is_behind_dynamo, is_seen
 from .base import ONE, Likelihood, OnePass, check_labelled_dim, check_own_dim
 from .values import NONNEGATIVE, Range
 
+# Elements of a row from which simple operators cost less than Torch's `log_softmax` and its backward; and of rows, for each
+# thread, that stay in the cache of its core from one operator to the next.
+LONG, PART = 2**8, 2**17
+
 WEIGHTS = NONNEGATIVE._replace(silent=True)  # of logarithms; a negative one gives a finite loss
 
 
@@ -48,6 +52,8 @@ class Classes(Likelihood):
         (logits,), (gradient,), dim = parameters, out, self.dim or 0
         if not is_seen(x):
             return None
+        if spare[0] is not None and dim % logits.dim() == logits.dim() - 1 and logits.shape[dim] >= LONG:
+            return _of_long_rows(logits, x, gradient, spare)
         log_p = torch.log_softmax(logits, dim, out=spare[0])
         values = torch.mul(log_p, x, out=spare[1]).sum(dim)
         if not torch.isfinite(values).all():
@@ -71,13 +77,13 @@ class Classes(Likelihood):
         if not is_seen(logits):
             return None
         p = torch.softmax(logits, -1, out=spare[0] if gradient is None else gradient)
-        chosen, total = x.of(p), x.sums(x.values)
+        chosen, total = x.of(p), x.totals(x.values)
         # Probabilities whose logarithm has lost its digits, or NaN; and rows that may hide one.
         if not total.all() or not chosen.min() > 1e-30:
             return None
         if gradient is not None:
-            p.mul_(total.unsqueeze(1)).view(-1).index_add_(0, x.index, x.values, alpha=-1)
-        return OnePass(x.sums(chosen.log_().mul_(x.values)) if wants_value else None, -1.0)
+            p.mul_(total.unsqueeze(1)).view(-1).scatter_add_(0, x.index, -x.values)
+        return OnePass(x.totals(chosen.log_().mul_(x.values)) if wants_value else None, -1.0)
 
 
 @record
@@ -186,6 +192,23 @@ class Categorical(Classes):
 
     def constants(self, parameters, x):
         return self.geometry(parameters[0]) | {"ignore_index": self.ignore_index}
+
+
+def _of_long_rows(logits: Tensor, x: Tensor, gradient: Tensor | None, spare) -> OnePass | None:
+    """`one_pass` of logits whose last dimension is that of the classes, and long."""
+    values = logits.new_empty(logits.shape[:-1])
+    height = max(1, PART * torch.get_num_threads() // logits[0].numel())
+    for i in range(0, len(logits), height):
+        rows = slice(i, i + height)
+        given, t = logits[rows], x[rows]
+        below = torch.sub(given, given.amax(-1, keepdim=True), out=spare[0][: len(given)])
+        e = torch.exp(below, out=spare[1][: len(given)] if gradient is None else gradient[rows])
+        sums, total = e.sum(-1, keepdim=True), t.sum(-1, keepdim=True)
+        # Two terms that are not negative, so nothing cancels.
+        torch.sub((sums.log() * total).squeeze(-1), below.mul_(t).sum(-1), out=values[rows])
+        if gradient is not None:
+            e.mul_(total.div_(sums)).sub_(t)
+    return OnePass(values) if values.isfinite().all() else None
 
 
 def _normalizers(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
