@@ -133,7 +133,10 @@ def broadcasts(value: Tensor, shape: torch.Size) -> bool:
 
 def check_broadcasts(name: str, value: Tensor, other_name: str, shape: torch.Size) -> None:
     if not broadcasts(value, shape):
-        raise ValueError(f"{name} must broadcast to {other_name}: got {name} {tuple(value.shape)} and {tuple(shape)}")
+        missing, hint = len(shape) - value.dim(), ""
+        if missing > 0 and broadcasts(value, shape[: value.dim()]):  # a weight for each sample, or for each step
+            hint = f"; {name}[{', '.join(['...'] + ['None'] * missing)}] does"
+        raise ValueError(f"{name} must broadcast to {other_name}: got {name} {tuple(value.shape)} and {tuple(shape)}{hint}")
 
 
 def check_weight(weight, x: Tensor, dim: int | None) -> None:
