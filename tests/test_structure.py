@@ -90,7 +90,7 @@ def test_nobody_asks_which_likelihood_it_has():
 @pytest.mark.parametrize("text", (
     "isinstance(likelihood, Gaussian)", "hasattr(call.likelihood, 'dim')", "likelihood.name == 'gaussian'",
     "plan.call.likelihood.kernel in ('mse',)", "from .likelihoods import Categorical",
-    "from fastelbo.likelihoods.counts import Poisson",
+    "from fastelbo.likelihoods.counts import NegativeBinomial",
 ))  # fmt: skip
 def test_a_question_is_seen(text, tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "HOUSE", tmp_path)

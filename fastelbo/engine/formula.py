@@ -69,15 +69,23 @@ def weighted_nll(
         return _weighted_sparse_nll(likelihood, parameters, target, weight)
     if weight is None:
         return likelihood.nll(parameters, target)
-    if is_behind_dynamo() and not (weight.requires_grad or target.requires_grad):
+    if is_behind_dynamo() and not likelihood.by_rows and not (weight.requires_grad or target.requires_grad):
         return _CompiledWeights.apply(likelihood, weight, target, *parameters)
     # What is weighted by 0 may be NaN: neither it nor its derivative may reach a product.
     keep = weight != 0
     in_target = keep if keep.dim() == target.dim() else keep.unsqueeze(likelihood.dim)
     in_first = in_target if in_target.dim() == parameters[0].dim() else in_target.unsqueeze(likelihood.dim)
     target = torch.where(in_target, target, torch.zeros((), dtype=target.dtype, device=target.device))
-    values = likelihood.nll([torch.where(in_first, p, 0.5) for p in parameters], target)
+    values = likelihood.nll(_counted(likelihood, parameters, in_first), target)
     return torch.where(keep, weight * values, 0.0)
+
+
+def _counted(likelihood: Likelihood, parameters: Sequence[Tensor], keep: Tensor) -> list[Tensor]:
+    """Parameters without what is weighted by 0; of logits that others in their row go with, without the rows that are."""
+    found = [torch.where(keep, p, 0.5) for p in parameters]
+    if likelihood.by_rows:
+        found[0] = torch.where(keep.any(-1, keepdim=True), parameters[0], 0.5)
+    return found
 
 
 def _weighted_sparse_nll(
@@ -89,7 +97,7 @@ def _weighted_sparse_nll(
     keep = weight != 0
     in_first = keep if keep.dim() == 2 else keep.unsqueeze(likelihood.dim)
     target = target._replace(values=torch.where(target.of(in_first), target.values, 0.0))
-    values = likelihood.sparse_nll([torch.where(in_first, p, 0.5) for p in parameters], target)
+    values = likelihood.sparse_nll(_counted(likelihood, parameters, in_first), target)
     return torch.where(keep, weight * values, 0.0)
 
 

@@ -185,7 +185,7 @@ class LossPlan:
         self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))
         self.strides, self.dtypes = tuple(map(_stride, dense)), tuple(map(_dtype, dense))
         dtype = call.dtype
-        self.is_elementwise = likelihood.dim is None and all(self.large)
+        self.is_elementwise = likelihood.dim is None and not likelihood.by_rows and all(self.large)
         self.is_of_classes = likelihood.dim is not None and likelihood.one_pass is not None
         same = self.scaling == (1.0, 0.0) and all(t.dtype == dtype for t in (*parameters, x, *([weight] * call.weighted)))
         small = first.numel() <= BLOCK and (first.dim() == 2 or not call.per_sample)

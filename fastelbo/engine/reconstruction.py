@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..basics.sparse import Nonzeros
+from ..likelihoods.links import link_block
 from . import formula
 from .blocks import added_up, as_tensor, block_size, converted, cut_alike, scratch, spare
 
@@ -49,10 +50,13 @@ def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
     A weight broadcasts to the terms, and parameters to the first. The gradient by one that is smaller is given for each
     element, as large as the tensor of `out`, or summed.
     """
-    likelihood, found = plan.likelihood, None
+    likelihood, found, given, own, block = plan.likelihood, None, parameters, out, None
     one_pass = likelihood.sparse_one_pass if isinstance(x, Nonzeros) else likelihood.one_pass
     # Something weighted by 0 may be NaN, which only the sum tells, and that only where looking costs no sync.
     if one_pass is not None and (weight is None or (wants_sum and x.device.type == "cpu")):
+        if likelihood.links is not None:
+            block = link_block(likelihood.links, given, own, lambda name, like: scratch(name, like, plan.dtype))
+            parameters, out = block.parameters, block.out
         found = one_pass(parameters, x, wants_sum, out, spare(parameters[0], plan.dtype))
     total = None
     if found is not None and wants_sum:
@@ -66,7 +70,7 @@ def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
         if weight is not None and not math.isfinite(total.sum().item()):
             found = None
     if found is None:
-        return _by_formula(plan, parameters, x, weight, by, out, wants_sum, per_sample)
+        return _by_formula(plan, given, x, weight, by, own, wants_sum, per_sample)
     for gradient, slope in zip(out, found.slopes, strict=True):
         if gradient is None:
             continue
@@ -77,8 +81,10 @@ def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
             gradient.mul_(factor if isinstance(factor, Tensor) else as_tensor(factor))
         # A derivative may have overflown where a weight is 0.
         if weight is not None and not math.isfinite(gradient.sum().item()):
-            return _by_formula(plan, parameters, x, weight, by, out, wants_sum, per_sample)
-    return total, out
+            return _by_formula(plan, given, x, weight, by, own, wants_sum, per_sample)
+    if block is not None:
+        block.pull_back()
+    return total, own
 
 
 def _by_formula(plan, parameters, x, weight, by, out, wants_sum, per_sample):

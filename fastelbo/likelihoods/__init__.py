@@ -30,6 +30,9 @@ but for `"mse"` and `"l1"`, which are no densities, and `"multinomial"`, without
 Each has `target_scale`, 1 by default: `x` is multiplied by it, such as 1/255 for `uint8` images. The discretized logistics have
 `interval` on top of it, where the values of a floating `x` lie then, and take an `x` of integers as the levels that these are.
 
+`Poisson`, `NegativeBinomial` and `ZeroInflatedNegativeBinomial` have a `mean`, the link that makes it of what comes, and the
+last two an `inverse_dispersion`. With `mean="softmax"` the library comes behind the other tensors.
+
 A target that is mostly zeros may be a matrix `[B, G]` of the layout `torch.sparse_csr` for both kinds of Bernoulli, of Poisson
 and of negative binomial, the zero-inflated one included, and for `Multinomial`.
 
@@ -48,9 +51,10 @@ from ..basics.records import record
 from .base import Likelihood
 from .bernoulli import Bernoulli, BernoulliLogits, ContinuousBernoulli, ContinuousBernoulliLogits
 from .classes import Categorical, Multinomial
-from .counts import NegativeBinomial, Poisson, PoissonLog, ZeroInflatedNegativeBinomial
+from .counts import NegativeBinomial, ZeroInflatedNegativeBinomial
 from .location import L1, MSE, Gaussian, Laplace, StudentT
 from .logistic import DiscretizedLogistic, DiscretizedLogisticMixture
+from .poisson import Poisson, PoissonLog
 from .values import Range
 
 __all__ = [

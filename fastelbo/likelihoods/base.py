@@ -218,6 +218,13 @@ class Likelihood(metaclass=Record):
                 to.view(-1).index_copy_(0, x.index, slope)
         return found
 
+    # --- parameters that are transformed first
+
+    links: ClassVar[tuple[str, ...] | None] = None
+    """How the parameters that `one_pass` takes are made of those that come; None: they are those. See `links.py`."""
+    by_rows: ClassVar[bool] = False
+    """Whether that takes whole rows."""
+
     def takes_samples(self, parameters: int, weighted: bool) -> bool:
         """Whether a call may have several samples of all of x, one after the other."""
         return self.is_plain(parameters) and not weighted

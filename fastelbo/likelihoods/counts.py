@@ -1,101 +1,20 @@
-"""Likelihoods of counts: Poisson, negative binomial and its zero-inflated form."""
+"""Likelihoods of counts: negative binomial and its zero-inflated form."""
 
 import torch
 from torch import Tensor
 
-from ..basics.numerics import fitting, log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative, nan_unless, softplus
+from ..basics.numerics import fitting, log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative, softplus
 from ..basics.records import record
 from ..basics.tracing import is_seen
 from .base import ONE, Likelihood, OnePass
+from .links import Linked, unless_linked
 from .values import NONNEGATIVE, POSITIVE
-
-
-@record
-class Poisson(Likelihood):
-    """Counts by their rate: `-Poisson(recon_x).log_prob(x)`. Rates and counts are not negative."""
-
-    name = kernel = "poisson"
-    kernel_at_zero = "poisson_at_zero"
-    compiled_passes = 5
-    ranges = (NONNEGATIVE,)
-
-    def support(self, first, x):
-        return NONNEGATIVE
-
-    def nll(self, parameters, x):
-        (rate,) = parameters
-        # At a rate of 0, x log(rate) has no derivative in Torch, though it is 0 for x = 0.
-        zero = (rate == 0) & (x == 0)
-        return rate - torch.where(zero, 0.0, x * torch.log(torch.where(zero, 1.0, rate))) + log_factorial(x)
-
-    def at_zero(self, parameters):
-        (rate,) = parameters
-        return nan_unless(rate >= 0, rate)
-
-    def one_pass(self, parameters, x, wants_value, out, spare):
-        (rate,), (gradient,), values = parameters, out, None
-        if not is_seen(rate) or not rate.min() > SMALLEST:  # of 0, or whose reciprocal overflows, or of NaN
-            return None
-        if wants_value:
-            values = torch.log(rate, out=spare[0]).mul_(x).neg_().add_(rate).add_(log_factorial(x))
-        if gradient is not None:
-            torch.div(x, rate, out=gradient).neg_().add_(ONE)
-        return OnePass(values)
-
-    def one_pass_at_zero(self, parameters, wants_value, out, spare):
-        (rate,), (gradient,), values = parameters, out, None
-        if not is_seen(rate) or not rate.min() >= 0:
-            return None
-        if wants_value:
-            values = rate.clone() if spare[0] is None else spare[0].copy_(rate)
-        if gradient is not None:
-            gradient.fill_(1)
-        return OnePass(values)
-
-
-@record
-class PoissonLog(Likelihood):
-    """Counts by the logarithm of their rate: `-Poisson(recon_x.exp()).log_prob(x)`. Counts are not negative."""
-
-    name = kernel = "poisson_log"
-    kernel_at_zero = "poisson_log_at_zero"
-    compiled_passes = 5
-
-    def support(self, first, x):
-        return NONNEGATIVE
-
-    def nll(self, parameters, x):
-        (log_rate,) = parameters
-        return torch.exp(log_rate) - x * log_rate + log_factorial(x)
-
-    def at_zero(self, parameters):
-        return torch.exp(parameters[0])
-
-    def one_pass(self, parameters, x, wants_value, out, spare):
-        (log_rate,), (gradient,), values = parameters, out, None
-        rate = torch.exp(log_rate, out=spare[0] if gradient is None else gradient)
-        if wants_value:
-            values = torch.addcmul(rate, x, log_rate, value=-1, out=spare[1]).add_(log_factorial(x))
-        if gradient is not None:
-            gradient.sub_(x)
-        return OnePass(values)
-
-    def one_pass_at_zero(self, parameters, wants_value, out, spare):
-        (log_rate,), (gradient,) = parameters, out
-        rate = torch.exp(log_rate, out=spare[0] if gradient is None else gradient)
-        if gradient is None or not wants_value:
-            return OnePass(rate)
-        return OnePass(rate.clone() if spare[0] is None else spare[0].copy_(rate))
-
-
-SMALLEST = 1e-30  # of a rate by which a count is divided
-
 
 EPS = 1e-8  # by which scvi-tools keeps its logarithms from 0, and so a mean of 0 with a count above it from infinity
 
 
 @record
-class NegativeBinomial(Likelihood):
+class NegativeBinomial(Linked):
     """Counts that vary more than a Poisson's: mean mu, variance mu + mu^2 / theta.
 
     `recon_x` is the tuple (mu, theta); theta is the inverse dispersion. It is scvi-tools' `NegativeBinomial(mu, theta)` (Lopez
@@ -103,21 +22,22 @@ class NegativeBinomial(Likelihood):
     positive.
     """
 
-    name = kernel = "negative_binomial"
-    kernel_at_zero = "negative_binomial_at_zero"
+    mean: str = "identity"
+    inverse_dispersion: str = "identity"
+    name = "negative_binomial"
+    kernel, kernel_at_zero = unless_linked("negative_binomial"), unless_linked("negative_binomial_at_zero")
     compiled_passes = 8
-    parameters = ("mean", "inverse_dispersion")
-    ranges = (NONNEGATIVE, POSITIVE)
+    unlinked, unlinked_ranges = ("mean", "inverse_dispersion"), (NONNEGATIVE, POSITIVE)
 
     def support(self, first, x):
         return NONNEGATIVE
 
     def nll(self, parameters, x):
-        mean, theta = parameters
+        mean, theta = self.link(parameters)
         return zeros_nll(mean, theta) + _beyond_zero(mean, theta, x)
 
     def at_zero(self, parameters):
-        return zeros_nll(*parameters)
+        return zeros_nll(*self.link(parameters))
 
     def one_pass(self, parameters, x, wants_value, out, spare):
         (mean, theta), (to_mean, to_theta) = parameters, out
@@ -136,29 +56,34 @@ class NegativeBinomial(Likelihood):
 
 
 @record
-class ZeroInflatedNegativeBinomial(Likelihood):
+class ZeroInflatedNegativeBinomial(Linked):
     """Counts with more zeros than a negative binomial has: scvi-tools' `ZeroInflatedNegativeBinomial(mu, theta, zi_logits)`.
 
-    `recon_x` is the tuple (mu, theta, logits of the share of extra zeros); the first two are as in `NegativeBinomial`.
+    `recon_x` is the tuple (mu, theta, logits of the share of extra zeros); the first two, and the links `mean` and
+    `inverse_dispersion`, are as in `NegativeBinomial`. With "softmax" the library comes behind the three.
     """
 
-    name = kernel = "zero_inflated_negative_binomial"
-    kernel_at_zero = "zero_inflated_negative_binomial_at_zero"
+    mean: str = "identity"
+    inverse_dispersion: str = "identity"
+    name = "zero_inflated_negative_binomial"
+    kernel, kernel_at_zero = (
+        unless_linked("zero_inflated_negative_binomial"),
+        unless_linked("zero_inflated_negative_binomial_at_zero"),
+    )
     compiled_passes = 11
-    parameters = ("mean", "inverse_dispersion", "zi_logits")
-    ranges = (NONNEGATIVE, POSITIVE, None)
+    unlinked, unlinked_ranges = ("mean", "inverse_dispersion", "zi_logits"), (NONNEGATIVE, POSITIVE, None)
 
     def support(self, first, x):
         return NONNEGATIVE
 
     def nll(self, parameters, x):
-        mean, theta, logits = parameters
+        mean, theta, logits = self.link(parameters)
         zeros = zeros_nll(mean, theta)
         is_zero = _inflated_zeros_nll(zeros, logits)
         return torch.where((x < EPS) & (x >= 0), is_zero, softplus(logits) + zeros + _beyond_zero(mean, theta, x))
 
     def at_zero(self, parameters):
-        mean, theta, logits = parameters
+        mean, theta, logits = self.link(parameters)
         return _inflated_zeros_nll(zeros_nll(mean, theta), logits)
 
     def one_pass(self, parameters, x, wants_value, out, spare):

@@ -20,8 +20,9 @@ from . import BY_NAME, find_likelihood
 from .base import Likelihood, OnePass
 from .bernoulli import Bernoulli, BernoulliLogits, ContinuousBernoulli, ContinuousBernoulliLogits
 from .classes import Categorical, Multinomial
-from .counts import NegativeBinomial, NegativeBinomialLogits, Poisson, ZeroInflatedNegativeBinomial
+from .counts import NegativeBinomial, NegativeBinomialLogits, ZeroInflatedNegativeBinomial
 from .location import Gaussian, Laplace, StudentT
+from .poisson import Poisson
 from .values import POSITIVE
 
 Found = tuple[Likelihood, tuple[Tensor, ...]]

@@ -1,0 +1,288 @@
+"""The links of counts: the same numbers as of what Torch composes, and no mean in memory."""
+
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastelbo
+from conftest import DEVICE, INTERPRETED
+from fastelbo import ELBO, IWAE
+from fastelbo.likelihoods import Likelihood, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from likelihood_cases import recon_x
+from support import assert_no_worse, gradcheck, gradgradcheck, gradients, relative
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse (CSR tensor support is in beta|invariant checks)")
+
+B, G = 6, 11
+SHAPES = {Poisson: [(B, G)], NegativeBinomial: [(B, G), (G,)], ZeroInflatedNegativeBinomial: [(B, G), (G,), (B, G)]}
+LINKED = {
+    f"{kind.__name__}, {', '.join(links)}": kind(*links)
+    for kind, of_mean in ((Poisson, ("softplus", "softmax")), *((kind, ("log", "softplus", "softmax")) for kind in
+                          (NegativeBinomial, ZeroInflatedNegativeBinomial)))
+    for mean in of_mean
+    for links in ([(mean,)] if kind is Poisson else [(mean, "identity"), (mean, "log")])
+}  # fmt: skip
+LINKED["NegativeBinomial, identity, log"] = NegativeBinomial(inverse_dispersion="log")
+
+
+def given(likelihood: Likelihood, dtype=torch.float64, batch: int = B) -> list[Tensor]:
+    found = [torch.randn((batch, *shape[1:]) if len(shape) == 2 else shape, dtype=dtype) for shape in SHAPES[type(likelihood)]]
+    if likelihood.mean == "identity":
+        found[0] = found[0].exp()
+    if getattr(likelihood, "inverse_dispersion", "log") == "identity":
+        found[1] = found[1].exp()
+    if likelihood.mean == "softmax":
+        found.append(20 * torch.rand(batch, 1, dtype=dtype) + 1)
+    return [p.to(DEVICE).requires_grad_() for p in found]
+
+
+def composed(likelihood: Likelihood, parameters) -> list[Tensor]:
+    """What the likelihood without links takes, by Torch."""
+    found = list(parameters)
+    if likelihood.mean == "softmax":
+        found[0] = found.pop() * torch.softmax(found[0], -1)
+    elif likelihood.mean != "identity":
+        h = found[0]
+        found[0] = torch.exp(h) if likelihood.mean == "log" else torch.logaddexp(h, torch.zeros_like(h))
+    if getattr(likelihood, "inverse_dispersion", "identity") == "log":
+        found[1] = torch.exp(found[1])
+    return found
+
+
+def counts(dtype=torch.float64, batch: int = B) -> Tensor:
+    x = torch.poisson(3 * torch.rand(batch, G, dtype=dtype)) * (torch.rand(batch, G) < 0.5)
+    x[2] = 0
+    return x.to(DEVICE)
+
+
+def weights(kind: str | None) -> Tensor | None:
+    if kind is None:
+        return None
+    found = torch.rand((B, 1) if kind == "cells" else (G,), dtype=torch.float64, device=DEVICE)
+    found.view(-1)[1] = 0
+    return found
+
+
+def cast(parameters, dtype=torch.float64) -> list[Tensor]:
+    return [p.detach().to(dtype, copy=True).requires_grad_() for p in parameters]
+
+
+def upstream(value: Tensor) -> Tensor:
+    return torch.arange(1.0, value.numel() + 1).to(value).view(value.shape) * 1.5
+
+
+@pytest.mark.parametrize("weight", (None, "cells", "genes"))
+@pytest.mark.parametrize("name", LINKED)
+def test_equals_what_is_composed(name, weight):
+    likelihood, x, w = LINKED[name], counts(), weights(weight)
+    for reduction in ("sum", "batchmean", "mean", "none"):
+        p = given(likelihood)
+        found = []
+        for target, tensors, of in (
+            (x, p, likelihood), (x.to_sparse_csr(), p, likelihood), (x, composed(likelihood, p), type(likelihood)()),
+        ):  # fmt: skip
+            value = fastelbo.nll(recon_x(tensors), target, likelihood=of, weight=w, reduction=reduction)
+            found.append([value, *gradients(value, *p, grad_outputs=upstream(value))])
+        for dense, sparse, truth in zip(*found, strict=True):
+            assert relative(dense, truth) < 1e-12 and relative(sparse, truth) < 1e-12, reduction
+
+
+@pytest.mark.parametrize("layout", ("dense", "csr"))
+@pytest.mark.parametrize("name", LINKED)
+def test_is_no_worse_in_float32(name, layout):
+    """In one pass, of blocks of rows, and with weights, where the links are pulled back behind them."""
+    likelihood, x = LINKED[name], counts(torch.float32)
+    p, w = given(likelihood, torch.float32), weights("genes").float()
+    target = x.to_sparse_csr() if layout == "csr" else x
+    for weight in (None, w):
+        wide, narrow, plain = cast(p), cast(p, torch.float32), type(likelihood)()
+
+        def reference(tensors, dtype, plain=plain, weight=weight):
+            terms = plain.nll(composed(likelihood, tensors), x.to(dtype))
+            return (terms if weight is None else terms * weight.to(dtype)).sum()
+
+        truth, naive = reference(wide, torch.float64), reference(narrow, torch.float32)
+        found = fastelbo.nll(recon_x(p), target, likelihood=likelihood, weight=weight)
+        assert_no_worse(found, naive, truth, truth.abs() + x.numel(), name)
+        for g, n, t in zip(gradients(found, *p), gradients(naive, *narrow), gradients(truth, *wide), strict=True):
+            assert_no_worse(g, n, t, (t.abs() + 4 * (1 + x.max())) * (x.numel() / g.numel()), f"{name}: gradient")
+
+
+@pytest.mark.parametrize("layout", ("dense", "csr"))
+@pytest.mark.parametrize("reduction", ("sum", "none"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_blocks_are_of_whole_rows(dtype, reduction, layout, monkeypatch):
+    """Of more elements than a block has: the softmax of each row, and the library's gradient, are of all of it."""
+    monkeypatch.setattr("fastelbo.engine.reconstruction.block_size", lambda: 3 * G + 1)
+    monkeypatch.setattr("fastelbo.engine.sparse_reconstruction.block_size", lambda: 3 * G + 1)
+    batch, likelihood = 40, ZeroInflatedNegativeBinomial("softmax", "log")
+    p, x = given(likelihood, dtype, batch), counts(torch.float32, batch)
+    wide = cast(p)
+    truth = ZeroInflatedNegativeBinomial().nll(composed(likelihood, wide), x.double())
+    truth = truth.sum(1) if reduction == "none" else truth.sum()
+    target = x.to_sparse_csr() if layout == "csr" else x
+    found = fastelbo.nll(recon_x(p), target, likelihood=likelihood, reduction=reduction)
+    assert relative(found, truth) < 1e-5
+    of_truth = gradients(truth, *wide, grad_outputs=upstream(truth))
+    for g, t in zip(gradients(found, *p, grad_outputs=upstream(found)), of_truth, strict=True):
+        assert relative(g, t) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("needs", ((True, False), (False, True)), ids=("logits", "library"))
+def test_one_of_the_two_gradients(needs):
+    likelihood, x = Poisson("softmax"), counts(torch.float32)
+    p = [t.detach().requires_grad_(need) for t, need in zip(given(likelihood, torch.float32), needs, strict=True)]
+    wide = cast(p)
+    truth = Poisson().nll(composed(likelihood, wide), x.double()).sum()
+    found = fastelbo.nll(recon_x(p), x, likelihood=likelihood)
+    for g, t, need in zip(p, gradients(truth, *wide), needs, strict=True):
+        if need:
+            assert relative(gradients(found, g)[0], t) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ("dense", "csr"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+@pytest.mark.parametrize("name", LINKED)
+def test_extremes(name, dtype, layout):
+    """Logits of -100 and 80, of which float32 has no exp, or nothing to divide by."""
+    likelihood = LINKED[name]
+    if likelihood.mean == "identity":
+        pytest.skip("no logits")
+    p, x = given(likelihood, dtype), counts(dtype)
+    with torch.no_grad():
+        p[0][0, :4] = torch.tensor([-100.0, 80.0, -100.0, 80.0])
+        x[0, :4] = torch.tensor([0.0, 0.0, 2.0, 3.0])
+    wide = cast(p)
+    truth = type(likelihood)().nll(composed(likelihood, wide), x.double()).sum()
+    found = fastelbo.nll(recon_x(p), x.to_sparse_csr() if layout == "csr" else x, likelihood=likelihood)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    assert relative(found, truth) < tolerance
+    for g, t in zip(gradients(found, *p), gradients(truth, *wide), strict=True):
+        assert g.isfinite().all() and relative(g, t) < tolerance
+
+
+@pytest.mark.parametrize("name", ("Poisson, softmax", "NegativeBinomial, softmax, log", "NegativeBinomial, log, log"))
+def test_derivatives(name):
+    likelihood, x = LINKED[name], counts()
+
+    def value(*p):
+        return fastelbo.nll(p[0] if len(p) == 1 else p, x, likelihood=likelihood)
+
+    gradcheck(value, given(likelihood))
+    gradgradcheck(value, given(likelihood))
+
+
+def test_what_is_not_counted_still_has_a_share():
+    """A gene weighted by 0 is in the softmax all the same; a row of such cells may be NaN."""
+    likelihood, x = NegativeBinomial("softmax"), counts(torch.float32)
+    for w in (weights("genes"), weights("cells")):
+        p = given(likelihood, torch.float32)
+        wide = cast(p)
+        truth = (NegativeBinomial().nll(composed(likelihood, wide), x.double()) * w).sum()
+        found = fastelbo.nll(recon_x(p), x, likelihood=likelihood, weight=w.float())
+        of_found = gradients(found, *p)
+        for g, t in zip(of_found, gradients(truth, *wide), strict=True):
+            assert relative(g, t) < 1e-5
+    with torch.no_grad():
+        p[0][1] = torch.nan  # whose weight is 0
+    again = fastelbo.nll(recon_x(p), x, likelihood=likelihood, weight=w.float())
+    assert relative(again, found) < 1e-6
+    assert relative(gradients(again, p[0])[0], of_found[0]) < 1e-6
+
+
+@pytest.mark.parametrize("bound", (ELBO(2), IWAE(3)), ids=str)
+def test_bounds(bound):
+    likelihood, x = NegativeBinomial("softmax", "log"), counts()
+    library = x.sum(1, keepdim=True) + 1
+    mu, logvar, of_z, theta = (
+        torch.randn(shape, device=DEVICE, dtype=torch.float64).requires_grad_() for shape in ((B, 3), (B, 3), (3, G), (G,))
+    )
+    found = []
+    for of, links in ((likelihood, lambda p: p), (NegativeBinomial(), lambda p: tuple(composed(likelihood, p)))):
+        torch.manual_seed(4)
+        loss = fastelbo.elbo(
+            lambda z, links=links: links((z @ of_z, theta, library.repeat(len(z) // B, 1))), x, mu, logvar, likelihood=of,
+            bound=bound,
+        ).loss  # fmt: skip
+        found.append([loss, *gradients(loss, mu, logvar, of_z, theta)])
+    for one, other in zip(*found, strict=True):
+        assert relative(one, other) < 1e-12
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the compiler takes no interpreted kernel")
+@pytest.mark.parametrize("weighted", (False, True))
+def test_compiled(weighted):
+    likelihood, x, w = NegativeBinomial("softmax", "log"), counts(), weights("genes") if weighted else None
+    torch.compiler.reset()
+    compiled = torch.compile(lambda p, x, w: fastelbo.nll(p, x, likelihood=likelihood, weight=w), fullgraph=True)
+    p = given(likelihood)
+    found, truth = compiled(tuple(p), x, w), fastelbo.nll(tuple(p), x, likelihood=likelihood, weight=w)
+    assert relative(found, truth) < 1e-12
+    for g, t in zip(gradients(found, *p), gradients(truth, *p), strict=True):
+        assert relative(g, t) < 1e-12
+
+
+def test_a_library_of_all():
+    likelihood, (logits, _) = Poisson("softmax"), given(Poisson("softmax"))
+    x = counts()
+    one = fastelbo.nll((logits, 5.0), x, likelihood=likelihood)
+    assert relative(one, fastelbo.nll((logits, torch.full_like(x[:, :1], 5.0)), x, likelihood=likelihood)) < 1e-12
+    nothing = fastelbo.nll((logits, 0.0), torch.zeros_like(x), likelihood=likelihood)
+    assert nothing == 0 and all(g.isfinite().all() for g in gradients(nothing, logits))
+
+
+def test_one_gene():
+    """As large as the target is the library then."""
+    p = [torch.randn(B, 1, device=DEVICE).requires_grad_(), (3 * torch.rand(B, 1, device=DEVICE)).requires_grad_()]
+    x = counts(torch.float32)[:, :1].contiguous()
+    found, truth = fastelbo.nll(tuple(p), x, likelihood=Poisson("softmax")), Poisson().nll([p[1]], x).sum()
+    assert relative(found, truth) < 1e-6
+    by_logits, by_library = gradients(found, *p)
+    assert by_logits.abs().max() < 1e-6 and relative(by_library, gradients(truth, p[1])[0]) < 1e-6
+
+
+def test_records():
+    likelihood = NegativeBinomial("softmax", "log", target_scale=2.0)
+    assert pickle.loads(pickle.dumps(likelihood)) is likelihood
+    assert repr(likelihood) == "NegativeBinomial(target_scale=2.0, mean='softmax', inverse_dispersion='log')"
+    assert NegativeBinomial() is NegativeBinomial("identity", "identity")
+    assert NegativeBinomial().kernel == "negative_binomial" and likelihood.kernel is None is likelihood.kernel_at_zero
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    (
+        (
+            lambda: NegativeBinomial(mean="exp"),
+            "mean must be one of 'identity', 'log', 'softplus', 'softmax'; got",
+        ),
+        (lambda: NegativeBinomial(inverse_dispersion="softplus"), "inverse_dispersion must be one of 'identity', 'log'; got"),
+        (lambda: Poisson(mean="log"), "that likelihood is PoissonLog, or 'poisson_log'"),
+        (lambda: Poisson(mean=3), "Poisson.mean must be one of"),
+    ),
+)
+def test_unknown_links(make, words):
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+        make()
+
+
+LOGITS = torch.zeros(G, G)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    (
+        ((LOGITS, torch.ones(G)), r"tuple \(logits of the mean, inverse_dispersion, library\) for .*, got 2 tensors"),
+        ((LOGITS, torch.ones(G), torch.ones(G)), r"recon_x\[2\], the library, must have one number for each row, \[B, 1\]"),
+        ((LOGITS[0], torch.ones(G), 1.0), r"recon_x\[0\] must be \[B, G\] or have more dimensions for the link 'softmax'"),
+        ((LOGITS, torch.ones(G), -1.0), r"recon_x\[2\] must not be negative"),
+        ((LOGITS, torch.ones(G), -torch.ones(G, 1)), r"recon_x\[2\] must not be negative"),
+        ((LOGITS, -torch.ones(G), torch.ones(G, 1)), r"recon_x\[1\] must be positive"),
+    ),
+)
+def test_errors(tensors, words):
+    x = torch.ones_like(tensors[0])
+    with pytest.raises(ValueError, match=words):
+        fastelbo.nll(tensors, x, likelihood=NegativeBinomial("softmax"))
