@@ -160,7 +160,7 @@ class Slopes(NamedTuple):
 def _any_latents(plan, tensors, noise):
     """`latents_forward` of any posterior and prior, with the derivatives that backward needs."""
     call, dtype = plan.call, plan.dtype
-    wide = [_in(dtype, t) for t in tensors]
+    wide = [t if t.dtype is dtype else t.to(dtype) for t in tensors]  # `to` takes long to find that it has nothing to do
     weight = wide.pop() if call.latents.weighted else None
     kl, z, slopes, of_z = None, None, [], None
     if noise is not None:
@@ -207,12 +207,7 @@ def _of_slopes(plan, tensors, needs, grad_z, grad_kl, kept):
         if needs[1]:
             moved = torch.mul(tensor, wide)
             found[1] = moved.mul_(number) if found[1] is None else found[1].add_(moved, alpha=number)
-    return [g if g is None else _in(t.dtype, g) for g, t in zip(found, tensors, strict=True)]
-
-
-def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    """`tensor.to(dtype)`, which takes longer to find that it has nothing to do."""
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+    return [g if g is None or g.dtype is t.dtype else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
 
 
 sparse_forward, sparse_backward = sparse_reconstruction.forward, sparse_reconstruction.backward
