@@ -6,15 +6,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-# A torch that is built for CUDA brings the triton that it needs; this one goes with a torch that brings none.
-TRITON ?= $(if $(filter Linux,$(shell uname)),triton==3.9.0)
+# A torch that is built for CUDA brings the triton that it needs; this one, or the last that Python 3.10 has, goes with a torch that
+# brings none.
+TRITON ?= $(if $(filter Linux,$(shell uname)),triton<=3.9.0)
 
 RELEASE := .venv-release
 
 # $(call install,PYTHON): what TORCH and TRITON say.
 define install
 $(1) -m pip install $(TORCH)
-$(if $(TRITON),$(1) -m pip show --quiet triton || $(1) -m pip install $(TRITON))
+$(if $(TRITON),$(1) -m pip show --quiet triton || $(1) -m pip install "$(TRITON)")
 endef
 
 OUTSIDE := cd $(RELEASE) && PYTHONPATH=

@@ -204,14 +204,24 @@ def _tables(rows: list[Row]) -> list[str]:
 TITLES = {"sample": "`sample_kl`, latents", "objective": "`sample_kl` + `loss`, bernoulli_logits,", "step": "training step,"}
 
 
-def plots(run: Run, path: Path) -> None:
-    """Three panels by the size of the prediction, for the loss forward and backward in float32, if that was timed."""
+GRAY = "#7a7a7a"  # which reads on white and on black
+
+
+def drawing():
+    """Matplotlib's pyplot, for files that are the same each time, without a background, so that they go with dark pages too."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "fastelbo"  # the same file each time
     from matplotlib import pyplot
 
+    gray = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GRAY)
+    matplotlib.rcParams.update({"svg.hashsalt": "fastelbo", "savefig.transparent": True, "legend.framealpha": 0, **gray})
+    return pyplot
+
+
+def plots(run: Run, path: Path) -> None:
+    """Three panels by the size of the prediction, for the loss forward and backward in float32, if that was timed."""
+    pyplot = drawing()
     rows = sorted((row for row in run.rows if row.plain and row.case.subject == "loss"), key=_megabytes)
     if not rows:
         return

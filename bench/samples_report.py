@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import report
-from .report import _number, _table
+from .report import _number, _table, drawing
 
 
 class Curve(NamedTuple):
@@ -151,12 +151,7 @@ def in_words(ratio: float | None) -> str:
 
 def plot(run: Run, path: Path) -> None:
     """For each model two panels over K: the peak memory and the time of a step."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "fastelbo"  # the same file each time
-    from matplotlib import pyplot
-
+    pyplot = drawing()
     figure, panels = pyplot.subplots(
         len(run.curves), 2, figsize=(13, 4.5 * len(run.curves)), layout="constrained", squeeze=False
     )
