@@ -67,6 +67,50 @@ def test_terms(kind, reduction, latents):
             assert (a is None or not a.any()) if b is None else torch.allclose(a.double(), b, rtol=1e-5, atol=1e-7)
 
 
+WEIGHTED = ("bernoulli", "logits", "positives")  # those that Torch has with weights
+
+
+@pytest.mark.parametrize("shape", ((5, 7), (5, 1), (7,), ()), ids=str)
+@pytest.mark.parametrize("reduction", ("sum", "batchmean"))
+@pytest.mark.parametrize("kind", WEIGHTED)
+def test_weights(kind, reduction, shape):
+    y, x, *_ = inputs(kind, 5, 7)
+    weight = torch.rand(shape) + 0.5
+    if weight.numel() > 1:
+        weight.view(-1)[1] = 0
+    likelihood, wide = find_likelihood(KINDS[kind]), y.detach().double().requires_grad_()
+    expected = (likelihood.nll((wide,), x.double()) * weight.double()).sum() / (5 if reduction == "batchmean" else 1)
+    found = fastelbo.nll(y, x, likelihood=likelihood, weight=weight, reduction=reduction)
+    assert is_by_torch(found)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    (gradient,), (true,) = gradients(found, y), gradients(expected, wide)
+    torch.testing.assert_close(gradient.double(), true, rtol=1e-5, atol=1e-7)
+    assert not gradient[(weight == 0).expand(5, 7)].any()
+
+
+@pytest.mark.parametrize("hidden", (float("nan"), float("inf"), 3.0))
+@pytest.mark.parametrize("of_target", (False, True))
+@pytest.mark.parametrize("kind", WEIGHTED)
+def test_what_a_weight_of_0_hides(kind, of_target, hidden):
+    y, x, *_ = inputs(kind, 5, 7)
+    weight = torch.ones(5, 7)
+    weight[1, 2] = 0
+    expected = fastelbo.nll(y, x, likelihood=KINDS[kind], weight=weight)
+    (true,) = gradients(expected, y)
+    broken = x.clone() if of_target else y.detach().clone()
+    broken[1, 2] = hidden
+    y, x = (y, broken) if of_target else (broken.requires_grad_(), x)
+    found = fastelbo.nll(y, x, likelihood=KINDS[kind], weight=weight)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(found, y)[0], true)
+
+
+@pytest.mark.parametrize("kind", ("mse", "l1"))
+def test_weights_that_torch_has_not(kind):
+    y, x, *_ = inputs(kind, 5, 7)
+    assert not is_by_torch(fastelbo.nll(y, x, likelihood=kind, weight=torch.rand(5, 7)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_up_to_which_size(kind):
     for rows, expected in ((LARGEST[kind] // 64, True), (LARGEST[kind] // 64 + 1, False)):

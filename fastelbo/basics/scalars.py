@@ -1,8 +1,10 @@
 """Numbers that users pass, Python's, numpy's or any other real type's, as Python's own."""
 
+import functools
 from numbers import Integral, Real
 
 import torch
+from torch import Tensor
 
 
 def check_real(name: str, value, expected: str = "a number") -> float:
@@ -30,3 +32,10 @@ def check_integer(name: str, value, expected: str = "an integer") -> int:
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must be {expected}, and fit into 64 bits: got one of {value.bit_length()} bits")
     return value
+
+
+@functools.lru_cache(1024)
+def as_tensor(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A number as a 0-d tensor, which goes with every floating dtype: Torch makes one of it at every operation."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")

@@ -1,6 +1,5 @@
 """Blocks that fit in a CPU's cache, and memory that stays in it: what the Torch backend computes in."""
 
-import functools
 import threading
 from collections.abc import Iterator
 
@@ -25,13 +24,6 @@ def added_up(parts: list[tuple], like: Tensor, weight: float, per_sample: bool, 
     for rows, part in parts:
         total[rows] += part
     return total.mul_(weight).to(dtype)
-
-
-@functools.lru_cache(1024)
-def as_tensor(value: float) -> Tensor:
-    """A number as a tensor, which Torch makes of it at every operation."""
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

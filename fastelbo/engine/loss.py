@@ -78,8 +78,11 @@ def planned_terms(
 
 def _by_autograd(plan: LossPlan, tensors: Sequence[Tensor], factors: Factors):
     """Likewise, where Torch has a function for the reconstruction that costs less than ours; None where it has not."""
-    n = plan.count
-    recon = plan.likelihood.sum_by_torch(tensors[:n], tensors[n])
+    n, weight = plan.count, None
+    if plan.weight_shape is not None:
+        weight = tensors[n + 1]
+        weight = weight if weight.shape == plan.weight_shape else weight.view(plan.weight_shape)
+    recon = plan.likelihood.sum_by_torch(tensors[:n], tensors[n], weight)
     if recon is None:
         return None
     if plan.divisor != 1:

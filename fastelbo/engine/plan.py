@@ -191,8 +191,9 @@ class LossPlan:
         small = first.numel() <= BLOCK and (first.dim() == 2 or not call.per_sample)
         self.is_whole = self.is_elementwise and same and small
         on_cpu = self.backend is torch_backend and x.device.type == "cpu"
-        has_sum = likelihood.sum_by_torch is not None and weight is None and not call.per_sample and call.parameters == 1
-        self.is_by_autograd = on_cpu and has_sum and self.is_whole and first.numel() <= likelihood.few
+        has_sum = likelihood.sum_by_torch is not None and not by_values and not call.per_sample and call.parameters == 1
+        few = likelihood.few if weight is None else likelihood.few_weighted
+        self.is_by_autograd = on_cpu and has_sum and self.is_whole and first.numel() <= few
         self.kl_plan = None
         if self.is_by_autograd and call.latents == 2:
             self.kl_plan = latents_plan(KLCall(Latents(LOGVAR), dtype, "sum", call.kl_reduction), latents, None)

@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor
 
+from ..basics.scalars import as_tensor
 from ..basics.sparse import Nonzeros
 from ..likelihoods.links import link_block
 from . import formula
-from .blocks import added_up, as_tensor, block_size, converted, cut_alike, scratch, spare
+from .blocks import added_up, block_size, converted, cut_alike, scratch, spare
 
 
 def reconstruct(plan, tensors, divisor, factor, wants, wants_sum):

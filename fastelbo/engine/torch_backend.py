@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..basics.scalars import as_tensor
 from ..latents.gaussian import Slope, kl_elements, kl_in_one_pass, sample_in_one_pass
 from ..likelihoods.base import HALF
 from . import categorical, formula, sparse_reconstruction
-from .blocks import SMALL, added_up, as_tensor, converted, cut_alike, scratch
+from .blocks import SMALL, added_up, converted, cut_alike, scratch
 from .reconstruction import reconstruct
 
 

@@ -119,7 +119,8 @@ def kl_in_one_pass(latents: Latents, mu: Tensor, raw: Tensor, prior: Sequence[Te
         slope, log, times = ratio - 1, torch.log(ratio), 1
     elif parameter in ("std", "var") and kind in (None, "std"):
         ratio = std(raw, parameter) if kind is None else std(raw, parameter) / prior_raw
-        slope, log, times = (ratio - 1).mul_(ratio + 1), torch.log(ratio), 2
+        slope = ratio - 1
+        slope, log, times = slope.addcmul_(slope, ratio), torch.log(ratio), 2  # ratio^2 - 1
     else:
         log = log_variance(raw, parameter)
         log = log if kind is None else log - log_variance(prior_raw, kind)

@@ -171,11 +171,13 @@ class Likelihood(metaclass=Record):
     """
 
     sum_by_torch: ClassVar[Callable[..., Tensor | None] | None] = None
-    """`sum_by_torch(parameters, x)`: the sum of `nll` by a function of Torch's own, which autograd differentiates: of one
-    parameter, on a CPU, up to `few` elements. It returns None where it would lose digits that `one_pass` keeps. None: Torch has
-    none."""
+    """`sum_by_torch(parameters, x, weight)`: the sum of `nll`, each times its weight unless that is None, by a function of
+    Torch's own, which autograd differentiates: of one parameter, on a CPU, up to `few` elements. It returns None where it would
+    lose digits that `one_pass` keeps, and where it is not finite, since a weight of 0 may hide that. None: Torch has none."""
     few: ClassVar[int] = 2**18
     """Elements up to which that costs less than a Function written in Python, whose passes are fewer."""
+    few_weighted: ClassVar[int] = 0
+    """Likewise, of a sum with weights, which Torch's function takes; 0: it takes none."""
 
     # --- a target that is mostly zeros
 

@@ -1,12 +1,14 @@
 """Likelihoods of values in [0, 1]: Bernoulli and continuous Bernoulli, of probabilities or of their logits."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..basics.numerics import log1p, log_ratio_to_tanh, log_ratio_to_tanh_and_derivative, nan_unless, softplus
 from ..basics.records import canonical, record
-from ..basics.scalars import check_real
+from ..basics.scalars import as_tensor, check_real
 from ..basics.tracing import is_behind_dynamo, is_seen
 from .base import ONE, SUM, Likelihood, OnePass, check_given_once
 from .values import BITS, UNIT
@@ -26,7 +28,7 @@ class Bernoulli(Likelihood):
 
     name = kernel = kernel_at_zero = "bernoulli"
     compiled_passes = 8
-    few = 2**12  # since Torch's logarithms are not vectorized there
+    few = few_weighted = 2**12  # since Torch's logarithms are not vectorized there
     ranges = (UNIT,)
 
     def support(self, first, x):
@@ -45,11 +47,12 @@ class Bernoulli(Likelihood):
                 return F.binary_cross_entropy(p, x, reduction="none") + invalid
         return F.binary_cross_entropy(p, x, reduction="none") + invalid
 
-    def sum_by_torch(self, parameters, x):
+    def sum_by_torch(self, parameters, x, weight):
         try:
-            return torch._C._nn.binary_cross_entropy(parameters[0], x, None, SUM)
+            total = torch._C._nn.binary_cross_entropy(parameters[0], x, weight, SUM)
         except RuntimeError:  # of what lies outside [0, 1]
             return None
+        return total if weight is None or math.isfinite(total.item()) else None
 
     def at_zero(self, parameters):
         return self.nll_of_zeros(parameters)
@@ -106,6 +109,7 @@ class BernoulliLogits(Likelihood):
     pos_weight: float | None = None
     name = kernel = "bernoulli_logits"
     kernel_at_zero = "bernoulli_logits_at_zero"
+    few_weighted = 2**20
     parameters = ("logits", "pos_weight")
 
     def __post_init__(self):
@@ -145,10 +149,10 @@ class BernoulliLogits(Likelihood):
         positive = x * softplus(-logits)
         return (1 - x) * softplus(logits) + positive * (pos_weight[0] if pos_weight else self.pos_weight)
 
-    def sum_by_torch(self, parameters, x):
-        weight = None if self.pos_weight is None else torch.full((), self.pos_weight, dtype=x.dtype, device=x.device)
-        total = torch.binary_cross_entropy_with_logits(parameters[0], x, None, weight, SUM)
-        # It loses what is small beside a logit, and so the digits of a sum that is all small.
+    def sum_by_torch(self, parameters, x, weight):
+        positives = None if self.pos_weight is None else as_tensor(self.pos_weight, x.dtype)
+        total = torch.binary_cross_entropy_with_logits(parameters[0], x, weight, positives, SUM)
+        # It loses what is small beside a logit, and so the digits of a sum that is all small. NaN is not above it.
         return total if total.item() > SMALL_TERM * x.numel() else None
 
     def at_zero(self, parameters):

@@ -13,7 +13,7 @@ from .values import NONNEGATIVE, Range
 
 # Elements of a row from which simple operators cost less than Torch's `log_softmax` and its backward; and of rows, for each
 # thread, that stay in the cache of its core from one operator to the next.
-LONG, PART = 2**8, 2**17
+LONG, PART = 2**8, 2**18
 
 WEIGHTS = NONNEGATIVE._replace(silent=True)  # of logarithms; a negative one gives a finite loss
 
@@ -201,14 +201,15 @@ def _of_long_rows(logits: Tensor, x: Tensor, gradient: Tensor | None, spare) -> 
     for i in range(0, len(logits), height):
         rows = slice(i, i + height)
         given, t = logits[rows], x[rows]
+        # Fused, and by a faster exponential than `torch.exp`.
+        p = torch.softmax(given, -1, out=spare[1][: len(given)] if gradient is None else gradient[rows])
         below = torch.sub(given, given.amax(-1, keepdim=True), out=spare[0][: len(given)])
-        e = torch.exp(below, out=spare[1][: len(given)] if gradient is None else gradient[rows])
-        sums, total = e.sum(-1, keepdim=True), t.sum(-1, keepdim=True)
-        # Two terms that are not negative, so nothing cancels.
-        torch.sub((sums.log() * total).squeeze(-1), below.mul_(t).sum(-1), out=values[rows])
+        total = t.sum(-1, keepdim=True)
+        # Two terms that are not positive, so nothing cancels; the largest probability is 1 over the sum of exponentials.
+        torch.addcmul(below.mul_(t).sum(-1), p.amax(-1).log_(), total.squeeze(-1), out=values[rows])
         if gradient is not None:
-            e.mul_(total.div_(sums)).sub_(t)
-    return OnePass(values) if values.isfinite().all() else None
+            p.mul_(total).sub_(t)
+    return OnePass(values, -1.0) if values.isfinite().all() else None
 
 
 def _normalizers(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:

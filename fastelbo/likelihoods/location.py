@@ -29,7 +29,7 @@ class MSE(Likelihood):
     def nll(self, parameters, x):
         return F.mse_loss(parameters[0], x, reduction="none")
 
-    def sum_by_torch(self, parameters, x):
+    def sum_by_torch(self, parameters, x, weight):
         return torch._C._nn.mse_loss(parameters[0], x, SUM)
 
     def one_pass(self, parameters, x, wants_value, out, spare):
@@ -57,7 +57,7 @@ class L1(Likelihood):
     def nll(self, parameters, x):
         return F.l1_loss(parameters[0], x, reduction="none")
 
-    def sum_by_torch(self, parameters, x):
+    def sum_by_torch(self, parameters, x, weight):
         return torch._C._nn.l1_loss(parameters[0], x, SUM)
 
     def one_pass(self, parameters, x, wants_value, out, spare):
