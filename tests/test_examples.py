@@ -155,9 +155,9 @@ def test_sparse_counts(monkeypatch):
     counts = importlib.import_module("train_counts").draw(200, 60, 0, counts_a_gene=0.3).counts
     rows = example.CountRows(counts.float().to_sparse_csr())
     assert torch.equal(rows.__getitems__([7, 3, 199]).to_dense(), counts[[7, 3, 199]].float())
-    (sparse, _, moved), (dense, _, all_moved) = (example.train(options, rows, kind) for kind in (True, False))
+    (sparse, _, moved, peak), (dense, _, all_moved, its_peak) = (example.train(options, rows, kind) for kind in (True, False))
     torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=0)
-    assert sparse[-1] < 0.98 * sparse[0] and moved < all_moved
+    assert sparse[-1] < 0.98 * sparse[0] and moved < all_moved and peak < its_peak
 
 
 def test_counts_are_drawn_as_described(monkeypatch):
