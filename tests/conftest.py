@@ -25,8 +25,11 @@ def _patch_the_language_once_a_launch() -> None:
     """Triton's interpreter patches its language in each call of a device function too, which changes nothing more and takes a
     third of the time."""
     import triton.language as tl
-    from triton.runtime import interpreter
+    from triton.runtime import interpreter, jit
 
+    # The first argument of a process imports Gluon, which asks `tl.core.static_print` for its signature. By then it is `print` for
+    # both modules below, not for `tl` alone as in a kernel's own launch, and in Python 3.10 `print` has none.
+    jit.mangle_type(0)
     patch, both = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
     def once(function):
