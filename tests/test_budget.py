@@ -155,6 +155,8 @@ def test_a_right_guess_leaves_prediction_target_and_gradient_alone(target):
 # Three bytes an element are loaded and two stored, for 46 instructions or more: these are the bound, or nearly so.
 LESS_IN_FLIGHT = {f"loss forward: {name} bfloat16 uint8": 27 for name in ("bernoulli", "bernoulli_logits")}
 LESS_IN_FLIGHT["loss forward, kl given: samples bfloat16 uint8"] = 27
+# Triton 3.7 takes 60 registers, where 3.6 and 3.9 take at most 56: a multiprocessor has room for one program less.
+LESS_IN_FLIGHT["loss forward: bernoulli bfloat16 uint8"] = 24
 # As for counts of genes, by far.
 LESS_IN_FLIGHT["reconstruction forward: negative_binomial bfloat16 bfloat16 float32"] = 24
 # One number an element is loaded for each normal that is made again, in 55 instructions or more.
