@@ -27,8 +27,8 @@ def _patch_the_language_once_a_launch() -> None:
     import triton.language as tl
     from triton.runtime import interpreter, jit
 
-    # The first argument of a process imports Gluon, which asks `tl.core.static_print` for its signature. By then it is `print` for
-    # both modules below, not for `tl` alone as in a kernel's own launch, and in Python 3.10 `print` has none.
+    # The first argument of a process imports Gluon, which asks `tl.core.static_print` for its signature. By then that would be
+    # `print`, which has none in Python 3.10: both modules below are patched, where a kernel's own launch patches `tl` alone.
     jit.mangle_type(0)
     patch, both = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
