@@ -25,28 +25,33 @@ KEPT = Path(__file__).parent / "results" / "budget.md"
 F32, F16, BF16, F64, U8 = torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8
 PAIRS = ((F32, F32), (F16, F16), (BF16, F32), (BF16, U8), (F64, F64))  # prediction, target
 
-# Of several parameters as large as the target: the likelihood, what its scale is given as, dtypes of the parameters, the
+# Of several parameters as large as the target: the likelihood, the links of the first two, dtypes of the parameters, the
 # target's and the weights'.
 SEVERAL = (
-    ("gaussian", "logvar", (F32, F32), F32, None),
-    ("gaussian", "log_scale", (BF16, BF16), F32, None),
-    ("laplace", "scale", (F32, F32), F32, None),
-    ("student_t", "log_scale", (F32, F32), F32, None),
-    ("discretized_logistic", "log_scale", (F32, F32), F32, None),
-    ("negative_binomial", None, (F32, F32), F32, None),
-    ("negative_binomial", None, (BF16, BF16), F32, None),
-    ("zero_inflated_negative_binomial", None, (F32, F32, F32), F32, None),
-    ("bernoulli", None, (F32,), F32, U8),
-    ("bernoulli_logits_weighted", None, (F32, F32), F32, None),
+    ("gaussian", (None, "logvar"), (F32, F32), F32, None),
+    ("gaussian", (None, "log_scale"), (BF16, BF16), F32, None),
+    ("laplace", (None, "scale"), (F32, F32), F32, None),
+    ("student_t", (None, "log_scale"), (F32, F32), F32, None),
+    ("discretized_logistic", (None, "log_scale"), (F32, F32), F32, None),
+    ("negative_binomial", (None, None), (F32, F32), F32, None),
+    ("negative_binomial", (None, None), (BF16, BF16), F32, None),
+    ("negative_binomial", ("log", "log"), (F32, F32), F32, None),
+    ("negative_binomial", ("softplus", "log"), (F32, F32), F32, None),
+    ("zero_inflated_negative_binomial", (None, None), (F32, F32, F32), F32, None),
+    ("zero_inflated_negative_binomial", ("log", "log"), (F32, F32, F32), F32, None),
+    ("bernoulli", (None, None), (F32,), F32, U8),
+    ("bernoulli_logits_weighted", (None, None), (F32, F32), F32, None),
 )
 
 
 SPARSE = (
-    ("poisson", (F32,)),
-    ("poisson_log", (F32,)),
-    ("bernoulli_logits", (F32,)),
-    ("negative_binomial", (F32, F32)),
-    ("zero_inflated_negative_binomial", (F32, F32, F32)),
+    ("poisson", (None, None), (F32,)),
+    ("poisson_log", (None, None), (F32,)),
+    ("poisson_softplus", (None, None), (F32,)),
+    ("bernoulli_logits", (None, None), (F32,)),
+    ("negative_binomial", (None, None), (F32, F32)),
+    ("negative_binomial", ("softplus", "log"), (F32, F32)),
+    ("zero_inflated_negative_binomial", (None, None), (F32, F32, F32)),
 )  # of which the target is not read
 
 
@@ -160,7 +165,7 @@ class Kernel(NamedTuple):
 def kernels() -> Iterator[Kernel]:
     """Every primitive of the budget, for each likelihood and dtype."""
     others = (name for name, record in BY_NAME.items() if record.is_plain(1) and name not in LIKELIHOODS)
-    for likelihood in (*LIKELIHOODS, *others):
+    for likelihood in (*LIKELIHOODS, *others, "poisson_softplus"):
         # The others differ by their device functions alone.
         for prediction, target in PAIRS if likelihood in LIKELIHOODS else PAIRS[:1]:
             latent = F64 if prediction == F64 else F32
@@ -174,20 +179,20 @@ def kernels() -> Iterator[Kernel]:
             for primitive, launch in launches:
                 dtypes = {"prediction": prediction, "target": target, "mu": latent, "logvar": latent}
                 yield _kernel(primitive, f"{likelihood} {_name(prediction)} {_name(target)}", launch, dtypes)
-    for likelihood, scale, parameters, target, weight in SEVERAL:
+    for likelihood, links, parameters, target, weight in SEVERAL:
         for primitive, guess in (("reconstruction forward", None), ("reconstruction backward, another factor", torch.ones(1))):
-            launch = compiled.reconstruction(likelihood, *parameters, target=target, scale=scale, weight=weight, guess=guess)
+            launch = compiled.reconstruction(likelihood, *parameters, target=target, links=links, weight=weight, guess=guess)
             dtypes = dict(zip(PARAMETERS, parameters, strict=False)) | {"target": target}
             dtypes |= {"weight": weight} if weight else {}
             stream = Stream(tuple(dtypes), tuple(f"grad_{name}" for name in PARAMETERS[: len(parameters)]))
-            kind = f"{likelihood} {' '.join(map(_name, (*parameters, target)))}" + (" weighted" if weight else "")
+            kind = f"{likelihood} {' '.join(map(_name, (*parameters, target)))}" + (" weighted" if weight else "") + _of(links)
             yield _kernel(primitive, kind, launch, dtypes, (stream,))
-    for likelihood, parameters in SPARSE:
+    for likelihood, links, parameters in SPARSE:
         for primitive, guess in (("sparse forward", None), ("sparse backward, another factor", torch.ones(1))):
-            zeros, _ = compiled.sparse(likelihood, *parameters, guess=guess)
+            zeros, _ = compiled.sparse(likelihood, *parameters, links=links, guess=guess)
             dtypes = dict(zip(PARAMETERS, parameters, strict=False))
             stream = Stream(tuple(dtypes), tuple(f"grad_{name}" for name in dtypes))
-            kind = f"{likelihood} {' '.join(map(_name, parameters))}, zeros"
+            kind = f"{likelihood} {' '.join(map(_name, parameters))}, zeros{_of(links)}"
             # Its sums are in float64.
             yield _kernel(primitive, kind, zeros, dtypes | ({"recon": F64} if guess is None else {}), (stream,))
     for dtype in (F32, BF16, F64):
@@ -240,6 +245,11 @@ def machine_of(name: str, target: str) -> Machine:
 def _kernel(primitive: str, kind: str, launch: Launch, dtypes: dict[str, torch.dtype], streams=None) -> Kernel:
     dtypes = dtypes | {name: dtypes[like] for name, like in LIKE.items() if like in dtypes}
     return Kernel(f"{primitive}: {kind}", launch, streams or BUDGET[primitive], dtypes)
+
+
+def _of(links: tuple[str | None, str | None]) -> str:
+    """Where the first parameter has one."""
+    return f", by {' and '.join(links)}" if links[0] else ""
 
 
 def _name(dtype: torch.dtype) -> str:

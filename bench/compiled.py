@@ -113,7 +113,7 @@ def reconstruction(
     likelihood,
     *parameters,
     target=torch.float32,
-    scale=None,
+    links=(None, None),
     weight=None,
     shapes=(),
     per_sample=False,
@@ -131,7 +131,7 @@ def reconstruction(
         weight = torch.zeros_like(x, dtype=weight)
     dtype = torch.float64 if torch.float64 in parameters else torch.float32
     rows, wants = 128 if per_sample else 1, (True,) * len(tensors)
-    family = kernels.Family(likelihood, scale)
+    family = kernels.Family(likelihood, links)
     launches = kernels.Reconstruction(family=family, per_sample=per_sample, dtype=dtype, device=x.device)
     factor = torch.ones(rows, dtype=dtype)
     if guess is None:
@@ -141,8 +141,8 @@ def reconstruction(
 
 
 def sparse(
-    likelihood, *parameters, values=torch.float32, index=torch.int64, rows=128, features=784, count=128, weight=None, shapes=(),
-    per_sample=False, guess=None,
+    likelihood, *parameters, values=torch.float32, index=torch.int64, rows=128, features=784, count=128, links=(None, None),
+    weight=None, shapes=(), per_sample=False, guess=None,
 ):  # fmt: skip
     """Both kernels of a target with `count` nonzeros: of all as zeros, and of these; the arguments are those of
     `reconstruction`."""
@@ -152,7 +152,7 @@ def sparse(
     dtype = torch.float64 if torch.float64 in parameters else torch.float32
     at_zero = f"{likelihood.removesuffix('_weighted')}_at_zero"
     launches = kernels.SparseReconstruction(
-        family=kernels.Family(likelihood), at_zero=at_zero, per_sample=per_sample, dtype=dtype, device=x[0].device
+        family=kernels.Family(likelihood, links), at_zero=at_zero, per_sample=per_sample, dtype=dtype, device=x[0].device
     )
     factor, wants = torch.ones(rows if per_sample else 1, dtype=dtype), (True,) * len(tensors)
     if guess is None:

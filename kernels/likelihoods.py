@@ -139,6 +139,24 @@ def poisson_log(log_rate, second, third, target, constant, upstream):
 
 
 @triton.jit
+def poisson_softplus(given, second, third, target, constant, upstream):
+    """Of the rate log(1 + exp(given))."""
+    rate, slope = softplus_and_sigmoid(given)
+    # Where it is exp(given) to the last digit, its logarithm needs none, and has one where it underflows.
+    low = given < -40.0
+    log_rate = tl.where(low, given, log_of_positive(rate))
+    to_log_rate = slope - target * tl.where(low, 1.0, slope / rate)
+    nll = rate - tl.where(target == 0.0, 0.0, target * log_rate) + log_factorial(target)
+    return nll, to_log_rate * upstream, second, third
+
+
+@triton.jit
+def poisson_softplus_at_zero(given, second, third, target, constant, upstream):
+    rate, slope = softplus_and_sigmoid(given)
+    return rate, slope * upstream, second, third
+
+
+@triton.jit
 def continuous_bernoulli_logits(logit, second, third, target, constant, upstream):
     nll, slope, _, _ = bernoulli_logits(logit, second, third, target, constant, 1.0)
     # The normalizer's logarithm, log(l / tanh(l / 2)), which is even, and its derivative 1 / l - 1 / sinh(l).

@@ -15,52 +15,23 @@ from . import likelihoods
 from .broadcast import ABSENT, BROADCAST, ELEMENT, ROW, Operand, load_operand
 from .direct import Launch, allocator, dtype_of, lies
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
-from .numerics import exp_and_expm1, log_of_positive
+from .links import LINKS
 from .operands import is_wrong, row_bounds, scalar
 from .reduction import arrive_last, fold, ordered_sum
 
 
 @triton.jit
-def from_scale(scale, soft_min):
-    """Logarithm and reciprocal of a scale, and the derivative of the logarithm by what is given."""
-    scale = tl.where(scale > 0.0, scale, float("nan"))
-    # `log`, less what it does for numbers that are not positive.
-    log_scale = tl.where(scale < float("inf"), log_of_positive(scale), scale)
-    if soft_min is None:
-        return log_scale, 1.0 / scale, 1.0 / scale
-    else:
-        log_scale, inverse, slope = from_log_scale(log_scale, soft_min)
-        return log_scale, inverse, slope / scale
-
-
-@triton.jit
-def from_log_scale(log_scale, soft_min):
-    if soft_min is None:
-        inverse, _ = exp_and_expm1(-log_scale)
-        return log_scale, inverse, tl.full([], 1.0, log_scale.dtype)
-    else:
-        softplus, sigmoid = likelihoods.softplus_and_sigmoid(log_scale - soft_min)
-        bounded = softplus + soft_min
-        inverse, _ = exp_and_expm1(-bounded)
-        return bounded, inverse, sigmoid
-
-
-@triton.jit
-def from_logvar(logvar, soft_min):
-    log_scale, inverse, slope = from_log_scale(0.5 * logvar, soft_min)
-    return log_scale, inverse, 0.5 * slope
-
-
-@triton.jit
 def reconstruction_tile(
-    first, second, third, target, weight, grad_first, grad_second, grad_third, o, mask, row_start, factor,
+    first, second, third, target, weight, grad_first, grad_second, grad_third, o, at, mask, row_start, factor,
     second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
     soft_min, target_scale, constant,
-    LIKELIHOOD: tl.constexpr, SCALE: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr, WEIGHT: tl.constexpr,
-    SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, SHIFT: tl.constexpr, SUMS_SECOND: tl.constexpr,
-    SUMS_THIRD: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr,
+    LIKELIHOOD: tl.constexpr, AT_ZERO: tl.constexpr, FIRST_LINK: tl.constexpr, SECOND_LINK: tl.constexpr, SECOND: tl.constexpr,
+    THIRD: tl.constexpr, WEIGHT: tl.constexpr, SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, SHIFT: tl.constexpr,
+    SUMS_SECOND: tl.constexpr, SUMS_THIRD: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Weighted negative log-likelihood of a tile and its derivatives by a second and third parameter that the row has one of.
+    """Weighted negative log-likelihood of the elements `o`, whose targets lie `at` other offsets, and its derivatives by a
+    second and third parameter that the row has one of. With AT_ZERO, the function for a target of 0: what the negative
+    log-likelihood is more than with that, in float64.
 
     Gradients are stored unless their pointers are None: times `factor` by parameters as large as the target, and as they are by
     smaller ones, to be added up.
@@ -68,14 +39,17 @@ def reconstruction_tile(
     a = tl.load(first + o, mask=mask, other=0.5).to(DTYPE)
     t = tl.zeros_like(a)
     if target is not None:
-        t = tl.load(target + o, mask=mask, other=0).to(DTYPE) * target_scale
+        t = tl.load(target + at, mask=mask, other=0).to(DTYPE) * target_scale
         if SHIFT != 0.0:
             t += SHIFT
-    b, c, chain = a, a, a
+    b = a
+    if FIRST_LINK is not None:
+        a, b, first_chain = FIRST_LINK(a, None)
+    c, second_chain = a, a
     if SECOND != ABSENT:
         b = load_operand(second, o, mask, row_start, None, second_inner, second_groups, SECOND, WIDE, DTYPE)
-        if SCALE is not None:
-            b, c, chain = SCALE(b, soft_min)
+        if SECOND_LINK is not None:
+            b, c, second_chain = SECOND_LINK(b, soft_min)
         elif SECOND == ROW:
             b += tl.zeros(o.shape, dtype=DTYPE)
     if THIRD != ABSENT:
@@ -84,13 +58,19 @@ def reconstruction_tile(
     keep, upstream = mask, factor
     if WEIGHT != ABSENT:
         w = load_operand(weight, o, mask, row_start, weight_apart, weight_inner, weight_groups, WEIGHT, WIDE, DTYPE)
-        w += tl.zeros(o.shape, dtype=DTYPE)  # a tile, where the row has one
+        if WEIGHT == ROW:
+            w += tl.zeros(o.shape, dtype=DTYPE)
         # A weight of 0 leaves out what may be NaN.
         keep = mask & (w != 0.0)
         upstream = w * factor
     nll, to_first, to_second, to_third = LIKELIHOOD(a, b, c, t, constant, upstream)
     if WEIGHT != ABSENT:
         nll *= w
+    if AT_ZERO is not None:
+        zero, _, _, _ = AT_ZERO(a, b, c, tl.zeros_like(t), constant, upstream)
+        if WEIGHT != ABSENT:  # rounded as where it was added up
+            zero *= w
+        nll = nll.to(tl.float64) - zero.to(tl.float64)
     if SECOND_WHOLE:
         to_second *= upstream
     elif WEIGHT != ABSENT:
@@ -99,8 +79,10 @@ def reconstruction_tile(
         to_third *= upstream
     elif WEIGHT != ABSENT:
         to_third *= w
-    if SCALE is not None:
-        to_second *= chain
+    if FIRST_LINK is not None:
+        to_first *= first_chain
+    if SECOND_LINK is not None:
+        to_second *= second_chain
     if grad_first is not None:
         tl.store(grad_first + o, tl.where(keep, to_first, 0.0).to(grad_first.dtype.element_ty), mask=mask)
     if grad_second is not None:
@@ -120,10 +102,10 @@ def reconstruction_kernel(
     columns: tl.int64, programs: tl.int32, share: tl.int32,
     second_inner: tl.int64, second_groups: tl.int64, third_inner: tl.int64, third_groups: tl.int64,
     weight_apart: tl.int64, weight_inner: tl.int64, weight_groups: tl.int64,
-    LIKELIHOOD: tl.constexpr, SCALE: tl.constexpr, SOFT: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr,
-    WEIGHT: tl.constexpr, SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, SHIFT: tl.constexpr, APART: tl.constexpr,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
-    FINISH: tl.constexpr,
+    LIKELIHOOD: tl.constexpr, FIRST_LINK: tl.constexpr, SECOND_LINK: tl.constexpr, SOFT: tl.constexpr, SECOND: tl.constexpr,
+    THIRD: tl.constexpr, WEIGHT: tl.constexpr, SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, SHIFT: tl.constexpr,
+    APART: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    THREADS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """A `target` of None is 0 everywhere. Its sums are in float64, since what is no zero is taken out of them again."""
     row = tl.program_id(0) // programs
@@ -147,10 +129,10 @@ def reconstruction_kernel(
         for start in tl.range(worker * BLOCK, end, programs * BLOCK):
             o = start + tl.arange(0, BLOCK)
             tiles = reconstruction_tile(
-                first, second, third, target, weight, grad_first, grad_second, grad_third, base + o, o < end, base, by,
-                second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
+                first, second, third, target, weight, grad_first, grad_second, grad_third, base + o, base + o, o < end, base,
+                by, second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
                 floor, ts, extra,
-                LIKELIHOOD, SCALE, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, SHIFT,
+                LIKELIHOOD, None, FIRST_LINK, SECOND_LINK, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, SHIFT,
                 second_out is not None, third_out is not None, WIDE, DTYPE,
             )  # fmt: skip
             if recon_out is not None:
@@ -163,10 +145,10 @@ def reconstruction_kernel(
             if worker == 0:
                 o = end + tl.arange(0, THREADS)  # more than are left, to fit the sums
                 tiles = reconstruction_tile(
-                    first, second, third, target, weight, grad_first, grad_second, grad_third, base + o, o < columns, base, by,
-                    second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
+                    first, second, third, target, weight, grad_first, grad_second, grad_third, base + o, base + o, o < columns, base,
+                    by, second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
                     floor, ts, extra,
-                    LIKELIHOOD, SCALE, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, SHIFT,
+                    LIKELIHOOD, None, FIRST_LINK, SECOND_LINK, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, SHIFT,
                     second_out is not None, third_out is not None, WIDE, DTYPE,
                 )  # fmt: skip
                 sums += tiles[0]
@@ -196,14 +178,12 @@ class Family(NamedTuple):
     """What a likelihood is to the kernel, beside its tensors."""
 
     likelihood: str  # the name of its device function
-    scale: str | None = None  # what the second parameter is: "scale", "log_scale" or "logvar" of one that has a scale
+    links: tuple[str | None, str | None] = None, None  # of the first and of the second parameter, see `links.LINKS`
     soft_min: float | None = None  # the soft lower bound of the scale's logarithm
     constant: float = 0.0
     target_scale: float = 1.0  # the target is multiplied by it
     target_shift: float = 0.0  # and this is added then
 
-
-_SCALES = {None: None, "scale": from_scale, "log_scale": from_log_scale, "logvar": from_logvar}
 
 # A row of fewer elements is not worth programs of its own.
 LEAST_COLUMNS = 512
@@ -247,8 +227,9 @@ class Pass:
             second.inner, second.groups, third.inner, third.groups, weight.apart, weight.inner, weight.groups,
         )  # fmt: skip
         self.columns = segment.columns, segment.programs
+        of_first, of_second = map(LINKS.__getitem__, family.links)
         constants = {
-            "LIKELIHOOD": getattr(likelihoods, family.likelihood), "SCALE": _SCALES[family.scale],
+            "LIKELIHOOD": getattr(likelihoods, family.likelihood), "FIRST_LINK": of_first, "SECOND_LINK": of_second,
             "SOFT": family.soft_min is not None, "SECOND": second.mode, "THIRD": third.mode, "WEIGHT": weight.mode,
             "SECOND_WHOLE": second.whole, "THIRD_WHOLE": third.whole, "SHIFT": family.target_shift, "APART": weight.apart != 0,
             "DTYPE": TRITON_DTYPE[dtype], "ALIGNED": segment.aligned, "WIDE": segment.wide, "BLOCK": tile,

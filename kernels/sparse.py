@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 
 from . import likelihoods
-from .broadcast import ABSENT, Operand, load_operand
+from .broadcast import Operand
 from .direct import INTERPRETED, Launch, allocator
 from .launch import FINISH, TRITON_DTYPE, options_of, pointer_and_value, resident_programs, scratch
+from .links import LINKS
 from .operands import is_wrong, scalar
-from .reconstruction import Family, Pass, summed
+from .reconstruction import Family, Pass, reconstruction_tile, summed
 from .reduction import arrive_last, ordered_sum
 
 
@@ -26,9 +27,9 @@ def nonzeros_kernel(
     width: tl.int64, programs: tl.int32,
     second_inner: tl.int64, second_groups: tl.int64, third_inner: tl.int64, third_groups: tl.int64,
     weight_apart: tl.int64, weight_inner: tl.int64, weight_groups: tl.int64,
-    LIKELIHOOD: tl.constexpr, AT_ZERO: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr, WEIGHT: tl.constexpr,
-    SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, APART: tl.constexpr, PER_SAMPLE: tl.constexpr, DTYPE: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr, FINISH: tl.constexpr,
+    LIKELIHOOD: tl.constexpr, AT_ZERO: tl.constexpr, FIRST_LINK: tl.constexpr, SECOND_LINK: tl.constexpr, SECOND: tl.constexpr,
+    THIRD: tl.constexpr, WEIGHT: tl.constexpr, SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, APART: tl.constexpr,
+    PER_SAMPLE: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """`zeros`: the sums of zeros, float64 and over the divisor, to which those of nonzeros are added."""
     row = tl.program_id(0) // programs
@@ -55,39 +56,15 @@ def nonzeros_kernel(
             o = base + tl.load(columns + k, mask=mask, other=0).to(tl.int64)
             if not WIDE:
                 o = o.to(tl.int32)
-            a = tl.load(first + o, mask=mask, other=0.5).to(DTYPE)
-            t = tl.load(values + k, mask=mask, other=0).to(DTYPE) * ts
-            b, c = a, a
-            if SECOND != ABSENT:
-                b = load_operand(second, o, mask, base, None, second_inner, second_groups, SECOND, WIDE, DTYPE)
-            if THIRD != ABSENT:
-                c = load_operand(third, o, mask, base, None, third_inner, third_groups, THIRD, WIDE, DTYPE)
-            keep, upstream = mask, by
-            if WEIGHT != ABSENT:
-                w = load_operand(weight, o, mask, base, weight_apart, weight_inner, weight_groups, WEIGHT, WIDE, DTYPE)
-                keep = mask & (w != 0.0)
-                upstream = w * by
-            nll, to_first, to_second, to_third = LIKELIHOOD(a, b, c, t, extra, upstream)
-            if SECOND_WHOLE:
-                to_second *= upstream
-            elif WEIGHT != ABSENT:
-                to_second *= w
-            if THIRD_WHOLE:
-                to_third *= upstream
-            elif WEIGHT != ABSENT:
-                to_third *= w
-            if grad_first is not None:
-                tl.store(grad_first + o, tl.where(keep, to_first, 0.0).to(grad_first.dtype.element_ty), mask=mask)
-            if grad_second is not None:
-                tl.store(grad_second + o, tl.where(keep, to_second, 0.0).to(grad_second.dtype.element_ty), mask=mask)
-            if grad_third is not None:
-                tl.store(grad_third + o, tl.where(keep, to_third, 0.0).to(grad_third.dtype.element_ty), mask=mask)
+            tiles = reconstruction_tile(
+                first, second, third, values, weight, grad_first, grad_second, grad_third, o, k, mask, base, by,
+                second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
+                None, ts, extra,
+                LIKELIHOOD, AT_ZERO, FIRST_LINK, SECOND_LINK, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, 0.0,
+                False, False, WIDE, DTYPE,
+            )  # fmt: skip
             if recon_out is not None:
-                zero, _, _, _ = AT_ZERO(a, b, c, tl.zeros_like(t), extra, upstream)
-                if WEIGHT != ABSENT:  # rounded as the other launch has it
-                    nll *= w
-                    zero *= w
-                sums += tl.where(keep, nll.to(tl.float64) - zero.to(tl.float64), 0.0)
+                sums += tiles[0]
         if recon_out is not None:
             if arrive_last(partials, arrived, place, count, tl.sum(sums)):
                 total = ordered_sum(partials + place * programs, count, FINISH)
@@ -111,11 +88,12 @@ class NonzerosPass:
         self.numbers = (
             second.inner, second.groups, third.inner, third.groups, weight.apart, weight.inner, weight.groups,
         )  # fmt: skip
+        of_first, of_second = map(LINKS.__getitem__, family.links)
         constants = {
             "LIKELIHOOD": getattr(likelihoods, family.likelihood), "AT_ZERO": getattr(likelihoods, at_zero),
-            "SECOND": second.mode, "THIRD": third.mode, "WEIGHT": weight.mode, "SECOND_WHOLE": second.whole,
-            "THIRD_WHOLE": third.whole, "APART": weight.apart != 0, "PER_SAMPLE": per_sample, "DTYPE": TRITON_DTYPE[dtype],
-            "WIDE": first.numel() >= 2**31, "BLOCK": BLOCK, "FINISH": FINISH,
+            "FIRST_LINK": of_first, "SECOND_LINK": of_second, "SECOND": second.mode, "THIRD": third.mode, "WEIGHT": weight.mode,
+            "SECOND_WHOLE": second.whole, "THIRD_WHOLE": third.whole, "APART": weight.apart != 0, "PER_SAMPLE": per_sample,
+            "DTYPE": TRITON_DTYPE[dtype], "WIDE": first.numel() >= 2**31, "BLOCK": BLOCK, "FINISH": FINISH,
         }  # fmt: skip
         self.launch = Launch(nonzeros_kernel, device, constants, options_of(device))
 

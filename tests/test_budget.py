@@ -49,14 +49,14 @@ VARIANTS = {
     "loss of a reconstruction": lambda: compiled.total(F32),
     "losses of rows, ragged": lambda: compiled.total(F64, per_sample=True),
     "backward of given eps": lambda: compiled.sample_backward(F32, seeded=False),
-    "a log scale for all": lambda: compiled.reconstruction("gaussian", F32, F32, scale="log_scale", shapes=((),)),
-    "a log scale a feature": lambda: compiled.reconstruction("gaussian", F32, F32, scale="log_scale", shapes=((784,),)),
+    "a log scale for all": lambda: compiled.reconstruction("gaussian", F32, F32, links=(None, "log_scale"), shapes=((),)),
+    "a log scale a feature": lambda: compiled.reconstruction("gaussian", F32, F32, links=(None, "log_scale"), shapes=((784,),)),
     "dispersions of genes": lambda: compiled.reconstruction("negative_binomial", F32, F32, shapes=((784,),)),
     "cells with weights": lambda: compiled.reconstruction(
         "zero_inflated_negative_binomial", F32, F32, F32, shapes=((784,),), weight=torch.zeros(128, 1)
     ),
     "rows of several parameters": lambda: compiled.reconstruction(
-        "laplace", F32, F32, scale="scale", per_sample=True, features=785
+        "laplace", F32, F32, links=(None, "scale"), per_sample=True, features=785
     ),
     "counts in float64": lambda: compiled.reconstruction("negative_binomial", F64, F64, target=F64),
     "classes of rows": lambda: compiled.categorical(512, 20_000, dense=True, per_sample=True),

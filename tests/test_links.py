@@ -248,7 +248,7 @@ def test_records():
     assert pickle.loads(pickle.dumps(likelihood)) is likelihood
     assert repr(likelihood) == "NegativeBinomial(target_scale=2.0, mean='softmax', inverse_dispersion='log')"
     assert NegativeBinomial() is NegativeBinomial("identity", "identity")
-    assert NegativeBinomial().kernel == "negative_binomial" and likelihood.kernel is None is likelihood.kernel_at_zero
+    assert NegativeBinomial("log").kernel == NegativeBinomial().kernel == "negative_binomial"
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,11 @@ class Linked(Likelihood):
             found[i] = linked(link, value, library if i == 0 else None)
         return found
 
+    def constants(self, parameters, x):
+        links = self.links or ()
+        named = tuple(None if link == "identity" else link for link in links)
+        return super().constants(parameters, x) | ({"links": named} if named else {})
+
     def sparse_nll(self, parameters, x):
         if self.links is None:
             return super().sparse_nll(parameters, x)
@@ -150,6 +155,6 @@ class Linked(Likelihood):
         return replace(self, **plain).sparse_nll(self.link(parameters), x)
 
 
-def unless_linked(name: str) -> Any:
-    """A device function of parameters without links: with one, Torch computes."""
-    return property(lambda self: name if self.links is None else None)
+def unless_of_rows(name: str) -> Any:
+    """A device function of parameters that elements have: with a softmax over rows, Torch computes."""
+    return property(lambda self: None if self.by_rows else name)

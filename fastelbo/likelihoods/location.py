@@ -137,7 +137,7 @@ class Scaled(Likelihood):
         return log_scale, torch.exp(-log_scale)
 
     def constants(self, parameters, x):
-        return super().constants(parameters, x) | {"scale": self.parameter, "soft_min": self.soft_min}
+        return super().constants(parameters, x) | {"links": (None, self.parameter), "soft_min": self.soft_min}
 
 
 class Spread(NamedTuple):
@@ -196,7 +196,7 @@ class Located(Scaled):
     def constants(self, parameters, x):
         if len(parameters) == 2:
             return super().constants(parameters, x)
-        return Likelihood.constants(self, parameters, x) | {"scale": "scale"}  # the fixed one
+        return Likelihood.constants(self, parameters, x) | {"links": (None, "scale")}  # the fixed one
 
 
 OPTIMAL = "optimal"

@@ -7,7 +7,7 @@ from ..basics.numerics import log_factorial, nan_unless
 from ..basics.records import record
 from ..basics.tracing import is_seen
 from .base import ONE, Likelihood, OnePass
-from .links import Linked, linked, unless_linked
+from .links import Linked, linked
 from .values import NONNEGATIVE
 
 
@@ -22,7 +22,6 @@ class Poisson(Linked):
 
     mean: str = "identity"
     name = "poisson"
-    kernel, kernel_at_zero = unless_linked("poisson"), unless_linked("poisson_at_zero")
     compiled_passes = 5
     unlinked, unlinked_ranges = ("recon_x",), (NONNEGATIVE,)
 
@@ -30,6 +29,18 @@ class Poisson(Linked):
         super().__post_init__()
         if self.mean == "log":
             raise ValueError("Poisson.mean must not be 'log': that likelihood is PoissonLog, or 'poisson_log'")
+
+    @property
+    def kernel(self) -> str | None:  # type: ignore[override]
+        return {"identity": "poisson", "softplus": "poisson_softplus", "softmax": None}[self.mean]
+
+    @property
+    def kernel_at_zero(self) -> str | None:  # type: ignore[override]
+        return self.kernel and f"{self.kernel}_at_zero"
+
+    def constants(self, parameters, x):
+        """Its device functions have their links, for the logarithm of a rate that underflows."""
+        return super().constants(parameters, x) | {"links": (None, None)}
 
     def support(self, first, x):
         return NONNEGATIVE
