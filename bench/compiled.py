@@ -131,7 +131,7 @@ def reconstruction(
         weight = torch.zeros_like(x, dtype=weight)
     dtype = torch.float64 if torch.float64 in parameters else torch.float32
     rows, wants = 128 if per_sample else 1, (True,) * len(tensors)
-    family = kernels.Family(likelihood, links)
+    family = kernels.Family(likelihood, links=links)
     launches = kernels.Reconstruction(family=family, per_sample=per_sample, dtype=dtype, device=x.device)
     factor = torch.ones(rows, dtype=dtype)
     if guess is None:
@@ -152,13 +152,34 @@ def sparse(
     dtype = torch.float64 if torch.float64 in parameters else torch.float32
     at_zero = f"{likelihood.removesuffix('_weighted')}_at_zero"
     launches = kernels.SparseReconstruction(
-        family=kernels.Family(likelihood, links), at_zero=at_zero, per_sample=per_sample, dtype=dtype, device=x[0].device
+        family=kernels.Family(likelihood, at_zero, links), per_sample=per_sample, dtype=dtype, device=x[0].device
     )
     factor, wants = torch.ones(rows if per_sample else 1, dtype=dtype), (True,) * len(tensors)
     if guess is None:
         return record_all(lambda: launches.forward(tensors, x, weight, 1.0, factor, wants))
     gradients = [torch.empty_like(t) if t.shape == tensors[0].shape else None for t in tensors]
     return record_all(lambda: launches.backward(tensors, x, weight, 1.0, factor, gradients, guess, wants))
+
+
+def of_rows(
+    likelihood, *parameters, target=torch.float32, dispersion=None, weight=None, shapes=(), per_sample=False, features=784,
+    backward=False, at_zero=None, library=torch.float32,
+):  # fmt: skip
+    """The kernels of a mean by the softmax of a row, whose library comes behind the parameters: the two of forward, or the one of
+    backward; with `at_zero`, a device function, those of a sparse target, one more of each. See `reconstruction`."""
+    shapes = [shapes[i - 1] if i and i <= len(shapes) else (128, features) for i in range(len(parameters))]
+    tensors = [torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, parameters, strict=True)]
+    tensors.append(torch.ones(128, 1, dtype=library))
+    x = torch.zeros(128, features, dtype=target)
+    if at_zero is not None:
+        x = torch.zeros(129, dtype=torch.int64), torch.zeros(128, dtype=torch.int64), torch.zeros(128, dtype=target)
+    dtype = torch.float64 if torch.float64 in parameters else torch.float32
+    family, wants = kernels.Family(likelihood, at_zero, ("softmax", dispersion)), (True,) * len(tensors)
+    launches = kernels.RowReconstruction(family=family, per_sample=per_sample, dtype=dtype, device=tensors[0].device)
+    if not backward:
+        return record_all(lambda: launches.forward(tensors, x, weight, 1.0, wants))
+    upstream, rows = torch.ones(128 if per_sample else 1, dtype=dtype), torch.zeros(4, 128, dtype=torch.float64)
+    return record_all(lambda: launches.backward(tensors, x, weight, 1.0, upstream, rows, wants))
 
 
 def categorical(*shape, dense=False, dtype=torch.float32, per_sample=False):

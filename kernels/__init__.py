@@ -13,6 +13,7 @@ from .loss import Loss
 from .mixture import Mixture
 from .reconstruction import Family, Reconstruction
 from .sample import Sample, draw_noise
+from .softmax import RowReconstruction
 from .sparse import SparseReconstruction
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Loss",
     "Mixture",
     "Reconstruction",
+    "RowReconstruction",
     "Sample",
     "SparseReconstruction",
     "draw_noise",

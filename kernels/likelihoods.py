@@ -139,6 +139,14 @@ def poisson_log(log_rate, second, third, target, constant, upstream):
 
 
 @triton.jit
+def poisson_of_both(rate, log_rate, third, target, constant, upstream):
+    """Of a rate and its logarithm, which is right where the rate is not."""
+    zero = target == 0.0
+    slope = upstream - upstream * target / tl.where(zero, 1.0, rate)
+    return rate - tl.where(zero, 0.0, target * log_rate) + log_factorial(target), slope, log_rate, third
+
+
+@triton.jit
 def poisson_softplus(given, second, third, target, constant, upstream):
     """Of the rate log(1 + exp(given))."""
     rate, slope = softplus_and_sigmoid(given)

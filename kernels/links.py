@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .likelihoods import softplus_and_sigmoid
-from .numerics import exp_and_expm1, log_of_positive
+from .numerics import exp_and_expm1, exp_below, log, log_of_positive
 
 
 @triton.jit
@@ -55,8 +55,37 @@ def from_logvar(logvar, soft_min):
     return log_scale, inverse, 0.5 * slope
 
 
-# What a parameter is, or None where it is what the function takes.
+@triton.jit
+def of_softmax(of_rows, row, programs, HAS_SLOPE: tl.constexpr, DTYPE: tl.constexpr):
+    """What `from_softmax` takes of a row, of the numbers that `softmax.py` describes; and the derivative of the sum by its
+    library, if it is known."""
+    rows = tl.num_programs(0) // programs
+    inverse, library = tl.load(of_rows + rows + row), tl.load(of_rows + 2 * rows + row)
+    slope = library
+    if HAS_SLOPE:
+        slope = tl.load(of_rows + 3 * rows + row)
+    log_library = log((library * inverse).to(DTYPE))
+    return tl.load(of_rows + row).to(DTYPE), inverse.to(DTYPE), library.to(DTYPE), log_library, slope.to(DTYPE)
+
+
+@triton.jit
+def from_softmax(logit, top, inverse, library, log_library):
+    """The mean, its logarithm, and its share of the library.
+
+    A share that would underflow, by which a Poisson's count is divided, is kept from it: its mean is nothing beside the others,
+    and its logarithm is right.
+    """
+    if logit.dtype == tl.float64:
+        least: tl.constexpr = 1e-290
+    else:
+        least: tl.constexpr = 1e-25
+    below = logit - top
+    share = tl.maximum(exp_below(below) * inverse, least, propagate_nan=tl.PropagateNan.ALL)
+    return library * share, below + log_library, share
+
+
+# What a parameter is, or None where it is what the function takes. A softmax needs its row: `from_softmax`.
 LINKS = {
-    None: None, "log": from_log, "softplus": from_softplus, "scale": from_scale, "log_scale": from_log_scale,
+    None: None, "log": from_log, "softplus": from_softplus, "softmax": None, "scale": from_scale, "log_scale": from_log_scale,
     "logvar": from_logvar,
 }  # fmt: skip

@@ -15,7 +15,7 @@ from . import likelihoods
 from .broadcast import ABSENT, BROADCAST, ELEMENT, ROW, Operand, load_operand
 from .direct import Launch, allocator, dtype_of, lies
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
-from .links import LINKS
+from .links import LINKS, from_softmax, of_softmax
 from .operands import is_wrong, row_bounds, scalar
 from .reduction import arrive_last, fold, ordered_sum
 
@@ -23,15 +23,18 @@ from .reduction import arrive_last, fold, ordered_sum
 @triton.jit
 def reconstruction_tile(
     first, second, third, target, weight, grad_first, grad_second, grad_third, o, at, mask, row_start, factor,
+    top, inverse, library, log_library, slope,
     second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
     soft_min, target_scale, constant,
     LIKELIHOOD: tl.constexpr, AT_ZERO: tl.constexpr, FIRST_LINK: tl.constexpr, SECOND_LINK: tl.constexpr, SECOND: tl.constexpr,
     THIRD: tl.constexpr, WEIGHT: tl.constexpr, SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, SHIFT: tl.constexpr,
-    SUMS_SECOND: tl.constexpr, SUMS_THIRD: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr,
+    SUMS_SECOND: tl.constexpr, SUMS_THIRD: tl.constexpr, SUMS_LIBRARY: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Weighted negative log-likelihood of the elements `o`, whose targets lie `at` other offsets, and its derivatives by a
-    second and third parameter that the row has one of. With AT_ZERO, the function for a target of 0: what the negative
-    log-likelihood is more than with that, in float64.
+    second and third parameter and a library that the row has one of. With AT_ZERO, the function for a target of 0: what value
+    and derivative by the library are more than with that, in float64.
+
+    `top` and the four behind it are of the row, and None unless its mean is of a softmax: see `links.of_softmax`.
 
     Gradients are stored unless their pointers are None: times `factor` by parameters as large as the target, and as they are by
     smaller ones, to be added up.
@@ -43,7 +46,9 @@ def reconstruction_tile(
         if SHIFT != 0.0:
             t += SHIFT
     b = a
-    if FIRST_LINK is not None:
+    if library is not None:
+        a, b, share = from_softmax(a, top, inverse, library, log_library)
+    elif FIRST_LINK is not None:
         a, b, first_chain = FIRST_LINK(a, None)
     c, second_chain = a, a
     if SECOND != ABSENT:
@@ -66,11 +71,16 @@ def reconstruction_tile(
     nll, to_first, to_second, to_third = LIKELIHOOD(a, b, c, t, constant, upstream)
     if WEIGHT != ABSENT:
         nll *= w
+    to_library = nll
+    if SUMS_LIBRARY:
+        to_library = to_first * share
     if AT_ZERO is not None:
-        zero, _, _, _ = AT_ZERO(a, b, c, tl.zeros_like(t), constant, upstream)
+        zero, zero_to_first, _, _ = AT_ZERO(a, b, c, tl.zeros_like(t), constant, upstream)
         if WEIGHT != ABSENT:  # rounded as where it was added up
             zero *= w
         nll = nll.to(tl.float64) - zero.to(tl.float64)
+        if SUMS_LIBRARY:
+            to_library = to_library.to(tl.float64) - (zero_to_first * share).to(tl.float64)
     if SECOND_WHOLE:
         to_second *= upstream
     elif WEIGHT != ABSENT:
@@ -79,24 +89,34 @@ def reconstruction_tile(
         to_third *= upstream
     elif WEIGHT != ABSENT:
         to_third *= w
-    if FIRST_LINK is not None:
+    if library is not None:
+        to_first *= a
+    elif FIRST_LINK is not None:
         to_first *= first_chain
     if SECOND_LINK is not None:
         to_second *= second_chain
     if grad_first is not None:
-        tl.store(grad_first + o, tl.where(keep, to_first, 0.0).to(grad_first.dtype.element_ty), mask=mask)
+        to_first = tl.where(keep, to_first, 0.0)
+        if library is not None:  # by its share, which is NaN in a row of which nothing counts and something is NaN
+            to_first -= tl.where(slope == 0.0, 0.0, a * (slope * factor))
+        tl.store(grad_first + o, to_first.to(grad_first.dtype.element_ty), mask=mask)
     if grad_second is not None:
         tl.store(grad_second + o, tl.where(keep, to_second, 0.0).to(grad_second.dtype.element_ty), mask=mask)
     if grad_third is not None:
         tl.store(grad_third + o, tl.where(keep, to_third, 0.0).to(grad_third.dtype.element_ty), mask=mask)
     nll = tl.where(keep, nll, 0.0)
-    return nll, tl.where(keep, to_second, 0.0) if SUMS_SECOND else nll, tl.where(keep, to_third, 0.0) if SUMS_THIRD else nll
+    return (
+        nll,
+        tl.where(keep, to_second, 0.0) if SUMS_SECOND else nll,
+        tl.where(keep, to_third, 0.0) if SUMS_THIRD else nll,
+        tl.where(keep, to_library, 0.0) if SUMS_LIBRARY else nll,
+    )
 
 
 @triton.jit(do_not_specialize=["columns", "programs", "share", "second_inner", "second_groups", "third_inner", "third_groups",
     "weight_apart", "weight_inner", "weight_groups"])  # fmt: skip
 def reconstruction_kernel(
-    first, second, third, target, weight, grad_first, grad_second, grad_third, factor, used, seen, partials, arrived,
+    first, second, third, target, weight, grad_first, grad_second, grad_third, factor, used, seen, partials, arrived, of_rows,
     recon_out, second_out, third_out, divisor, divisor_value: tl.float64, soft_min: tl.float64, target_scale: tl.float64,
     constant: tl.float64,
     columns: tl.int64, programs: tl.int32, share: tl.int32,
@@ -104,8 +124,8 @@ def reconstruction_kernel(
     weight_apart: tl.int64, weight_inner: tl.int64, weight_groups: tl.int64,
     LIKELIHOOD: tl.constexpr, FIRST_LINK: tl.constexpr, SECOND_LINK: tl.constexpr, SOFT: tl.constexpr, SECOND: tl.constexpr,
     THIRD: tl.constexpr, WEIGHT: tl.constexpr, SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, SHIFT: tl.constexpr,
-    APART: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-    THREADS: tl.constexpr, FINISH: tl.constexpr,
+    APART: tl.constexpr, SUMS_LIBRARY: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, THREADS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """A `target` of None is 0 everywhere. Its sums are in float64, since what is no zero is taken out of them again."""
     row = tl.program_id(0) // programs
@@ -120,20 +140,26 @@ def reconstruction_kernel(
     if wrong:
         if factor is not None:
             by *= tl.load(factor + row // share).to(DTYPE)
-        by /= scalar(divisor, divisor_value, DTYPE)
+        if not SUMS_LIBRARY:  # the derivative by the library is of the sum
+            by /= scalar(divisor, divisor_value, DTYPE)
+        top, inverse, library, log_library, slope = None, None, None, None, None
+        if of_rows is not None:
+            top, inverse, library, log_library, slope = of_softmax(of_rows, row, programs, grad_first is not None, DTYPE)
         ts, extra = scalar(None, target_scale, DTYPE), scalar(None, constant, DTYPE)
         base, end = row_bounds(row, columns, ALIGNED, WIDE)
         sums = tl.zeros([THREADS], dtype=tl.float64 if target is None else DTYPE)
         seconds = tl.zeros([THREADS], dtype=DTYPE)
         thirds = tl.zeros([THREADS], dtype=DTYPE)
+        libraries = tl.zeros([THREADS], dtype=sums.dtype)
         for start in tl.range(worker * BLOCK, end, programs * BLOCK):
             o = start + tl.arange(0, BLOCK)
             tiles = reconstruction_tile(
-                first, second, third, target, weight, grad_first, grad_second, grad_third, base + o, base + o, o < end, base,
-                by, second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
+                first, second, third, target, weight, grad_first, grad_second, grad_third, base + o, base + o, o < end,
+                base, by, top, inverse, library, log_library, slope,
+                second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
                 floor, ts, extra,
                 LIKELIHOOD, None, FIRST_LINK, SECOND_LINK, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, SHIFT,
-                second_out is not None, third_out is not None, WIDE, DTYPE,
+                second_out is not None, third_out is not None, SUMS_LIBRARY, WIDE, DTYPE,
             )  # fmt: skip
             if recon_out is not None:
                 sums += fold(tiles[0].to(sums.dtype), BLOCK, THREADS)
@@ -141,27 +167,34 @@ def reconstruction_kernel(
                 seconds += fold(tiles[1], BLOCK, THREADS)
             if third_out is not None:
                 thirds += fold(tiles[2], BLOCK, THREADS)
+            if SUMS_LIBRARY:
+                libraries += fold(tiles[3].to(sums.dtype), BLOCK, THREADS)
         if ALIGNED:
             if worker == 0:
                 o = end + tl.arange(0, THREADS)  # more than are left, to fit the sums
                 tiles = reconstruction_tile(
-                    first, second, third, target, weight, grad_first, grad_second, grad_third, base + o, base + o, o < columns, base,
-                    by, second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
+                    first, second, third, target, weight, grad_first, grad_second, grad_third, base + o, base + o, o < columns,
+                    base, by, top, inverse, library, log_library, slope,
+                    second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
                     floor, ts, extra,
                     LIKELIHOOD, None, FIRST_LINK, SECOND_LINK, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, SHIFT,
-                    second_out is not None, third_out is not None, WIDE, DTYPE,
+                    second_out is not None, third_out is not None, SUMS_LIBRARY, WIDE, DTYPE,
                 )  # fmt: skip
                 sums += tiles[0]
                 if second_out is not None:
                     seconds += tiles[1]
                 if third_out is not None:
                     thirds += tiles[2]
+                if SUMS_LIBRARY:
+                    libraries += tiles[3]
         if recon_out is not None:
             # A row's partial sums of each kind lie together, behind those of the kind before.
             if second_out is not None:
                 tl.store(partials + tl.num_programs(0) + tl.program_id(0), tl.sum(seconds.to(tl.float64)))
             if third_out is not None:
                 tl.store(partials + 2 * tl.num_programs(0) + tl.program_id(0), tl.sum(thirds.to(tl.float64)))
+            if SUMS_LIBRARY:
+                tl.store(partials + 3 * tl.num_programs(0) + tl.program_id(0), tl.sum(libraries.to(tl.float64)))
             if arrive_last(partials, arrived, row, programs, tl.sum(sums.to(tl.float64))):
                 mine = partials + row * programs
                 total = ordered_sum(mine, programs, FINISH) / scalar(divisor, divisor_value, tl.float64)
@@ -172,12 +205,16 @@ def reconstruction_kernel(
                 if third_out is not None:
                     total = ordered_sum(mine + 2 * tl.num_programs(0), programs, FINISH)
                     tl.store(third_out + row, total.to(DTYPE))
+                if SUMS_LIBRARY:
+                    total = ordered_sum(mine + 3 * tl.num_programs(0), programs, FINISH)
+                    tl.store(of_rows + 3 * (tl.num_programs(0) // programs) + row, total)
 
 
 class Family(NamedTuple):
     """What a likelihood is to the kernel, beside its tensors."""
 
     likelihood: str  # the name of its device function
+    at_zero: str | None = None  # and of that for a target of 0, by which targets are sparse
     links: tuple[str | None, str | None] = None, None  # of the first and of the second parameter, see `links.LINKS`
     soft_min: float | None = None  # the soft lower bound of the scale's logarithm
     constant: float = 0.0
@@ -194,7 +231,7 @@ class Pass:
 
     __slots__ = (
         "columns", "launch", "lays", "like", "numbers", "operands", "options", "order", "programs", "recon", "results", "rows",
-        "smaller",
+        "smaller", "sums_library",
     )  # fmt: skip
 
     def __init__(self, parameters, x, weight, wants, family: Family, per_sample, dtype) -> None:
@@ -203,11 +240,15 @@ class Pass:
         self.order = order = tuple(sorted(range(first.dim()), key=lambda d: (-first.stride(d), d)))
         given = *parameters[1:], *[None] * (3 - len(parameters)), weight
         second, third, weight = (Operand.of(t, first, order, most) for t, most in zip(given, (1, 1, 2), strict=True))
-        rows = first.shape[0] if per_sample else 1
+        rows, by_softmax = first.shape[0] if per_sample else 1, family.links[0] == "softmax"
+        self.sums_library = by_softmax and bool(wants) and wants[-1]  # which comes behind the parameters in memory
+        if by_softmax:
+            rows = first.numel() // first.shape[-1]
         # Where a parameter to differentiate by has long stretches in common, these are rows, and the kernel adds them up.
         for wanted, operand in zip(wants[1:], (second, third), strict=False):
             if (
                 wanted
+                and not by_softmax
                 and x is not None
                 and operand.mode == BROADCAST
                 and LEAST_COLUMNS <= operand.inner < first.numel() // max(rows, 1)
@@ -232,14 +273,14 @@ class Pass:
             "LIKELIHOOD": getattr(likelihoods, family.likelihood), "FIRST_LINK": of_first, "SECOND_LINK": of_second,
             "SOFT": family.soft_min is not None, "SECOND": second.mode, "THIRD": third.mode, "WEIGHT": weight.mode,
             "SECOND_WHOLE": second.whole, "THIRD_WHOLE": third.whole, "SHIFT": family.target_shift, "APART": weight.apart != 0,
-            "DTYPE": TRITON_DTYPE[dtype], "ALIGNED": segment.aligned, "WIDE": segment.wide, "BLOCK": tile,
-            "THREADS": THREADS, "FINISH": FINISH,
+            "SUMS_LIBRARY": self.sums_library, "DTYPE": TRITON_DTYPE[dtype], "ALIGNED": segment.aligned,
+            "WIDE": segment.wide, "BLOCK": tile, "THREADS": THREADS, "FINISH": FINISH,
         }  # fmt: skip
         self.options = family.soft_min or 0.0, family.target_scale, family.constant
         # Where the results go: the place, whether it is among the sums, shape, strides and dtype. Smaller parameters have the
         # whole sum there, that of each row, or a derivative for each element.
         shape = (rows,) if per_sample or rows > 1 else ()
-        self.recon = shape, (1,) * len(shape), torch.float64 if x is None else dtype
+        self.recon = shape, (1,) * len(shape), dtype
         self.results, self.smaller = [], []
         for i, parameter in enumerate(parameters):
             if not wants or not wants[i]:
@@ -249,6 +290,7 @@ class Pass:
                 continue
             if x is None:  # the nonzeros come on top
                 self.results.append((i, False, *self.like, dtype))
+                self.smaller.append((i, False))
                 continue
             is_whole = rows == parameter.numel() == 1 and not per_sample
             of_rows = is_whole or self.operands[i - 1].mode == ROW
@@ -257,8 +299,10 @@ class Pass:
             self.smaller.append((i, is_whole))
         self.launch = Launch(reconstruction_kernel, first.device, constants, options_of(first.device))
 
-    def run(self, parameters, x, weight, divisor, factor, used, seen, gradients, sums, stateless=False) -> None:
-        """`gradients` and `sums`, three each: where results go, or None."""
+    def run(
+        self, parameters, x, weight, divisor, factor, used, seen, gradients, sums, stateless=False, of_rows=None
+    ) -> None:  # fmt: skip
+        """`gradients` and `sums`, three each: where results go, or None; `of_rows`: see `softmax.py`."""
         first = parameters[0]
         _, second, third = (*parameters, None, None)[:3]
         if self.lays:
@@ -266,12 +310,12 @@ class Pass:
             second, third, weight = [operand.laid(t, first) for operand, t in zip(self.operands, given, strict=True)]
         partials = arrived = None
         if sums[0] is not None:
-            partials, arrived = scratch(first.device, self.rows, 3 * self.programs, stateless)
+            partials, arrived = scratch(first.device, self.rows, 4 * self.programs, stateless)
         pointer, value = pointer_and_value(divisor)
         share = 1 if factor is None else self.rows // max(factor.numel(), 1)
         self.launch(
             self.programs,
-            (first, second, third, x, weight, *gradients, factor, used, seen, partials, arrived, *sums, pointer),
+            (first, second, third, x, weight, *gradients, factor, used, seen, partials, arrived, of_rows, *sums, pointer),
             (value, *self.options, *self.columns, share, *self.numbers),
             (
                 sums[0] is None, gradients[0] is None, gradients[1] is None, gradients[2] is None,
@@ -299,15 +343,17 @@ class Reconstruction:
 
     __slots__ = "_kind", "_passes", "device"
 
+    kind_of_pass = Pass
+
     def __init__(self, *, family: Family, per_sample, dtype, device) -> None:
         self._kind, self.device = (family, per_sample, dtype), device
         self._passes: dict[tuple, Pass] = {}  # by which gradients are wanted
 
     def _pass(self, parameters, x, weight, wants) -> Pass:
-        made = self._passes[wants] = Pass(parameters, x, weight, wants, *self._kind)
+        made = self._passes[wants] = self.kind_of_pass(parameters, x, weight, wants, *self._kind)
         return made
 
-    def forward(self, parameters, x, weight, divisor, guess, wants, stateless=False):
+    def forward(self, parameters, x, weight, divisor, guess, wants, stateless=False, of_rows=None):
         """The weighted negative log-likelihood, added up and over `divisor`; its derivatives by the `parameters` in `wants`, a
         tuple.
 
@@ -324,7 +370,7 @@ class Reconstruction:
         for i, is_sum, *kind in launch.results:
             (sums if is_sum else gradients)[i] = empty(*kind)
         recon = sums[0] = empty(*launch.recon)
-        launch.run(parameters, x, weight, divisor, guess, None, None, gradients, sums, stateless)
+        launch.run(parameters, x, weight, divisor, guess, None, None, gradients, sums, stateless, of_rows)
         for i, is_whole in launch.smaller:
             if is_whole:
                 gradients[i] = sums[i]
@@ -336,7 +382,7 @@ class Reconstruction:
             recon = recon.view(batch, -1).sum(1 if per_sample else None, dtype=torch.float64).to(dtype)
         return recon, gradients[: len(parameters)]
 
-    def backward(self, parameters, x, weight, divisor, upstream, gradients, used, wants):
+    def backward(self, parameters, x, weight, divisor, upstream, gradients, used, wants, of_rows=None):
         """Gradients by the large parameters that are wanted: `gradients` as forward stored them with the factor `used`,
         corrected where they lie if `upstream` is another; new ones if there is none that was `used`.
 
@@ -348,8 +394,8 @@ class Reconstruction:
             large = [wanted and p.shape == first.shape for p, wanted in zip(parameters, wants, strict=True)]
             gradients = [empty(*launch.like, p.dtype) if at else None for p, at in zip(parameters, large, strict=True)]
         seen = empty((first.shape[0] if per_sample else 1,), (1,), dtype)
-        padded = (*gradients, None, None)[:3]
-        launch.run(parameters, x, weight, divisor, upstream.contiguous(), used, seen, padded, (None, None, None))
+        padded, nothing = (*gradients, None, None)[:3], (None, None, None)
+        launch.run(parameters, x, weight, divisor, upstream.contiguous(), used, seen, padded, nothing, False, of_rows)
         return gradients, seen
 
 

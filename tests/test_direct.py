@@ -260,11 +260,13 @@ def test_what_launches_keeps_no_tensor():
             mu, mu, mu, mu, None, posterior="std", clamp=None, prior="std", kind="column", floor=None,
             free_bits=None, shares=(1.0, 1.0), kl_scale=1.0, dtype=torch.float32,
         ),
-        kernels.Reconstruction(family=kernels.Family("laplace", (None, "scale")), device=x.device, **options),
+        kernels.Reconstruction(family=kernels.Family("laplace", links=(None, "scale")), device=x.device, **options),
         kernels.Categorical(classes=8, inner=1, ignore_index=-100, target_scale=1.0, device=x.device, **options),
     ]  # fmt: skip
     made.append(
-        reconstruction.Pass([x, x[0]], x, one, (True, True), kernels.Family("laplace", (None, "scale")), *options.values())
+        reconstruction.Pass(
+            [x, x[0]], x, one, (True, True), kernels.Family("laplace", links=(None, "scale")), *options.values()
+        )
     )
     found = [name for launches in made for name, value in attributes(launches) if holds_a_tensor(value)]
     assert len(made) == 6 and not found

@@ -179,7 +179,8 @@ class LossPlan:
         self.silent = silent_range(self.support, likelihood.target_scale, x)
         self.looks = x.device.type == "cpu" and (self.support is not None or any(likelihood.ranges))
         self.options, self.scaling = likelihood.constants(parameters, x), likelihood.scaling(x)
-        self.layout = torch.contiguous_format if likelihood.dim is not None else layout_of(first)
+        in_rows = likelihood.dim is not None or likelihood.by_rows
+        self.layout = torch.contiguous_format if in_rows else layout_of(first)
         self.latents_layout = layout_of(latents[0]) if call.latents == 2 else torch.contiguous_format
         dense = self.dense(tensors)
         self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))

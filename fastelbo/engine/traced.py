@@ -45,7 +45,8 @@ def loss(call: LossCall, factors: Factors, tensors: Sequence[Tensor], divisor: f
         divisor = call.divisor(parameters[0], x, weight)
     code = code_of(call.likelihood)
     passes = call.likelihood.compiled_passes
-    if code is None or call.likelihood.kernel is None or not _goes_to_kernels(passes, *tensors, *factors):
+    has_kernel = code is not None and call.likelihood.kernel is not None and call.parameters <= 3
+    if not has_kernel or not _goes_to_kernels(passes, *tensors, *factors):
         tensors = (*parameters, x, *latents) if weight is None else (*parameters, x, weight, *latents)
         return formula.terms(call, factors, divisor, tensors)
     first, second, third = (*parameters, None, None)[:3]

@@ -29,11 +29,16 @@ def loss_forward(plan, factors, tensors, divisor, known, wants, stateless=False)
         return (loss, recon, kl, [gradient], None, used) if plan.latents else (None, recon, None, [gradient], None, used)
     call = plan.call
     parameters, x, weight, latents = call.split(tensors)
-    large = plan.large_of(wants)
-    if True in large:
-        used = plan.guess.factor() if known is None else known
-    recon, gradients = _reconstruct(plan, parameters, x, weight, divisor, used, wants, stateless)
-    stored, sums = (gradients, None) if large == wants else _apart(gradients, large)
+    if call.likelihood.by_rows:
+        launches = plan.loss_launches or _of_rows(plan, x)
+        recon, sums = launches.forward(parameters, x, weight, divisor, wants, stateless)
+        stored = [None] * plan.count
+    else:
+        large = plan.large_of(wants)
+        if True in large:
+            used = plan.guess.factor() if known is None else known
+        recon, gradients = _reconstruct(plan, parameters, x, weight, divisor, used, wants, stateless)
+        stored, sums = (gradients, None) if large == wants else _apart(gradients, large)
     if not latents:
         return None, recon, None, stored, sums, used
     if call.latents == 2:
@@ -67,7 +72,13 @@ def loss_backward(plan, factors, tensors, divisor, upstreams, stored, sums, used
     if wants_recon:
         wants = needs[:n]
         upstream, large = added(grad_loss, grad_recon, factors[1]), plan.large_of(wants)
-        if sums is None and large != wants:  # those that forward did not keep, as an operator's: all in one launch
+        if call.likelihood.by_rows:
+            launches = plan.loss_launches or _of_rows(plan, x)
+            if sums is None:
+                sums = launches.forward(parameters, x, weight, divisor, wants, True)[1]
+            *sums, of_rows = sums
+            grads[:n] = launches.backward(parameters, x, weight, divisor, upstream, of_rows, wants)
+        elif sums is None and large != wants:  # those that forward did not keep, as an operator's: all in one launch
             seen = upstream.reshape(-1).to(call.dtype)
             found = _reconstruct(plan, parameters, x, weight, divisor, seen, wants, True)[1]
             grads[:n], sums = _apart(found, large)
@@ -142,6 +153,8 @@ def sparse_forward(plan, parameters, x, weight, divisor, known):
     """See `sparse_reconstruction.forward`. In the place of the gradients by smaller parameters stand the derivatives of the sum
     by them, times no factor and not over the divisor."""
     used = None
+    if plan.likelihood.by_rows:
+        return *_sparse(plan, x).forward(parameters, x[:3], weight, divisor, plan.stores), used
     if True in plan.large_of(plan.stores, parameters):
         used = plan.guess.factor() if known is None else known
     recon, stored = _of_sparse(plan, parameters, x, weight, divisor, used, plan.stores)
@@ -150,6 +163,8 @@ def sparse_forward(plan, parameters, x, weight, divisor, known):
 
 def sparse_backward(plan, parameters, x, weight, divisor, upstream, stored, used, needs):
     """See `sparse_reconstruction.backward`. What was stored with another factor is corrected where it lies."""
+    if plan.likelihood.by_rows:
+        return _sparse_backward_of_rows(plan, parameters, x, weight, divisor, upstream, stored, needs), None
     large, seen = plan.large_of(needs, parameters), None
     if stored is None and large != needs:  # once more, all of it
         seen = upstream.reshape(-1).to(plan.dtype, copy=True)
@@ -170,6 +185,18 @@ def sparse_backward(plan, parameters, x, weight, divisor, upstream, stored, used
     return found, seen
 
 
+def _sparse_backward_of_rows(plan, parameters, x, weight, divisor, upstream, stored, needs):
+    launches = _sparse(plan, x)
+    if stored is None:
+        stored = launches.forward(parameters, x[:3], weight, divisor, needs)[1]
+    *sums, of_rows = stored
+    found = launches.backward(parameters, x[:3], weight, divisor, upstream, of_rows, needs)
+    return [
+        g if total is None else _times_upstream(total, upstream, divisor, p)
+        for g, total, p in zip(found, sums, parameters, strict=True)
+    ]
+
+
 def _of_sparse(plan, parameters, x, weight, divisor, factor, wants):
     operands, missing = _operands(plan, parameters)
     wants = (*wants, *(False for _ in missing))
@@ -181,10 +208,9 @@ def _sparse(plan, x, operands=0):
     """The launches of the kernels for sparse targets, which the plan keeps."""
     if plan.launches is None:
         likelihood = plan.likelihood
-        plan.launches = kernels.SparseReconstruction(
-            family=kernels.Family(likelihood.function(operands), **plan.options), at_zero=likelihood.kernel_at_zero,
-            per_sample=plan.per_sample, dtype=plan.dtype, device=x.values.device,
-        )  # fmt: skip
+        family = kernels.Family(likelihood.function(operands), likelihood.kernel_at_zero, **plan.options)
+        kind = kernels.RowReconstruction if likelihood.by_rows else kernels.SparseReconstruction
+        plan.launches = kind(family=family, per_sample=plan.per_sample, dtype=plan.dtype, device=x.values.device)
     return plan.launches
 
 
@@ -278,6 +304,15 @@ def _reconstruction(plan, operands, x):
     """Those of the kernel for several parameters and weights, likewise."""
     family = kernels.Family(plan.likelihood.function(len(operands)), **plan.options)
     plan.loss_launches = kernels.Reconstruction(family=family, per_sample=plan.per_sample, dtype=plan.dtype, device=x.device)
+    return plan.loss_launches
+
+
+def _of_rows(plan, x):
+    """Those of the kernels for means by the softmax of a row, likewise."""
+    family = kernels.Family(plan.likelihood.function(plan.count), **plan.options)
+    plan.loss_launches = kernels.RowReconstruction(
+        family=family, per_sample=plan.per_sample, dtype=plan.dtype, device=x.device
+    )  # fmt: skip
     return plan.loss_launches
 
 

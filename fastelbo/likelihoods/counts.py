@@ -7,7 +7,7 @@ from ..basics.numerics import fitting, log_factorial, log_gamma_ratio, log_gamma
 from ..basics.records import record
 from ..basics.tracing import is_seen
 from .base import ONE, Likelihood, OnePass
-from .links import Linked, unless_of_rows
+from .links import Linked
 from .values import NONNEGATIVE, POSITIVE
 
 EPS = 1e-8  # by which scvi-tools keeps its logarithms from 0, and so a mean of 0 with a count above it from infinity
@@ -25,7 +25,7 @@ class NegativeBinomial(Linked):
     mean: str = "identity"
     inverse_dispersion: str = "identity"
     name = "negative_binomial"
-    kernel, kernel_at_zero = unless_of_rows("negative_binomial"), unless_of_rows("negative_binomial_at_zero")
+    kernel, kernel_at_zero = "negative_binomial", "negative_binomial_at_zero"
     compiled_passes = 8
     unlinked, unlinked_ranges = ("mean", "inverse_dispersion"), (NONNEGATIVE, POSITIVE)
 
@@ -66,10 +66,7 @@ class ZeroInflatedNegativeBinomial(Linked):
     mean: str = "identity"
     inverse_dispersion: str = "identity"
     name = "zero_inflated_negative_binomial"
-    kernel, kernel_at_zero = (
-        unless_of_rows("zero_inflated_negative_binomial"),
-        unless_of_rows("zero_inflated_negative_binomial_at_zero"),
-    )
+    kernel, kernel_at_zero = "zero_inflated_negative_binomial", "zero_inflated_negative_binomial_at_zero"
     compiled_passes = 11
     unlinked, unlinked_ranges = ("mean", "inverse_dispersion", "zi_logits"), (NONNEGATIVE, POSITIVE, None)
 

@@ -153,8 +153,3 @@ class Linked(Likelihood):
             return super().sparse_nll(parameters, x)
         plain: dict[str, Any] = dict.fromkeys(("mean", "inverse_dispersion")[: len(self.unlinked)], "identity")
         return replace(self, **plain).sparse_nll(self.link(parameters), x)
-
-
-def unless_of_rows(name: str) -> Any:
-    """A device function of parameters that elements have: with a softmax over rows, Torch computes."""
-    return property(lambda self: None if self.by_rows else name)

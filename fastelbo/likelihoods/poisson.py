@@ -32,15 +32,16 @@ class Poisson(Linked):
 
     @property
     def kernel(self) -> str | None:  # type: ignore[override]
-        return {"identity": "poisson", "softplus": "poisson_softplus", "softmax": None}[self.mean]
+        return {"identity": "poisson", "softplus": "poisson_softplus", "softmax": "poisson_of_both"}[self.mean]
 
     @property
     def kernel_at_zero(self) -> str | None:  # type: ignore[override]
-        return self.kernel and f"{self.kernel}_at_zero"
+        return "poisson_softplus_at_zero" if self.mean == "softplus" else "poisson_at_zero"
 
     def constants(self, parameters, x):
-        """Its device functions have their links, for the logarithm of a rate that underflows."""
-        return super().constants(parameters, x) | {"links": (None, None)}
+        """The device functions of softplus have it in them, for the logarithm of a rate that underflows."""
+        found = super().constants(parameters, x)
+        return found | {"links": (None, None)} if self.mean == "softplus" else found
 
     def support(self, first, x):
         return NONNEGATIVE
