@@ -165,8 +165,8 @@ def of_rows(
     likelihood, *parameters, target=torch.float32, dispersion=None, weight=None, shapes=(), per_sample=False, features=784,
     backward=False, at_zero=None, library=torch.float32,
 ):  # fmt: skip
-    """The kernels of a mean by the softmax of a row, whose library comes behind the parameters: the two of forward, or the one of
-    backward; with `at_zero`, a device function, those of a sparse target, one more of each. See `reconstruction`."""
+    """The kernels of a mean by the softmax of a row, behind whose parameters comes the library: the two of forward, or the one
+    of backward; with `at_zero`, a device function, those of a sparse target, one more of each. See `reconstruction`."""
     shapes = [shapes[i - 1] if i and i <= len(shapes) else (128, features) for i in range(len(parameters))]
     tensors = [torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, parameters, strict=True)]
     tensors.append(torch.ones(128, 1, dtype=library))

@@ -61,15 +61,15 @@ def softmax_kernel(
         for start in tl.range(0, programs, FINISH):
             i = start + tl.arange(0, FINISH)
             most = tl.maximum(most, tl.load(tops + i, mask=i < programs, other=LOWEST, cache_modifier=".cg"))
-        largest = tl.max(most, 0)
+        lead = tl.max(most, 0)
         every = tl.zeros([FINISH], dtype=tl.float64)
         for start in tl.range(0, programs, FINISH):
             i = start + tl.arange(0, FINISH)
-            below = tl.load(tops + i, mask=i < programs, other=LOWEST, cache_modifier=".cg") - largest
+            below = tl.load(tops + i, mask=i < programs, other=LOWEST, cache_modifier=".cg") - lead
             part = tl.load(sums + i, mask=i < programs, other=0.0, cache_modifier=".cg")
             every += part * exp_below(below.to(DTYPE)).to(tl.float64)
         rows = tl.num_programs(0) // programs
-        tl.store(of_rows + row, largest)
+        tl.store(of_rows + row, lead)
         tl.store(of_rows + rows + row, 1.0 / tl.sum(every))
         tl.store(of_rows + 2 * rows + row, tl.load(library + row * step).to(tl.float64))
 
