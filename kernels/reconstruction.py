@@ -207,7 +207,8 @@ def reconstruction_kernel(
                     tl.store(third_out + row, total.to(DTYPE))
                 if SUMS_LIBRARY:
                     total = ordered_sum(mine + 3 * tl.num_programs(0), programs, FINISH)
-                    tl.store(of_rows + 3 * (tl.num_programs(0) // programs) + row, total)
+                    place = 4 if target is None else 3  # of zeros, beside that of all, or of all
+                    tl.store(of_rows + place * (tl.num_programs(0) // programs) + row, total)
 
 
 class Family(NamedTuple):

@@ -112,7 +112,7 @@ class RowReconstruction:
         return [*gradients, None]
 
     def of_rows(self, logits, library, stateless) -> torch.Tensor:
-        """`[4, rows]`, float64: the largest logit, 1 / s, the library, and room for S."""
+        """`[5, rows]`, float64: the largest logit, 1 / s, the library, and room for S and for that of zeros alone."""
         rows = logits.numel() // logits.shape[-1]
         if self._softmax is None:
             tile = tile_size(logits, logits)
@@ -125,7 +125,7 @@ class RowReconstruction:
         launch, segment = self._softmax
         if library.numel() not in (1, rows):
             library = library.expand(*logits.shape[:-1], 1).contiguous()
-        of_rows = allocator(self.device)((4, rows), (rows, 1), torch.float64)
+        of_rows = allocator(self.device)((5, rows), (rows, 1), torch.float64)
         partials, arrived = scratch(self.device, rows, 2 * rows * segment.programs, stateless)
         launch(
             rows * segment.programs, (logits, library, of_rows, partials, arrived),

@@ -33,7 +33,7 @@ def nonzeros_kernel(
     PER_SAMPLE: tl.constexpr, SUMS_LIBRARY: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     FINISH: tl.constexpr,
 ):  # fmt: skip
-    """`zeros`: the sums of zeros, float64 and over the divisor, to which those of nonzeros are added; in `of_rows` stand the
+    """`zeros`: the sums of zeros, float64 and over the divisor, to which those of nonzeros are added; in `of_rows` are the
     derivatives by libraries likewise."""
     row = tl.program_id(0) // programs
     worker = tl.program_id(0) % programs
@@ -88,9 +88,9 @@ def nonzeros_kernel(
                 total = tl.load(zeros + place) + total / scalar(divisor, divisor_value, tl.float64)
                 tl.store(recon_out + place, total.to(DTYPE))
                 if SUMS_LIBRARY:
-                    mine = of_rows + 3 * (tl.num_programs(0) // programs) + row
-                    beyond = ordered_sum(partials + tl.num_programs(0) + row * programs, programs, FINISH)
-                    tl.store(mine, tl.load(mine) + beyond)
+                    rows = tl.num_programs(0) // programs
+                    total = ordered_sum(partials + tl.num_programs(0) + row * programs, programs, FINISH)
+                    tl.store(of_rows + 3 * rows + row, tl.load(of_rows + 4 * rows + row) + total)
 
 
 class NonzerosPass(Pass):

@@ -16,7 +16,10 @@ from fastelbo.likelihoods import (
     Laplace,
     Likelihood,
     Multinomial,
+    NegativeBinomial,
+    Poisson,
     StudentT,
+    ZeroInflatedNegativeBinomial,
 )
 
 SHAPE = (3, 4, 5, 6)
@@ -192,6 +195,24 @@ def _zero_inflated_parameters(mean, theta, logits) -> list[Tensor]:
     return [*_positive(mean, theta), _double(logits)]
 
 
+def _linked(mean: Callable[[Tensor], Tensor], truth):
+    """The truth of what a likelihood with its links inside takes."""
+    return lambda p, x: truth([mean(p[0]), *(value.exp() for value in p[1:2]), *p[2:]], x)
+
+
+def _poisson(parameters, x):
+    return -D.Poisson(parameters[0], validate_args=False).log_prob(x)
+
+
+def _logits_and_library(*shapes) -> list[Tensor]:
+    return [*map(_double, shapes[:-1]), 40 * torch.rand(shapes[-1], dtype=torch.float64) + 1]
+
+
+def _of_library(truth):
+    """Of logits, dispersions by their logarithm, and a library."""
+    return lambda p, x: truth([p[-1] * p[0].softmax(-1), *(value.exp() for value in p[1:-1])], x)
+
+
 def _logistic(log: bool):
     def parameters(mean, scale):
         log_scale = _double(scale) - 2.5
@@ -209,6 +230,7 @@ def _continuous_logits(parameters, x):
 
 
 WHOLE, EACH = (SHAPE,), (SHAPE, SHAPE)
+LIBRARY = (*SHAPE[:-1], 1)
 OF_CHANNELS, OF_FEATURES = (SHAPE, CHANNEL), (SHAPE, FEATURE)
 POSITIVE_SECOND = _first_real_others_positive
 
@@ -242,6 +264,22 @@ CASES = {
         Case(
             "zero_inflated", "zero_inflated_negative_binomial", _zero_inflated_parameters, _counts, _zero_inflated,
             (SHAPE, FEATURE, SHAPE),
+        ),
+        Case("poisson, softplus", Poisson("softplus"), _real, _counts, _linked(F.softplus, _poisson), WHOLE),
+        Case(
+            "poisson, softmax", Poisson("softmax"), _logits_and_library, _counts, _of_library(_poisson), (SHAPE, LIBRARY)
+        ),
+        Case(
+            "negative_binomial, log", NegativeBinomial("log", "log"), _real, _counts, _linked(torch.exp, _negative_binomial),
+            OF_FEATURES,
+        ),
+        Case(
+            "negative_binomial, softmax", NegativeBinomial("softmax", "log"), _logits_and_library, _counts,
+            _of_library(_negative_binomial), (SHAPE, FEATURE, LIBRARY),
+        ),
+        Case(
+            "zero_inflated, softplus", ZeroInflatedNegativeBinomial("softplus", "log"), _real, _counts,
+            _linked(F.softplus, _zero_inflated), (SHAPE, FEATURE, SHAPE),
         ),
         Case("discretized_logistic", "discretized_logistic", _logistic(True), _bins, _discretized("log_scale"), EACH),
         Case(
