@@ -26,9 +26,10 @@ def reconstruction_tile(
     top, inverse, library, log_library, slope,
     second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
     soft_min, target_scale, constant,
-    LIKELIHOOD: tl.constexpr, AT_ZERO: tl.constexpr, FIRST_LINK: tl.constexpr, SECOND_LINK: tl.constexpr, SECOND: tl.constexpr,
-    THIRD: tl.constexpr, WEIGHT: tl.constexpr, SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, SHIFT: tl.constexpr,
-    SUMS_SECOND: tl.constexpr, SUMS_THIRD: tl.constexpr, SUMS_LIBRARY: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr,
+    LIKELIHOOD: tl.constexpr, AT_ZERO: tl.constexpr, FIRST_LINK: tl.constexpr, SECOND_LINK: tl.constexpr, SPREAD: tl.constexpr,
+    SECOND: tl.constexpr, THIRD: tl.constexpr, WEIGHT: tl.constexpr, SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr,
+    SHIFT: tl.constexpr, SUMS_SECOND: tl.constexpr, SUMS_THIRD: tl.constexpr, SUMS_LIBRARY: tl.constexpr, WIDE: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Weighted negative log-likelihood of the elements `o`, whose targets lie `at` other offsets, and its derivatives by a
     second and third parameter and a library that the row has one of. With AT_ZERO, the function for a target of 0: what value
@@ -55,7 +56,7 @@ def reconstruction_tile(
         b = load_operand(second, o, mask, row_start, None, second_inner, second_groups, SECOND, WIDE, DTYPE)
         if SECOND_LINK is not None:
             b, c, second_chain = SECOND_LINK(b, soft_min)
-        elif SECOND == ROW:
+        if SPREAD:
             b += tl.zeros(o.shape, dtype=DTYPE)
     if THIRD != ABSENT:
         c = load_operand(third, o, mask, row_start, None, third_inner, third_groups, THIRD, WIDE, DTYPE)
@@ -122,10 +123,10 @@ def reconstruction_kernel(
     columns: tl.int64, programs: tl.int32, share: tl.int32,
     second_inner: tl.int64, second_groups: tl.int64, third_inner: tl.int64, third_groups: tl.int64,
     weight_apart: tl.int64, weight_inner: tl.int64, weight_groups: tl.int64,
-    LIKELIHOOD: tl.constexpr, FIRST_LINK: tl.constexpr, SECOND_LINK: tl.constexpr, SOFT: tl.constexpr, SECOND: tl.constexpr,
-    THIRD: tl.constexpr, WEIGHT: tl.constexpr, SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr, SHIFT: tl.constexpr,
-    APART: tl.constexpr, SUMS_LIBRARY: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr, THREADS: tl.constexpr, FINISH: tl.constexpr,
+    LIKELIHOOD: tl.constexpr, FIRST_LINK: tl.constexpr, SECOND_LINK: tl.constexpr, SPREAD: tl.constexpr, SOFT: tl.constexpr,
+    SECOND: tl.constexpr, THIRD: tl.constexpr, WEIGHT: tl.constexpr, SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr,
+    SHIFT: tl.constexpr, APART: tl.constexpr, SUMS_LIBRARY: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """A `target` of None is 0 everywhere. Its sums are in float64, since what is no zero is taken out of them again."""
     row = tl.program_id(0) // programs
@@ -158,7 +159,7 @@ def reconstruction_kernel(
                 base, by, top, inverse, library, log_library, slope,
                 second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
                 floor, ts, extra,
-                LIKELIHOOD, None, FIRST_LINK, SECOND_LINK, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, SHIFT,
+                LIKELIHOOD, None, FIRST_LINK, SECOND_LINK, SPREAD, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, SHIFT,
                 second_out is not None, third_out is not None, SUMS_LIBRARY, WIDE, DTYPE,
             )  # fmt: skip
             if recon_out is not None:
@@ -177,7 +178,7 @@ def reconstruction_kernel(
                     base, by, top, inverse, library, log_library, slope,
                     second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
                     floor, ts, extra,
-                    LIKELIHOOD, None, FIRST_LINK, SECOND_LINK, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, SHIFT,
+                    LIKELIHOOD, None, FIRST_LINK, SECOND_LINK, SPREAD, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, SHIFT,
                     second_out is not None, third_out is not None, SUMS_LIBRARY, WIDE, DTYPE,
                 )  # fmt: skip
                 sums += tiles[0]
@@ -270,12 +271,14 @@ class Pass:
         )  # fmt: skip
         self.columns = segment.columns, segment.programs
         of_first, of_second = map(LINKS.__getitem__, family.links)
+        # Likelihoods take a scale as a scalar, from which one comes, and all else as a tile.
+        spread = second.mode == ROW and family.links[1] in (None, "log")
         constants = {
             "LIKELIHOOD": getattr(likelihoods, family.likelihood), "FIRST_LINK": of_first, "SECOND_LINK": of_second,
-            "SOFT": family.soft_min is not None, "SECOND": second.mode, "THIRD": third.mode, "WEIGHT": weight.mode,
-            "SECOND_WHOLE": second.whole, "THIRD_WHOLE": third.whole, "SHIFT": family.target_shift, "APART": weight.apart != 0,
-            "SUMS_LIBRARY": self.sums_library, "DTYPE": TRITON_DTYPE[dtype], "ALIGNED": segment.aligned,
-            "WIDE": segment.wide, "BLOCK": tile, "THREADS": THREADS, "FINISH": FINISH,
+            "SPREAD": spread, "SOFT": family.soft_min is not None, "SECOND": second.mode, "THIRD": third.mode,
+            "WEIGHT": weight.mode, "SECOND_WHOLE": second.whole, "THIRD_WHOLE": third.whole, "SHIFT": family.target_shift,
+            "APART": weight.apart != 0, "SUMS_LIBRARY": self.sums_library, "DTYPE": TRITON_DTYPE[dtype],
+            "ALIGNED": segment.aligned, "WIDE": segment.wide, "BLOCK": tile, "THREADS": THREADS, "FINISH": FINISH,
         }  # fmt: skip
         self.options = family.soft_min or 0.0, family.target_scale, family.constant
         # Where the results go: the place, whether it is among the sums, shape, strides and dtype. Smaller parameters have the

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .direct import Launch, allocator
+from .direct import INTERPRETED, Launch, allocator
 from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, scratch, tile_size
 from .numerics import exp_below
 from .operands import row_bounds
@@ -74,6 +74,10 @@ def softmax_kernel(
         tl.store(of_rows + 2 * rows + row, tl.load(library + row * step).to(tl.float64))
 
 
+# As much as a thread loads of two tensors elsewhere.
+TILES = 1 if INTERPRETED else 2
+
+
 class RowReconstruction:
     """The launches for tensors of one kind, as those of `Reconstruction`, or of `SparseReconstruction` if the family has a
     function for a target of 0. The last of the parameters is the library, with a number for each row or for all.
@@ -115,7 +119,7 @@ class RowReconstruction:
         """`[5, rows]`, float64: the largest logit, 1 / s, the library, and room for S and for that of zeros alone."""
         rows = logits.numel() // logits.shape[-1]
         if self._softmax is None:
-            tile = tile_size(logits, logits)
+            tile = TILES * tile_size(logits, logits)
             segment = Segment.of(logits, rows, tile)
             constants = {
                 "LOWEST": torch.finfo(self.dtype).min, "DTYPE": TRITON_DTYPE[self.dtype], "ALIGNED": segment.aligned,

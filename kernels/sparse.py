@@ -73,7 +73,7 @@ def nonzeros_kernel(
                 top, inverse, library, log_library, slope,
                 second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
                 None, ts, extra,
-                LIKELIHOOD, AT_ZERO, FIRST_LINK, SECOND_LINK, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, 0.0,
+                LIKELIHOOD, AT_ZERO, FIRST_LINK, SECOND_LINK, False, SECOND, THIRD, WEIGHT, SECOND_WHOLE, THIRD_WHOLE, 0.0,
                 False, False, SUMS_LIBRARY, WIDE, DTYPE,
             )  # fmt: skip
             if recon_out is not None:

@@ -1,13 +1,14 @@
 """The links of counts: the same numbers as of what Torch composes, and no mean in memory."""
 
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastelbo
-from conftest import DEVICE, INTERPRETED
+from conftest import BACKEND, COMPILED, DEVICE, INTERPRETED
 from fastelbo import ELBO, IWAE
 from fastelbo.likelihoods import Likelihood, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from likelihood_cases import recon_x
@@ -60,7 +61,7 @@ def counts(dtype=torch.float64, batch: int = B) -> Tensor:
 def weights(kind: str | None) -> Tensor | None:
     if kind is None:
         return None
-    found = torch.rand((B, 1) if kind == "cells" else (G,), dtype=torch.float64, device=DEVICE)
+    found = torch.rand({"cells": (B, 1), "genes": (G,), "elements": (B, G)}[kind], dtype=torch.float64, device=DEVICE)
     found.view(-1)[1] = 0
     return found
 
@@ -73,7 +74,7 @@ def upstream(value: Tensor) -> Tensor:
     return torch.arange(1.0, value.numel() + 1).to(value).view(value.shape) * 1.5
 
 
-@pytest.mark.parametrize("weight", (None, "cells", "genes"))
+@pytest.mark.parametrize("weight", (None, "cells", "genes", "elements"))
 @pytest.mark.parametrize("name", LINKED)
 def test_equals_what_is_composed(name, weight):
     likelihood, x, w = LINKED[name], counts(), weights(weight)
@@ -241,6 +242,229 @@ def test_one_gene():
     assert relative(found, truth) < 1e-6
     by_logits, by_library = gradients(found, *p)
     assert by_logits.abs().max() < 1e-6 and relative(by_library, gradients(truth, p[1])[0]) < 1e-6
+
+
+def by_composition(likelihood, parameters, x, **options) -> Tensor:
+    return fastelbo.nll(recon_x(composed(likelihood, parameters)), x, likelihood=type(likelihood)(), **options)
+
+
+@pytest.mark.parametrize("layout", ("dense", "csr"))
+@pytest.mark.parametrize("reduction", ("sum", "none"))
+@pytest.mark.parametrize("name", ("Poisson, softplus", "NegativeBinomial, log, log", "NegativeBinomial, softmax, log"))
+def test_any_factor(name, reduction, layout):
+    """Factors that are guessed and that are not, forward's own graph twice, and what comes from the first left alone."""
+    likelihood, x = LINKED[name], counts()
+    target = x.to_sparse_csr() if layout == "csr" else x
+    for step, factor in enumerate((1.0, 1.0, 3.0, 3.0, -0.5)):
+        p = given(likelihood)
+        found = fastelbo.nll(recon_x(p), target, likelihood=likelihood, reduction=reduction)
+        truth = by_composition(likelihood, p, x, reduction=reduction)
+        assert relative(found, truth) < 1e-12
+        first = gradients(found, *p, grad_outputs=factor * upstream(found), retain_graph=True)
+        kept = [g.clone() for g in first]
+        again = gradients(found, *p, grad_outputs=2 * factor * upstream(found))
+        of_truth = gradients(truth, *p, grad_outputs=factor * upstream(truth))
+        for g, k, a, t in zip(first, kept, again, of_truth, strict=True):
+            assert relative(g, t) < 1e-12 and relative(a, 2 * t) < 1e-12, step
+            assert torch.equal(g, k)
+
+
+@pytest.mark.parametrize("layout", ("dense", "csr"))
+@pytest.mark.parametrize("theta", ((), (1, 1), (B, 1), (G,), (1, G), (B, G)), ids=str)
+@pytest.mark.parametrize("mean", ("log", "softmax"))
+def test_dispersions_of_any_shape(mean, theta, layout):
+    likelihood, x = NegativeBinomial(mean, "log"), counts()
+    for reduction in ("mean", "none"):
+        p = given(likelihood)
+        p[1] = torch.randn(theta, dtype=torch.float64, device=DEVICE).requires_grad_()
+        target = x.to_sparse_csr() if layout == "csr" else x
+        found = fastelbo.nll(recon_x(p), target, likelihood=likelihood, reduction=reduction)
+        truth = by_composition(likelihood, p, x, reduction=reduction)
+        assert relative(found, truth) < 1e-12
+        of_found, of_truth = (gradients(v, *p, grad_outputs=upstream(v)) for v in (found, truth))
+        assert all(relative(g, t) < 1e-12 for g, t in zip(of_found, of_truth, strict=True))
+
+
+@pytest.mark.parametrize("shape", ((), (1,), (1, 1), (B, 1), (4, 1), (B, 1, 1), (1, 4, 1), (B, 4, 1)), ids=str)
+@pytest.mark.parametrize("kind", (Poisson, NegativeBinomial))
+def test_libraries_of_any_shape(kind, shape):
+    """Those of rows of more than one dimension, too, in memory in another order; the 0-d one is of all rows."""
+    likelihood, dims = kind("softmax"), (B, G) if shape == (B, 1) else (B, 4, 2, G) if len(shape) > 3 else (B, 4, G)
+    logits = torch.randn(dims, dtype=torch.float64, device=DEVICE).transpose(0, 1).contiguous().transpose(0, 1)
+    library = (20 * torch.rand(shape, dtype=torch.float64, device=DEVICE) + 1).requires_grad_()
+    theta = torch.rand(G, dtype=torch.float64, device=DEVICE) + 0.5
+    p = [logits.requires_grad_(), *([theta.requires_grad_()] if kind is NegativeBinomial else []), library]
+    x = torch.poisson(3 * torch.rand(dims, dtype=torch.float64)).to(DEVICE)
+    for reduction in ("batchmean", "none"):
+        found = fastelbo.nll(recon_x(p), x, likelihood=likelihood, reduction=reduction)
+        truth = by_composition(likelihood, p, x, reduction=reduction)
+        assert relative(found, truth) < 1e-12
+        of_found, of_truth = (gradients(v, *p, grad_outputs=upstream(v)) for v in (found, truth))
+        assert all(relative(g, t) < 1e-12 for g, t in zip(of_found, of_truth, strict=True))
+
+
+@pytest.mark.parametrize("layout", ("dense", "csr"))
+@pytest.mark.parametrize("likelihood", (Poisson("softmax"), NegativeBinomial("softmax", "log")), ids=str)
+def test_a_library_of_0(likelihood, layout):
+    """Where nothing was counted it has a gradient, which is no quotient by it; counts would have been impossible."""
+    x, p = counts(), given(likelihood)
+    with torch.no_grad():
+        p[-1][2], p[-1][4] = 0.0, 0.0
+    x[4] = 0
+    wide = cast(p)
+    target = x.to_sparse_csr() if layout == "csr" else x
+    found = fastelbo.nll(recon_x(p), target, likelihood=likelihood)
+    truth = by_composition(likelihood, wide, x)
+    assert relative(found, truth) < 1e-12
+    of_found, of_truth = gradients(found, *p), gradients(truth, *wide)
+    assert all(relative(g, t) < 1e-12 for g, t in zip(of_found, of_truth, strict=True))
+    assert (of_found[-1][2] != 0).all()
+    if isinstance(likelihood, Poisson):
+        x[2, 0] = 3.0
+        target = x.to_sparse_csr() if layout == "csr" else x
+        with pytest.raises(ValueError, match="x must") if DEVICE.type == "meta" else nullcontext():
+            assert fastelbo.nll(recon_x(p), target, likelihood=likelihood) == torch.inf
+
+
+@pytest.mark.parametrize("shift", (-3e4, 1e3, 1e4))
+@pytest.mark.parametrize("name", ("Poisson, softmax", "NegativeBinomial, softmax, log"))
+def test_logits_far_from_0(name, shift):
+    """A softmax is of differences, which float32 has to all digits."""
+    likelihood, x = LINKED[name], counts(torch.float32)
+    p = given(likelihood, torch.float32)
+    with torch.no_grad():
+        p[0] += shift
+    wide = cast(p)
+    truth, found = by_composition(likelihood, wide, x.double()), fastelbo.nll(recon_x(p), x, likelihood=likelihood)
+    assert relative(found, truth) < 1e-6
+    assert all(relative(g, t) < 2e-6 for g, t in zip(gradients(found, *p), gradients(truth, *wide), strict=True))
+
+
+@pytest.mark.parametrize("layout", ("dense", "csr"))
+@pytest.mark.parametrize("shape", ((1, 2), (1, 1003), (3, 1040), (2, 70_003), (1, 131_077)), ids=str)
+def test_rows_of_any_length(shape, layout):
+    """Of one program and of several, which end at a multiple of 16 elements or not."""
+    likelihood = NegativeBinomial("softmax", "log")
+    logits, theta = torch.randn(shape) + 10 * (torch.rand(shape) < 0.01), torch.randn(shape[1])
+    p = [t.to(DEVICE).requires_grad_() for t in (logits, theta, 3.0 * shape[1] * torch.ones(shape[0], 1))]
+    x = (torch.poisson(3 * torch.rand(shape)) * (torch.rand(shape) < 0.5)).to(DEVICE)
+    wide = cast(p)
+    truth = by_composition(likelihood, wide, x.double())
+    found = fastelbo.nll(recon_x(p), x.to_sparse_csr() if layout == "csr" else x, likelihood=likelihood)
+    assert relative(found, truth) < 1e-6
+    for g, t in zip(gradients(found, *p), gradients(truth, *wide), strict=True):
+        assert relative(g, t) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("name", LINKED)
+def test_halves(name, dtype):
+    """The gradient is rounded once, which the interpreter does to the next lower one, from one that float32 has."""
+    likelihood, x = LINKED[name], counts(torch.float32)
+    p = given(likelihood, dtype)
+    wide = cast(p)
+    truth, found = by_composition(likelihood, wide, x.double()), fastelbo.nll(recon_x(p), x, likelihood=likelihood)
+    assert found.dtype == torch.float32 and relative(found, truth) < 1e-6
+    for g, t in zip(gradients(found, *p), gradients(truth, *wide), strict=True):
+        assert ((g.double() - t).abs() <= torch.finfo(dtype).eps * t.abs() + 1e-5 * t.abs().max()).all()
+
+
+@pytest.mark.parametrize("row", ("counted", "not counted"))
+def test_nan_is_no_finite_lie(row):
+    likelihood, x, p = (
+        NegativeBinomial("softmax", "log"),
+        counts(torch.float32),
+        given(LINKED["NegativeBinomial, softmax, log"]),
+    )
+    w = torch.ones(B, 1, device=DEVICE)
+    w[1] = row == "counted"
+    with torch.no_grad():
+        p[0][1, 3] = torch.nan
+    found = fastelbo.nll(recon_x(p), x, likelihood=likelihood, weight=w)
+    by_logits, by_theta, by_library = gradients(found, *p)
+    if row == "counted":
+        assert found.isnan() and by_logits[1].isnan().all() and by_library[1].isnan() and by_theta.isnan().all()
+        assert by_logits[[0, 2, 3, 4, 5]].isfinite().all()
+    else:
+        assert found.isfinite() and all(g.isfinite().all() for g in (by_logits, by_theta, by_library))
+        assert (by_logits[1] == 0).all() and (by_library[1] == 0).all()
+
+
+@pytest.mark.skipif(COMPILED, reason="as any other likelihood's")
+@pytest.mark.parametrize(
+    "name", ("Poisson, softplus", "NegativeBinomial, softmax, log", "ZeroInflatedNegativeBinomial, softmax, log")
+)
+def test_operators(name):
+    """Of a tracer, for which nothing is kept; with four parameters there is none."""
+    likelihood, x, w = LINKED[name], counts(), weights("genes")
+    torch.compiler.reset()
+    call = torch.compile(
+        lambda p, x, w: fastelbo.nll(recon_x(p), x, likelihood=likelihood, weight=w), fullgraph=True, backend="aot_eager"
+    )
+    for needs in ((True, True, True, True), (True, False, False, False), (False, True, True, True)):
+        p = [t.detach().requires_grad_(need) for t, need in zip(given(likelihood), needs, strict=False)]
+        wanted = [t for t in p if t.requires_grad]
+        if not wanted:
+            continue
+        found, truth = call(p, x, w), by_composition(likelihood, p, x, weight=w)
+        assert relative(found, truth) < 1e-12
+        for g, t in zip(gradients(found, *wanted), gradients(truth, *wanted), strict=True):
+            assert relative(g, t) < 1e-12
+
+
+@pytest.mark.skipif(BACKEND != "triton", reason="about the kernels")
+@pytest.mark.parametrize("layout", ("dense", "csr"))
+@pytest.mark.parametrize("name", LINKED)
+def test_launches(name, layout, monkeypatch):
+    """The kernels compute it, and no formula does: two launches forward where a row's softmax is one of them, and else one."""
+    from fastelbo.kernels.direct import Launch
+
+    def nothing(*args):
+        raise AssertionError("a formula")
+
+    launches, launch = [], Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, *args: (launches.append(self.kernel.__name__), launch(self, *args)))
+    likelihood, x = LINKED[name], counts(torch.float32)
+    for method in ("nll", "sparse_nll", "one_pass", "sparse_one_pass", "link"):
+        monkeypatch.setattr(type(likelihood), method, nothing)
+    monkeypatch.setattr("torch.softmax", nothing)
+    monkeypatch.setattr("torch.exp", nothing)
+    target = x.to_sparse_csr() if layout == "csr" else x
+    main = ["reconstruction_kernel", "nonzeros_kernel"] if layout == "csr" else ["reconstruction_kernel"]
+    forward, backward = main, main
+    if likelihood.mean == "softmax":
+        forward = ["softmax_kernel", *main]
+    elif likelihood == Poisson("softplus") and layout == "dense":
+        forward, backward = ["loss_fwd_kernel"], ["loss_bwd_kernel"]
+    for _ in range(2):
+        p = given(likelihood, torch.float32)
+        value = fastelbo.nll(recon_x(p), target, likelihood=likelihood, reduction="none")
+        assert launches == forward
+        launches.clear()
+        value.sum().backward()
+        assert launches == backward
+        launches.clear()
+        with torch.no_grad():
+            fastelbo.nll(recon_x(p), target, likelihood=likelihood)
+        assert launches == forward
+        launches.clear()
+
+
+@pytest.mark.skipif(BACKEND != "triton", reason="about the kernels")
+@pytest.mark.parametrize("name", ("NegativeBinomial, log, log", "NegativeBinomial, softmax, log"))
+def test_no_mean_in_memory(name, monkeypatch):
+    """What is as large as the target: one gradient, and the derivatives by dispersions of genes until they are added up."""
+    likelihood, x = LINKED[name], counts(torch.float32)
+    p, found, made = given(likelihood, torch.float32), [], torch.empty_strided
+    p[1].requires_grad_(False)
+    monkeypatch.setattr(
+        torch, "empty_strided", lambda size, *args, **kw: (found.append(tuple(size)), made(size, *args, **kw))[1]
+    )
+    value = fastelbo.nll(recon_x(p), x, likelihood=likelihood)
+    if DEVICE.type == "cpu":
+        assert found.count((B, G)) == (0 if likelihood.mean == "softmax" else 1)
+        value.backward()
+        assert found.count((B, G)) == 1
 
 
 def test_records():
