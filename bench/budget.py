@@ -55,6 +55,15 @@ SPARSE = (
 )  # of which the target is not read
 
 
+# Of means by the softmax of a row: the link of the second parameter, and dtypes as above.
+ROWS = (
+    ("poisson_of_both", None, (F32,), F32),
+    ("negative_binomial", "log", (F32, F32), F32),
+    ("negative_binomial", "log", (BF16, BF16), F32),
+    ("zero_inflated_negative_binomial", "log", (F32, F32, F32), F32),
+)
+
+
 class Device(NamedTuple):
     """A product of an architecture. Rates: operations of a multiprocessor (compute unit) a clock, by kind."""
 
@@ -195,6 +204,17 @@ def kernels() -> Iterator[Kernel]:
             kind = f"{likelihood} {' '.join(map(_name, parameters))}, zeros{_of(links)}"
             # Its sums are in float64.
             yield _kernel(primitive, kind, zeros, dtypes | ({"recon": F64} if guess is None else {}), (stream,))
+    for dtype in (F32, BF16, F64):
+        launch, _ = compiled.of_rows("poisson_of_both", dtype)
+        yield _kernel("softmax of rows", _name(dtype), launch, {"logits": dtype}, (Stream(("logits",)),))
+    for likelihood, link, parameters, target in ROWS:
+        dtypes = dict(zip(PARAMETERS, parameters, strict=False)) | {"target": target}
+        writes = tuple(f"grad_{name}" for name in PARAMETERS[: len(parameters)])
+        kind = f"{likelihood} {' '.join(map(_name, (*parameters, target)))}"
+        _, forward = compiled.of_rows(likelihood, *parameters, target=target, dispersion=link)
+        (backward,) = compiled.of_rows(likelihood, *parameters, target=target, dispersion=link, backward=True)
+        yield _kernel("reconstruction forward, of rows", kind, forward, dtypes, (Stream(tuple(dtypes)),))
+        yield _kernel("reconstruction backward, of rows", kind, backward, dtypes, (Stream(tuple(dtypes), writes),))
     for dtype in (F32, BF16, F64):
         dtypes = {"mu": dtype, "logvar": dtype}
         yield _kernel("sample forward", _name(dtype), compiled.sample_forward(dtype), dtypes)

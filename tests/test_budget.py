@@ -82,6 +82,27 @@ VARIANTS = {
     "backward of columns of classes": lambda: compiled.classes_backward(512, 32, 33, kind="column"),
     "backward of many classes in float64": lambda: compiled.classes_backward(64, 5000, dtype=F64),
     "zeros in float64": lambda: compiled.reconstruction("zero_inflated_negative_binomial", F64, F64, F64, target=F64),
+    "dispersions by their logarithm, one a row": lambda: compiled.reconstruction(
+        "negative_binomial", F32, F32, links=("log", "log"), shapes=((128, 1),), per_sample=True
+    ),
+    "links in float64": lambda: compiled.reconstruction("negative_binomial", F64, F64, target=F64, links=("softplus", "log")),
+    "softmax of ragged rows": lambda: compiled.of_rows("poisson_of_both", BF16, features=785)[0],
+    "ragged rows of a softmax": lambda: compiled.of_rows("poisson_of_both", BF16, features=785)[1],
+    "dispersions of genes, of a softmax": lambda: compiled.of_rows(
+        "negative_binomial", F32, F32, dispersion="log", shapes=((784,),), weight=torch.zeros(784)
+    )[1],
+    "backward of a softmax with weights": lambda: compiled.of_rows(
+        "zero_inflated_negative_binomial",
+        F32,
+        F32,
+        F32,
+        dispersion="log",
+        shapes=((784,),),
+        weight=torch.zeros(128, 1),
+        per_sample=True,
+        backward=True,
+    )[0],
+    "softmax in float64": lambda: compiled.of_rows("negative_binomial", F64, F64, target=F64, dispersion="log")[1],
     "samples in bfloat16": lambda: compiled.log_ratio_forward(BF16, posterior="std", prior="std"),
     "samples in float64": lambda: compiled.log_ratio_forward(F64, prior="std"),
     "samples, ragged": lambda: compiled.log_ratio_forward(F32, features=20),
@@ -178,6 +199,41 @@ def test_enough_loads_are_in_flight(name):
 def test_other_variants_compile_without_spills(variant, target):
     """In two of the architectures, in turns."""
     assert spilled_bytes(compile_for(target, VARIANTS[variant]())) == 0
+
+
+SPARSE_ROWS = {
+    "forward": lambda: compiled.of_rows(
+        "zero_inflated_negative_binomial", F32, F32, F32, dispersion="log", at_zero="zero_inflated_negative_binomial_at_zero"
+    )[1:],
+    "backward": lambda: compiled.of_rows(
+        "negative_binomial", BF16, BF16, shapes=((784,),), at_zero="negative_binomial_at_zero", per_sample=True, backward=True
+    ),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", SPARSE_ROWS)
+def test_nonzeros_of_a_softmax_compile_without_spills(name, target):
+    launches = SPARSE_ROWS[name]()
+    assert [launch.kernel.__name__ for launch in launches] == ["reconstruction_kernel", "nonzeros_kernel"]
+    assert [spilled_bytes(compile_for(target, launch)) for launch in launches] == [0, 0]
+
+
+def test_rows_of_a_softmax_do_not_compile_anew():
+    def launches(rows, features, library):
+        tensors = [torch.zeros(rows, features), torch.zeros(features), torch.zeros(rows, 1)]
+        family = kernels.Family("negative_binomial", links=("softmax", "log"))
+        made = kernels.RowReconstruction(family=family, per_sample=False, dtype=F32, device=torch.device("cpu"))
+        if library == "of all":
+            tensors[-1] = torch.zeros(())
+        x, one, of_rows = torch.zeros(rows, features), torch.ones(1), torch.zeros(5, rows, dtype=F64)
+        forward = compiled.record_all(lambda: made.forward(tensors, x, None, rows, (True,) * 3))
+        return [*forward, *compiled.record_all(lambda: made.backward(tensors, x, None, rows, one, of_rows, (True,) * 3))]
+
+    shapes = [(rows, features) for rows in (2, 3, 16, 100, 128) for features in (784, 2000, 20_000)]
+    found = [tuple(map(specialization, launches(*shape, library))) for shape in shapes for library in ("own", "of all")]
+    assert len(set(found)) == 1 and len(found[0]) == 3
+    assert found[0] != tuple(map(specialization, launches(3, 785, "own")))
 
 
 def check_code(kernel: Kernel, code) -> None:
