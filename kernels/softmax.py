@@ -111,7 +111,7 @@ class RowReconstruction:
         large = [want and p.shape == given[0].shape for want, p in zip(wants, given, strict=False)]
         if True not in large:
             return [None] * len(parameters)
-        of_rows = of_rows.contiguous()
+        of_rows = of_rows.to(torch.float64).contiguous()  # which a hook may have brought back otherwise
         gradients, _ = self._launches.backward(given, x, weight, divisor, upstream, None, None, large, of_rows)
         return [*gradients, None]
 

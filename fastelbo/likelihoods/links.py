@@ -1,7 +1,7 @@
 """Links: how a decoder's output becomes the mean and the inverse dispersion of counts.
 
-A block's parameters are linked in memory that stays in cache, the likelihood computes from them, and its derivatives are pulled
-back: no mean is ever stored for the whole of a target.
+In Torch a block's parameters are linked in memory that stays in cache, the likelihood computes from them, and its derivatives
+are pulled back: no mean is ever stored for the whole of a target. The kernels have links of their own: `kernels/links.py`.
 """
 
 from collections.abc import Callable, Sequence
