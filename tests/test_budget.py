@@ -180,6 +180,8 @@ LESS_IN_FLIGHT["loss forward, kl given: samples bfloat16 uint8"] = 27
 LESS_IN_FLIGHT["loss forward: bernoulli bfloat16 uint8"] = 24
 # As for counts of genes, by far.
 LESS_IN_FLIGHT["reconstruction forward: negative_binomial bfloat16 bfloat16 float32"] = 24
+LESS_IN_FLIGHT["reconstruction forward, of rows: negative_binomial bfloat16 bfloat16 float32"] = 24
+LESS_IN_FLIGHT["reconstruction forward: negative_binomial float32 float32 float32, by softplus and log"] = 30
 # One number an element is loaded for each normal that is made again, in 55 instructions or more.
 LESS_IN_FLIGHT |= {"log ratio backward: float32": 18, "log ratio backward, prior: float32": 16}
 
