@@ -30,7 +30,7 @@ def loss_forward(plan, factors, tensors, divisor, known, wants, stateless=False)
     call = plan.call
     parameters, x, weight, latents = call.split(tensors)
     if call.likelihood.by_rows:
-        launches = plan.loss_launches or _of_rows(plan, x)
+        launches = plan.loss_launches or _reconstruction(plan, parameters, x)
         recon, sums = launches.forward(parameters, x, weight, divisor, wants, stateless)
         stored = [None] * plan.count
     else:
@@ -73,7 +73,7 @@ def loss_backward(plan, factors, tensors, divisor, upstreams, stored, sums, used
         wants = needs[:n]
         upstream, large = added(grad_loss, grad_recon, factors[1]), plan.large_of(wants)
         if call.likelihood.by_rows:
-            launches = plan.loss_launches or _of_rows(plan, x)
+            launches = plan.loss_launches or _reconstruction(plan, parameters, x)
             if sums is None:
                 sums = launches.forward(parameters, x, weight, divisor, wants, True)[1]
             *sums, of_rows = sums
@@ -301,18 +301,10 @@ def _loss(plan, recon_x, x, mu):
 
 
 def _reconstruction(plan, operands, x):
-    """Those of the kernel for several parameters and weights, likewise."""
+    """Those of the kernel for several parameters and weights, or of those for means by the softmax of a row, likewise."""
     family = kernels.Family(plan.likelihood.function(len(operands)), **plan.options)
-    plan.loss_launches = kernels.Reconstruction(family=family, per_sample=plan.per_sample, dtype=plan.dtype, device=x.device)
-    return plan.loss_launches
-
-
-def _of_rows(plan, x):
-    """Those of the kernels for means by the softmax of a row, likewise."""
-    family = kernels.Family(plan.likelihood.function(plan.count), **plan.options)
-    plan.loss_launches = kernels.RowReconstruction(
-        family=family, per_sample=plan.per_sample, dtype=plan.dtype, device=x.device
-    )  # fmt: skip
+    kind = kernels.RowReconstruction if plan.likelihood.by_rows else kernels.Reconstruction
+    plan.loss_launches = kind(family=family, per_sample=plan.per_sample, dtype=plan.dtype, device=x.device)
     return plan.loss_launches
 
 
