@@ -350,7 +350,7 @@ BAD = (
     (
         {"kl_weight": torch.ones(B, T, 1, device=DEVICE), "weighting": Weighting(1.0, "sample")},
         ValueError,
-        r"kl_weight must have one number for each sample with a weighting per 'sample': got shape \(4, 3, 1\)",
+        r"kl_weight must have one number for each sample .* \(4, 3, 1\); reduction=PerSample\(batch_dims=2\) makes a sample",
     ),
     (
         {"kl_weight": torch.ones(D, device=DEVICE), "weighting": Weighting(1.0, "channel")},

@@ -82,10 +82,8 @@ def weighted_nll(
 
 def _counted(likelihood: Likelihood, parameters: Sequence[Tensor], keep: Tensor) -> list[Tensor]:
     """Parameters without what is weighted by 0; of logits that others in their row go with, without the rows that are."""
-    found = [torch.where(keep, p, 0.5) for p in parameters]
-    if likelihood.by_rows:
-        found[0] = torch.where(keep.any(-1, keepdim=True), parameters[0], 0.5)
-    return found
+    in_first = keep.any(-1, keepdim=True) if likelihood.by_rows else keep
+    return [torch.where(keep if i else in_first, p, 0.5) for i, p in enumerate(parameters)]
 
 
 def _weighted_sparse_nll(

@@ -155,8 +155,10 @@ def counts_of(per: str, weight: Tensor | None, mu: Tensor, dtype) -> float | Ten
         shared = 2 if per == "channel" else 1
         if any(n != 1 for n in weight.shape[shared:]):
             one = "channel of a sample" if per == "channel" else "sample"
+            advice = "; reduction=PerSample(batch_dims=2) makes a sample of each time step" if per == "sample" else ""
             raise ValueError(
-                f"kl_weight must have one number for each {one} with a weighting per {per!r}: got shape {tuple(weight.shape)}"
+                f"kl_weight must have one number for each {one} with a weighting per {per!r}:"
+                f" got shape {tuple(weight.shape)}{advice}"
             )
         weight = weight.flatten(shared).squeeze(-1) if mu.dim() > shared else weight
         weight = weight.expand(mu.shape[:shared])
