@@ -45,10 +45,10 @@ MOST = {
     "loss, mse": (16, 23, 31, 11),
     "loss, learned scale": (45, 27, 83, 18),
     "loss, mask": (35, 27, 56, 11),
-    "loss, prior": (42, 24, 62, 26),
-    "loss, free bits": (29, 23, 68, 18),
+    "loss, prior": (37, 24, 49, 20),
+    "loss, free bits": (28, 23, 68, 18),
     "kl_divergence": (10, 23, 16, 7),
-    "kl_divergence, log_std": (32, 24, 30, 12),
+    "kl_divergence, log_std": (32, 24, 21, 9),
     "sample_kl + loss": (24, 23, 79, 20),
     "elbo": (21, 23, 80, 24),
 }
