@@ -128,7 +128,8 @@ class RowReconstruction:
             self._softmax = Launch(softmax_kernel, self.device, constants, options_of(self.device)), segment
         launch, segment = self._softmax
         if library.numel() not in (1, rows):
-            library = library.expand(*logits.shape[:-1], 1).contiguous()
+            library = library.expand(*logits.shape[:-1], 1)
+        library = library.contiguous()  # it may be a column of a matrix
         of_rows = allocator(self.device)((5, rows), (rows, 1), torch.float64)
         partials, arrived = scratch(self.device, rows, 2 * rows * segment.programs, stateless)
         launch(

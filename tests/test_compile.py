@@ -486,9 +486,11 @@ def test_weights(name, dtype, device):
     """What weighs nothing may be NaN; no gradient of a parameter that others share comes from it."""
     case = WEIGHTED[name]
     parameters, x = case.make(dtype=dtype, device=device)
-    shape = list(x.shape)
-    if (dim := find_likelihood(case.likelihood).term_dim(parameters[0], x)) is not None:
+    shape, likelihood = list(x.shape), find_likelihood(case.likelihood)
+    if (dim := likelihood.term_dim(parameters[0], x)) is not None:
         shape[dim] = 1
+    if likelihood.by_rows:  # of which a NaN is in every share
+        shape[-1] = 1
     weight = (torch.rand(shape, device=device) * 3).floor() / 2
     none = weight == 0
     with torch.no_grad():

@@ -291,7 +291,7 @@ def test_libraries_of_any_shape(kind, shape):
     """Those of rows of more than one dimension, too, in memory in another order; the 0-d one is of all rows."""
     likelihood, dims = kind("softmax"), (B, G) if shape == (B, 1) else (B, 4, 2, G) if len(shape) > 3 else (B, 4, G)
     logits = torch.randn(dims, dtype=torch.float64, device=DEVICE).transpose(0, 1).contiguous().transpose(0, 1)
-    library = (20 * torch.rand(shape, dtype=torch.float64, device=DEVICE) + 1).requires_grad_()
+    library = (20 * torch.rand((*shape, 2), dtype=torch.float64, device=DEVICE) + 1)[..., 0].requires_grad_()
     theta = torch.rand(G, dtype=torch.float64, device=DEVICE) + 0.5
     p = [logits.requires_grad_(), *([theta.requires_grad_()] if kind is NegativeBinomial else []), library]
     x = torch.poisson(3 * torch.rand(dims, dtype=torch.float64)).to(DEVICE)
