@@ -426,7 +426,8 @@ def test_meta():
 
 def peak(function: Callable) -> int:
     """Bytes that are allocated at most, beyond what is there before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         kept = function()
     now = most = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
