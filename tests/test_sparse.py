@@ -1,7 +1,6 @@
 """Targets in CSR: the same numbers as of the dense target, and no memory of its size."""
 
 import contextlib
-from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Multinomial, NegativeBinomial, Poisson
 
 import fastelbo
+from bench.measure import peak_bytes
 from conftest import BACKEND, DEVICE, INTERPRETED, once
 from fastelbo import ELBO, IWAE
 from fastelbo.diagnostics import Monitor
@@ -424,20 +424,6 @@ def test_meta():
 # --- memory
 
 
-def peak(function: Callable) -> int:
-    """Bytes that are allocated at most, beyond what is there before."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
-        kept = function()
-    now = most = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    del kept
-    return most
-
-
 @once
 @pytest.mark.skipif(BACKEND != "torch", reason="of the Torch backend")
 @pytest.mark.parametrize(
@@ -456,7 +442,7 @@ def test_no_memory_of_the_size_of_the_target(likelihood):
 
     for _ in range(2):  # scratch memory is kept, and the guess is right the second time
         step(sparse)
-    assert size <= peak(lambda: step(sparse)) < 1.25 * size  # the gradient alone
+    assert size <= peak_bytes(lambda: step(sparse), torch.device("cpu")) < 1.25 * size  # the gradient alone
 
 
 # --- errors

@@ -78,10 +78,8 @@ def planned_terms(
 
 def _by_autograd(plan: LossPlan, tensors: Sequence[Tensor], factors: Factors):
     """Likewise, where Torch has a function for the reconstruction that costs less than ours; None where it has not."""
-    n, weight = plan.count, None
-    if plan.weight_shape is not None:
-        weight = tensors[n + 1]
-        weight = weight if weight.shape == plan.weight_shape else weight.view(plan.weight_shape)
+    n = plan.count
+    weight = None if plan.weight_shape is None else tensors[n + 1]
     recon = plan.likelihood.sum_by_torch(tensors[:n], tensors[n], weight)
     if recon is None:
         return None
