@@ -178,8 +178,8 @@ def of_rows(
     launches = kernels.RowReconstruction(family=family, per_sample=per_sample, dtype=dtype, device=tensors[0].device)
     if not backward:
         return record_all(lambda: launches.forward(tensors, x, weight, 1.0, wants))
-    upstream, rows = torch.ones(128 if per_sample else 1, dtype=dtype), torch.zeros(5, 128, dtype=torch.float64)
-    return record_all(lambda: launches.backward(tensors, x, weight, 1.0, upstream, rows, wants))
+    upstream, sums = torch.ones(128 if per_sample else 1, dtype=dtype), [None, torch.zeros(5, 128, dtype=torch.float64)]
+    return record_all(lambda: launches.backward(tensors, x, weight, 1.0, upstream, sums, wants))
 
 
 def categorical(*shape, dense=False, dtype=torch.float32, per_sample=False):

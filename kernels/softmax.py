@@ -105,15 +105,19 @@ class RowReconstruction:
         shares = of_rows[3].view(*first.shape[:-1], 1)
         return recon, [*sums, summed(shares, library, first, self.per_sample) if wants[-1] else None, of_rows]
 
-    def backward(self, parameters, x, weight, divisor, upstream, of_rows, wants):
-        """The gradients by the parameters as large as the first that are wanted, None for the others."""
+    def backward(self, parameters, x, weight, divisor, upstream, sums, wants):
+        """`(gradients, sums)`: those by the parameters as large as the first that are wanted, None for the others; and the
+        derivatives of the sum by smaller ones. `sums` is what forward returned; None: it is computed anew."""
+        if sums is None:
+            _, sums = self.forward(parameters, x, weight, divisor, wants, True)
+        *of_smaller, of_rows = sums
         given = parameters[:-1]
         large = [want and p.shape == given[0].shape for want, p in zip(wants, given, strict=False)]
         if True not in large:
-            return [None] * len(parameters)
+            return [None] * len(parameters), of_smaller
         of_rows = of_rows.to(torch.float64).contiguous()  # which a hook may have brought back otherwise
         gradients, _ = self._launches.backward(given, x, weight, divisor, upstream, None, None, large, of_rows)
-        return [*gradients, None]
+        return [*gradients, None], of_smaller
 
     def of_rows(self, logits, library, stateless) -> torch.Tensor:
         """`[5, rows]`, float64: the largest logit, 1 / s, the library, and room for S and for that of zeros alone."""

@@ -228,9 +228,9 @@ def test_rows_of_a_softmax_do_not_compile_anew():
         made = kernels.RowReconstruction(family=family, per_sample=False, dtype=F32, device=torch.device("cpu"))
         if library == "of all":
             tensors[-1] = torch.zeros(())
-        x, one, of_rows = torch.zeros(rows, features), torch.ones(1), torch.zeros(5, rows, dtype=F64)
+        x, one, sums = torch.zeros(rows, features), torch.ones(1), [None, torch.zeros(5, rows, dtype=F64)]
         forward = compiled.record_all(lambda: made.forward(tensors, x, None, rows, (True,) * 3))
-        return [*forward, *compiled.record_all(lambda: made.backward(tensors, x, None, rows, one, of_rows, (True,) * 3))]
+        return [*forward, *compiled.record_all(lambda: made.backward(tensors, x, None, rows, one, sums, (True,) * 3))]
 
     shapes = [(rows, features) for rows in (2, 3, 16, 100, 128) for features in (784, 2000, 20_000)]
     found = [tuple(map(specialization, launches(*shape, library))) for shape in shapes for library in ("own", "of all")]

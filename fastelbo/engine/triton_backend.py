@@ -74,10 +74,7 @@ def loss_backward(plan, factors, tensors, divisor, upstreams, stored, sums, used
         upstream, large = added(grad_loss, grad_recon, factors[1]), plan.large_of(wants)
         if call.likelihood.by_rows:
             launches = plan.loss_launches or _reconstruction(plan, parameters, x)
-            if sums is None:
-                sums = launches.forward(parameters, x, weight, divisor, wants, True)[1]
-            *sums, of_rows = sums
-            grads[:n] = launches.backward(parameters, x, weight, divisor, upstream, of_rows, wants)
+            grads[:n], sums = launches.backward(parameters, x, weight, divisor, upstream, sums, wants)
         elif sums is None and large != wants:  # those that forward did not keep, as an operator's: all in one launch
             seen = upstream.reshape(-1).to(call.dtype)
             found = _reconstruct(plan, parameters, x, weight, divisor, seen, wants, True)[1]
@@ -186,11 +183,7 @@ def sparse_backward(plan, parameters, x, weight, divisor, upstream, stored, used
 
 
 def _sparse_backward_of_rows(plan, parameters, x, weight, divisor, upstream, stored, needs):
-    launches = _sparse(plan, x)
-    if stored is None:
-        stored = launches.forward(parameters, x[:3], weight, divisor, needs)[1]
-    *sums, of_rows = stored
-    found = launches.backward(parameters, x[:3], weight, divisor, upstream, of_rows, needs)
+    found, sums = _sparse(plan, x).backward(parameters, x[:3], weight, divisor, upstream, stored, needs)
     return [
         g if total is None else _times_upstream(total, upstream, divisor, p)
         for g, total, p in zip(found, sums, parameters, strict=True)
