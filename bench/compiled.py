@@ -80,11 +80,10 @@ def loss_forward(
     recon_x, x, mu, logvar = _tensors(prediction, target, latent, features, samples)
     rows = len(recon_x) if per_sample else 1
     dtype = torch.float64 if prediction == torch.float64 else torch.float32
-    given = torch.zeros((rows,) if per_sample else ()) if kl else None
     guess = torch.ones(rows, dtype=dtype) if gradient else None
-    latents = (None, None) if kl else (mu, logvar)
-    launches = kernels.Loss(recon_x, x, latents[0], **_settings(likelihood, per_sample, dtype))
-    return record(lambda: launches.forward(recon_x, x, *latents, given, 1.0, 1.0, guess))
+    tensors = recon_x, x, *((torch.zeros((rows,) if per_sample else ()),) if kl else (mu, logvar))
+    launches = kernels.Loss(tensors, **_settings(likelihood, per_sample, dtype))
+    return record(lambda: launches.forward(tensors, 1.0, 1.0, guess))
 
 
 def loss_backward(
@@ -104,9 +103,11 @@ def loss_backward(
     dtype = torch.float64 if prediction == torch.float64 else torch.float32
     upstream = torch.ones((len(recon_x),) if per_sample else (), dtype=dtype)
     stored = (None, None) if retained or not recon else (torch.empty_like(recon_x), upstream.reshape(-1))
-    wants = recon, latents, kl
-    launches = kernels.Loss(recon_x, x, mu if latents else None, **_settings(likelihood, per_sample, dtype))
-    return record(lambda: launches.backward(recon_x, x, mu, logvar, 1.0, 1.0, (upstream, None, None), *stored, *wants))
+    tensors = recon_x, x
+    if latents or kl:
+        tensors = *tensors, *((mu, logvar) if latents else (torch.zeros_like(upstream),))
+    launches = kernels.Loss(tensors, **_settings(likelihood, per_sample, dtype))
+    return record(lambda: launches.backward(tensors, 1.0, 1.0, (upstream, None, None), *stored, recon, latents or kl))
 
 
 def reconstruction(

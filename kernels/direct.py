@@ -17,7 +17,14 @@ VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 _current_device = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # the number of the current stream, without an object for it
 _empty_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-_runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
+
+# Whether `gpu` is not the current one, or something wants to know of launches or of compilation: what Triton looks at, too,
+# whenever it launches. Written into the code of each launch, where a call would take as long as all of it.
+UNUSUAL = (
+    "gpu != current_device() or kernel.pre_run_hooks or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls"
+    " or runtime.debug or runtime.add_stages_inspection_hook is not None or compilation.instrumentation_mode"
+)
+_is_unusual = compile(UNUSUAL, __file__, "eval")
 
 
 def allocator(device: torch.device) -> Callable[..., torch.Tensor]:
@@ -51,11 +58,10 @@ class Launch:
     hooks on launches or on compilation, in debug or instrumentation mode, or on a device that is not the current one.
     """
 
-    __slots__ = "constants", "device", "gpu", "handles", "kernel", "options", "special", "tensors"
+    __slots__ = "constants", "device", "handles", "kernel", "options", "special", "tensors"
 
     def __init__(self, kernel, device: torch.device, constants: dict, options: dict) -> None:
-        self.kernel, self.constants, self.options = kernel, constants, options
-        self.device, self.gpu = device, device.index  # the number of a GPU, None of a CPU
+        self.kernel, self.device, self.constants, self.options = kernel, device, constants, options
         self.handles: dict[Hashable, Callable] | None = None  # by kind; None where nothing is launched directly
         self.tensors, self.special = 0, ()  # how many of the arguments are tensors; places of numbers that are part of a kind
         if device.type == "cuda" and not INTERPRETED:
@@ -72,28 +78,17 @@ class Launch:
         if programs == 0:
             return
         handles = self.handles
-        if (
-            handles is None
-            or self.gpu != _current_device()
-            # What Triton looks at, too, whenever it launches.
-            or self.kernel.pre_run_hooks
-            or _runtime.launch_enter_hook.calls
-            or _runtime.launch_exit_hook.calls
-            or _runtime.debug
-            or _runtime.add_stages_inspection_hook is not None
-            or _compilation.instrumentation_mode
-        ):
+        if handles is None:
             self.by_triton(programs, tensors, numbers)
             return
         if kind is None:
             kind = *[t if t is None else t.dtype for t in tensors], *[numbers[i] for i in self.special]
         handle = handles.get(kind)
-        if handle is not None and handle(programs, raw_stream(self.gpu), tensors, numbers):
+        if handle is not None and handle(programs, tensors, numbers):
             return
         compiled = self.by_triton(programs, tensors, numbers)
         if handle is None and not any(t is not None and t.data_ptr() % 16 for t in tensors):
-            constants = len(self.kernel.params) - len(tensors) - len(numbers)
-            handle = handle_of(compiled, [t is not None for t in tensors], constants)
+            handle = self._handle(compiled, tensors, numbers)
             if handle is not None:
                 if len(handles) >= LIMIT:
                     handles.clear()
@@ -107,6 +102,37 @@ class Launch:
         with torch.cuda.device(self.device):
             return self.kernel[(programs,)](*tensors, *numbers, **self.constants, **self.options)
 
+    def _handle(self, compiled, tensors, numbers) -> Callable[..., bool] | None:
+        """`handle(programs, tensors, numbers)` launches what Triton has compiled for tensors that are there like these; it does
+        nothing and returns False if one is not aligned, or if the launch is unusual. None where it is not known how to."""
+        if torch.version.hip or not (3, 6) <= VERSION <= (3, 9):
+            return None
+        run = compiled.run
+        if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
+            return None
+        known = {
+            "launch": run.launch, "function": compiled.function, "cooperative": run.launch_cooperative_grid,
+            "pdl": run.launch_pdl, "metadata": compiled.packed_metadata, "gpu": self.device.index, "kernel": self.kernel,
+            "rest": (None,) * (len(self.kernel.params) - len(tensors) - len(numbers)), "runtime": triton.knobs.runtime,
+            "compilation": triton.knobs.compilation, "current_device": _current_device, "raw_stream": raw_stream,
+        }  # fmt: skip
+        if VERSION > (3, 6):
+            known |= {"annotations": run.arg_annotations, "signature": run.kernel_signature}
+        if eval(_is_unusual, known):
+            return None
+        exec(_written(tuple(t is not None for t in tensors)), known)
+        return known["handle"]
+
+    def written(self, kind: Hashable, code: CodeType, names: dict) -> Callable | None:
+        """The function `run` that is defined by `code`, with `names`, a `launching` of this kind and what that needs; None
+        where the kind has no handle."""
+        handle = self.handles and self.handles.get(kind)
+        if not handle:
+            return None
+        known = handle.__globals__ | names
+        exec(code, known)
+        return known["run"]
+
 
 LIMIT = 1024  # kinds of a launch: numbers that are specialized on may be many
 
@@ -119,22 +145,13 @@ def _arguments(kernel) -> tuple[int, tuple[int, ...]]:
     return tensors, tuple(i for i, is_fixed in enumerate(fixed) if not is_fixed)
 
 
-def handle_of(compiled, present: Sequence[bool], constants: int) -> Callable[..., bool] | None:
-    """`launch(programs, stream, tensors, numbers)` of what Triton has compiled for the tensors that are `present`, which does
-    nothing and returns False if one is not aligned; None where it is not known how to."""
-    if torch.version.hip or not (3, 6) <= VERSION <= (3, 9):
-        return None
-    run = compiled.run
-    if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
-        return None
-    known = {
-        "launch": run.launch, "function": compiled.function, "cooperative": run.launch_cooperative_grid,
-        "pdl": run.launch_pdl, "metadata": compiled.packed_metadata, "rest": (None,) * constants,
-    }  # fmt: skip
+def launching(programs: str, arguments: Sequence[str]) -> str:
+    """The line of code that launches so many programs on `stream` with these arguments, which are pointers and numbers."""
+    given = ", ".join((*arguments, "*rest"))
+    behind = f"None, None, metadata, None, None, None, {given}"
     if VERSION > (3, 6):
-        known |= {"annotations": run.arg_annotations, "signature": run.kernel_signature}
-    exec(_written(tuple(present)), known)
-    return known["handle"]
+        behind = f"metadata, None, None, None, None, None, annotations, signature, ({given})"
+    return f"    launch({programs}, 1, 1, stream, function, cooperative, pdl, {behind})"
 
 
 @functools.cache
@@ -142,17 +159,16 @@ def _written(present: tuple[bool, ...]) -> CodeType:
     """The code of a launch, which has a line for each tensor: to go through them in a loop takes twice the time."""
     pointers = [f"p{i}" if is_there else "None" for i, is_there in enumerate(present)]
     there = [p for p in pointers if p != "None"]
-    arguments = ", ".join((*pointers, "*numbers", "*rest"))
-    behind = f"None, None, metadata, None, None, None, {arguments}"
-    if VERSION > (3, 6):
-        behind = f"metadata, None, None, None, None, None, annotations, signature, ({arguments})"
     lines = [
-        "def handle(programs, stream, tensors, numbers):",
+        "def handle(programs, tensors, numbers):",
+        f"    if {UNUSUAL}:",
+        "        return False",
         f"    {', '.join(f't{i}' for i in range(len(present)))}, = tensors",
         *(f"    {p} = t{p[1:]}.data_ptr()" for p in there),
         f"    if ({' | '.join(there) or 0}) & 15:",
         "        return False",
-        f"    launch(programs, 1, 1, stream, function, cooperative, pdl, {behind})",
+        "    stream = raw_stream(gpu)",
+        launching("programs", [*pointers, "*numbers"]),
         "    return True",
     ]
     return compile("\n".join(lines), __file__, "exec")

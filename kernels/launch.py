@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .direct import INTERPRETED, Launch, raw_stream
 
-_is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
+is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
 
 # Of a program, and so of the running sums: each thread keeps one.
 THREADS = 128
@@ -79,8 +79,8 @@ class Segment(NamedTuple):
         return cls(columns, max(1, programs), rows == 1 or columns % 16 == 0, wide)
 
 
-_scratch: dict[tuple[int | None, int], tuple[tuple, int, int]] = {}  # and how many there are of each
-_NO_SCRATCH: tuple[tuple, int, int] = (), -1, -1  # too few for a launch of nothing, too
+kept_scratch: dict[tuple[int | None, int], tuple[tuple, int, int]] = {}  # and how many there are of each
+NO_SCRATCH: tuple[tuple, int, int] = (None, None), -1, -1  # too few for a launch of nothing, too
 
 
 def scratch(device: torch.device, rows: int, programs: int, stateless: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,15 +92,15 @@ def scratch(device: torch.device, rows: int, programs: int, stateless: bool) -> 
     `torch.compile` warms a graph up, with memory from the graph's pool, in which nothing may stay.
     """
     index = device.index  # of a GPU
-    if stateless or (index is not None and _is_capturing()):
+    if stateless or (index is not None and is_capturing()):
         return _new_scratch(device, rows, programs)
     key = index, threading.get_ident() if index is None else raw_stream(index)
-    memory, most_programs, most_rows = _scratch.get(key, _NO_SCRATCH)
+    memory, most_programs, most_rows = kept_scratch.get(key, NO_SCRATCH)
     if most_programs < programs or most_rows < rows:
         programs, rows = max(programs, 4096), max(rows, 1024)
         with torch.inference_mode(False):  # what is made in inference mode cannot be written outside of it
             memory = _new_scratch(device, rows, programs)
-        _scratch[key] = memory, programs, rows
+        kept_scratch[key] = memory, programs, rows
     return memory
 
 

@@ -5,14 +5,17 @@ programs. The first `recon_programs` of them stream the reconstruction, the othe
 to arrive adds their partial sums up.
 """
 
+from collections.abc import Hashable
+
 import triton
 import triton.language as tl
 
 from . import likelihoods
-from .direct import Launch, allocator, dtype_of, lies
-from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
+from .direct import Launch, lies
+from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, tile_size
 from .numerics import exp_and_expm1
 from .operands import factor_of_term, row_bounds, scalar
+from .prepared import Prepared, number_kinds
 from .reduction import arrive_last, fold, ordered_sum
 
 
@@ -159,110 +162,133 @@ class Loss:
     """The launches of the loss for tensors of one kind, with all that follows from shapes and options.
 
     Args:
-        recon_x, x: prediction and target of one shape `[B, ...]` and one dense layout.
-        mu: likewise, or None; `logvar` is like it.
+        tensors: prediction and target of one shape `[B, ...]` and one dense layout; and mu and logvar, likewise, or a KL that
+            is reduced already, or neither.
         likelihood: the name of its device function; `scale`: of those that have a fixed one.
         scales: the factors that turn the sums of reconstruction and KL into the reduction asked for.
-        per_sample: one result a sample, `[B]`, instead of one, `[]`. Then `x` may have a fraction of the rows of `recon_x`,
-            which has several samples of each datum, one of every datum in turn: row r of it is held against row r % B of x.
-            `mu` is None then.
+        per_sample: one result a sample, `[B]`, instead of one, `[]`. Then the target may have a fraction of the rows of the
+            prediction, which has several samples of each datum, one of every datum in turn: row r of it is held against row
+            r % B of the target. There are no mu and logvar then.
         dtype: that of results and arithmetic.
     """
 
     __slots__ = (
-        "_backward", "_forward", "_like_latents", "_like_recon", "_result", "batch", "device", "latents", "numbers", "recon",
-        "rows",
+        "_backward", "_backwards", "_forward", "_forwards", "_like_latents", "_like_recon", "_names", "_result", "device",
+        "latents", "recon", "rows", "values",
     )  # fmt: skip
 
-    def __init__(self, recon_x, x, mu, *, likelihood, scale, target_scale, scales, per_sample, dtype) -> None:
+    def __init__(self, tensors, *, likelihood, scale, target_scale, scales, per_sample, dtype) -> None:
+        recon_x, x, *rest = tensors
+        mu = rest[0] if len(rest) == 2 else None
+        self._names = "prediction", "target", *{0: (), 1: ("kl",), 2: ("mu", "logvar")}[len(rest)]
         self.rows = recon_x.shape[0] if per_sample else 1
         self.device, shape = recon_x.device, (self.rows,) if per_sample else ()
-        # What tensors are allocated with: shapes, strides and, of results, their dtype.
+        # What tensors are made like: shapes, strides and, of results, their dtype.
         self._result = shape, (1,) * len(shape), dtype
         self._like_recon, self._like_latents = lies(recon_x), mu if mu is None else lies(mu)
         tile, options = tile_size(recon_x, x), options_of(recon_x.device)
         recon, latents = Segment.of(recon_x, self.rows, tile), Segment.of(mu, self.rows, tile)
         self.recon, self.latents = recon.programs, latents.programs
-        self.numbers = scale, target_scale, *scales, recon.columns, latents.columns
-        self.batch = x.shape[0] if per_sample and x.shape[0] != self.rows else 0
+        batch = x.shape[0] if per_sample and x.shape[0] != self.rows else 0
+        self.values = {
+            "scale_value": scale, "target_scale": target_scale, "recon_scale": scales[0], "kl_scale": scales[1],
+            "features": recon.columns, "latents": latents.columns, "batch": batch,
+        }  # fmt: skip
         constants = {
             "LIKELIHOOD": likelihoods.fixed_gaussian if likelihood == "gaussian" else getattr(likelihoods, likelihood),
-            "SHARED": self.batch != 0, "DTYPE": TRITON_DTYPE[dtype], "ALIGNED": recon.aligned,
+            "SHARED": batch != 0, "DTYPE": TRITON_DTYPE[dtype], "ALIGNED": recon.aligned,
             "LATENTS_ALIGNED": latents.aligned, "WIDE": recon.wide or latents.wide, "BLOCK": tile,
         }  # fmt: skip
         self._backward = Launch(loss_bwd_kernel, self.device, constants, options)
         self._forward = Launch(loss_fwd_kernel, self.device, constants | {"THREADS": THREADS, "FINISH": FINISH}, options)
+        self._forwards: dict[Hashable, Prepared] = {}  # by kind
+        self._backwards: dict[Hashable, Prepared] = {}
 
-    def forward(self, recon_x, x, mu, logvar, kl, beta, recon_weight, guess, stateless=False):
+    def forward(self, tensors, beta, recon_weight, guess, stateless=False):
         """Loss, reconstruction and KL, and the gradient of the reconstruction.
 
-        - `kl`: a KL that is reduced already, where mu and logvar are None.
         - `beta`, `recon_weight`: floats, or 0-d tensors on the device. `guess`, `[B]` or `[1]`: the upstream factor to store
           the gradient with; None: no gradient is wanted.
         - `stateless`: keep nothing for later calls.
 
-        Returns `(loss, recon, kl, gradient)`: three tensors `[]` or `[B]`, and `guess * d recon / d recon_x` or None.
+        Returns `(loss, recon, kl, gradient)`: three tensors `[]` or `[B]`, loss and KL None where there are no latents, and
+        `guess * d recon / d recon_x` or None.
         """
-        rows, programs = self.rows, self.recon + self.latents
-        partials, arrived = scratch(self.device, rows, rows * programs, stateless)
-        empty, result = allocator(self.device), self._result
-        loss, recon, kl_out = empty(*result), empty(*result), empty(*result)
-        gradient = kind = of_kl = of_recon = None
-        if guess is not None:
-            gradient = empty(*self._like_recon, recon_x.dtype)
-        if type(beta) is float and type(recon_weight) is float:
-            kind = "values" if guess is None else guess.dtype
-        else:
-            (of_kl, beta), (of_recon, recon_weight) = pointer_and_value(beta), pointer_and_value(recon_weight)
-        self._forward(
-            rows * programs,
-            (recon_x, x, gradient, guess, mu, logvar, kl, partials, arrived, loss, recon, kl_out, of_kl, of_recon),
-            (beta, recon_weight, *self.numbers, self.recon, programs, self.batch),
-            kind,
-        )
-        return loss, recon, kl_out, gradient
+        kind: Hashable = guess is None
+        if type(beta) is not float or type(recon_weight) is not float:
+            kind = kind, *number_kinds(beta, recon_weight)
+        prepared = self._forwards.get(kind) or self._prepare_forward(kind, tensors, beta, recon_weight, guess)
+        if stateless:
+            return prepared.by_parts(*tensors, beta, recon_weight, guess, stateless=True)
+        return prepared.run(*tensors, beta, recon_weight, guess)
 
-    def backward(
-        self, recon_x, x, mu, logvar, beta, recon_weight, upstreams, gradient, used, wants_recon, wants_latents, wants_kl
-    ):  # fmt: skip
-        """Gradients by `recon_x`, `mu`, `logvar` and `kl`, each of which may be unwanted; the arguments are those of `forward`.
+    def _prepare_forward(self, kind, tensors, *factors) -> Prepared:
+        names, programs, result = self._names, self.recon + self.latents, self._result
+        makes = {"loss_out": result, "recon_out": result, "kl_out": result}
+        if factors[-1] is not None:
+            makes["gradient"] = *self._like_recon, tensors[0].dtype
+        has_loss = len(names) > 2
+        made = self._forwards[kind] = Prepared(
+            self._forward, kind, self.rows * programs,
+            takes=dict(zip((*names, "beta", "recon_weight", "guess"), (*tensors, *factors), strict=True)), makes=makes,
+            values=self.values | {"recon_programs": self.recon, "programs": programs},
+            gives=(
+                "loss_out" if has_loss else None, "recon_out", "kl_out" if has_loss else None,
+                "gradient" if "gradient" in makes else None,
+            ),
+            rows=self.rows, sums=self.rows * programs,
+        )  # fmt: skip
+        return made
+
+    def backward(self, tensors, beta, recon_weight, upstreams, gradient, used, wants_recon, wants_rest):
+        """Gradients by the prediction, if `wants_recon`, and by mu and logvar, or the KL, if `wants_rest`.
 
         `upstreams`: the gradients that arrived at loss, reconstruction and KL, each `[]`, `[B]` or None; one that a wanted
         gradient needs is there. `gradient` is what forward stored with the factor `used`, or None: corrected where it lies, or
         computed anew.
 
-        Returns `(grad_recon_x, grad_mu, grad_logvar, grad_kl, seen)`, None where unwanted; `seen`, `[B]` or `[1]`, is the
-        upstream factor of the reconstruction, for the next forward to guess.
+        Returns a gradient or None for each tensor, and behind them `seen`, `[B]` or `[1]`, the upstream factor of the
+        reconstruction, for the next forward to guess.
         """
-        rows, recon, latents, empty = self.rows, 0, 0, allocator(self.device)
-        if rows > 1:
+        if self.rows > 1:
             upstreams = [g if g is None else g.contiguous() for g in upstreams]
-        grad_loss, grad_recon, grad_own_kl = upstreams
-        seen = grad_mu = grad_logvar = grad_kl = kind = of_kl = of_recon = None
-        if wants_recon:
-            recon, seen = self.recon, empty((rows,), (1,), self._result[2])
-            if gradient is None:
-                gradient = empty(*self._like_recon, recon_x.dtype)
-        else:
-            gradient = None
-        if wants_latents:
-            latents, like = self.latents, self._like_latents
-            grad_mu, grad_logvar = empty(*like, mu.dtype), empty(*like, logvar.dtype)
-        else:
-            mu = logvar = None
-        if wants_kl:
-            latents, grad_kl = 1, empty(*self._result)
-        if type(beta) is float and type(recon_weight) is float:
-            kind = (
-                wants_recon, wants_latents, wants_kl, dtype_of(used),
-                dtype_of(grad_loss), dtype_of(grad_recon), dtype_of(grad_own_kl),
-            )  # fmt: skip
-        else:
-            (of_kl, beta), (of_recon, recon_weight) = pointer_and_value(beta), pointer_and_value(recon_weight)
-        tensors = (
-            recon_x, x, gradient, used, seen, mu, logvar, grad_mu, grad_logvar, grad_kl, grad_loss, grad_recon, grad_own_kl,
-            of_kl, of_recon,
+        of_loss, of_recon, of_kl = upstreams
+        kind: Hashable = (
+            wants_recon, wants_rest, used if used is None else used.dtype, of_loss if of_loss is None else of_loss.dtype,
+            of_recon if of_recon is None else of_recon.dtype, of_kl if of_kl is None else of_kl.dtype,
         )  # fmt: skip
-        numbers = beta, recon_weight, *self.numbers, recon, recon + latents, self.batch
-        self._backward(rows * (recon + latents), tensors, numbers, kind)
-        return gradient, grad_mu, grad_logvar, grad_kl, seen
+        if type(beta) is not float or type(recon_weight) is not float:
+            kind = kind, *number_kinds(beta, recon_weight)
+        prepared = self._backwards.get(kind)
+        if prepared is None:
+            prepared = self._prepare_backward(
+                kind, tensors, wants_recon, wants_rest, beta, recon_weight, *upstreams, gradient, used
+            )
+        return prepared.run(*tensors, beta, recon_weight, of_loss, of_recon, of_kl, gradient, used)
+
+    def _prepare_backward(self, kind, tensors, wants_recon, wants_rest, *factors) -> Prepared:
+        names = *self._names, "beta", "recon_weight", "grad_loss", "grad_recon", "grad_own_kl", "gradient", "used"
+        takes = dict(zip(names, (*tensors, *factors), strict=True))
+        makes, recon, latents = {}, 0, 0
+        if wants_recon:
+            recon, makes["seen"] = self.recon, ((self.rows,), (1,), self._result[2])
+            if takes["gradient"] is None:
+                makes["gradient"] = *self._like_recon, tensors[0].dtype
+        else:
+            takes["gradient"] = None
+        if wants_rest and "kl" in takes:
+            latents, makes["grad_kl"] = 1, self._result
+        elif wants_rest:
+            latents = self.latents
+            makes |= {f"grad_{name}": (*self._like_latents, takes[name].dtype) for name in ("mu", "logvar")}
+        else:
+            takes |= dict.fromkeys(self._names[2:])
+        made = self._backwards[kind] = Prepared(
+            self._backward, kind, self.rows * (recon + latents), takes=takes, makes=makes,
+            values=self.values | {"recon_programs": recon, "programs": recon + latents},
+            gives=(
+                "gradient" if wants_recon else None, None,
+                *(f"grad_{name}" if wants_rest else None for name in self._names[2:]), "seen" if wants_recon else None,
+            ),
+        )  # fmt: skip
+        return made

@@ -107,7 +107,7 @@ def _poison(request, monkeypatch):
     if BACKEND == "triton":
         from fastelbo.kernels import direct, launch
 
-        monkeypatch.setattr(launch, "_scratch", {})  # what is kept for partial sums, too
+        monkeypatch.setattr(launch, "kept_scratch", {})  # what is kept for partial sums, too
         if direct._empty_cuda is not None:
             monkeypatch.setattr(direct, "_empty_cuda", poisoned(direct._empty_cuda))
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))

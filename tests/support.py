@@ -106,9 +106,9 @@ def recorded_allocations(monkeypatch) -> list[tuple[torch.Size, int]]:
         return call
 
     if BACKEND == "triton":
-        from fastelbo.kernels import direct, loss
+        from fastelbo.kernels import direct, prepared
 
-        monkeypatch.setattr(loss, "allocator", lambda device: recorded(direct.allocator(device)))
+        monkeypatch.setattr(prepared, "allocator", lambda device: recorded(direct.allocator(device)))
     else:
         monkeypatch.setattr(torch, "empty_like", recorded(torch.empty_like))
     return found

@@ -354,13 +354,12 @@ def test_batch_sizes_do_not_compile_anew():
             "likelihood": "bernoulli_logits", "scale": 1.0, "target_scale": 1 / 255, "scales": (1.0, 1.0 / batch),
             "per_sample": False, "dtype": F32,
         }  # fmt: skip
-        wants = True, True, False
-        upstreams = torch.ones(()), None, None
+        tensors, upstreams = (recon_x, x, mu, logvar), (torch.ones(()), None, None)
         options = {"kl_scale": 1.0 / batch, "per_sample": False, "dtype": F32}
         gradient = tensor(batch, features, dtype=BF16)
-        loss, sample = kernels.Loss(recon_x, x, mu, **settings), kernels.Sample(mu, logvar, **options)
-        yield lambda: loss.forward(recon_x, x, mu, logvar, None, 0.1 * batch, 2.0 * batch, one)
-        yield lambda: loss.backward(recon_x, x, mu, logvar, 0.1 * batch, 2.0 * batch, upstreams, gradient, one, *wants)
+        loss, sample = kernels.Loss(tensors, **settings), kernels.Sample(mu, logvar, **options)
+        yield lambda: loss.forward(tensors, 0.1 * batch, 2.0 * batch, one)
+        yield lambda: loss.backward(tensors, 0.1 * batch, 2.0 * batch, upstreams, gradient, one, True, True)
         yield lambda: sample.forward(mu, logvar, seed, True)
         yield lambda: sample.backward(tensor(batch, latents), mu, logvar, seed, 1.0, upstreams[:2])
         samples = 2 + batch % 3
@@ -370,8 +369,8 @@ def test_batch_sizes_do_not_compile_anew():
         yield lambda: kernels.log_ratio_forward(mu, logvar, seed, *priors, wants_logs=True, **normal)
         yield lambda: kernels.log_ratio_backward(z, each, each, mu, logvar, seed, *priors, priors, **held, **normal)
         decoded, rows = tensor(samples * batch, features, dtype=BF16), settings | {"per_sample": True}
-        of_samples = kernels.Loss(decoded, x, None, **rows)
-        yield lambda: of_samples.forward(decoded, x, None, None, each, 0.1, 1.0, each)
+        of_samples = kernels.Loss((decoded, x, each), **rows)
+        yield lambda: of_samples.forward((decoded, x, each), 0.1, 1.0, each)
 
     def compilations(*calls):
         return [{specialization(compiled.record(call)) for call in same} for same in zip(*calls, strict=True)]

@@ -1,5 +1,6 @@
-"""Launches that go past `kernel[grid]`: they pass what it would pass, and everything unusual goes through it."""
+"""Launches that go past `kernel[grid]`, prepared or not: they pass what it would, and everything unusual goes through it."""
 
+import functools
 import inspect
 import os
 import threading
@@ -13,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton", reason="triton is installed on Linux only")
 
 import triton
+import triton.language as tl
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime.jit import JITFunction
 
@@ -26,11 +28,13 @@ from fastelbo.kernels import (
     log_ratio,
     loss,
     mixture,
+    prepared,
     reconstruction,
     sample,
 )
 
 CUDA = torch.device("cuda", 0)
+CURRENT = {0: 0}  # the GPU that passes for the current one
 MODULES = categorical, categorical_divergence, divergence, log_ratio, loss, mixture, reconstruction, sample
 KERNELS = {
     name: value
@@ -54,16 +58,23 @@ class Compiled:
         vars(self.run).update(known | attributes)
 
 
+def function(a, b, n: tl.int64, m, SIZE: tl.constexpr, DTYPE: tl.constexpr): ...
+
+
+def summed(a, made, out, beta, partials, arrived, beta_value: tl.float64, n: tl.int64, SIZE: tl.constexpr): ...
+
+
 class Kernel:
     """Stands for a JITFunction: of tensors a and b, of numbers n and m, of which m is specialized on, and of constants."""
 
-    def __init__(self, **attributes):
+    def __init__(self, fn=function, **attributes):
+        self.fn = fn
         self.params = [
-            SimpleNamespace(name=name, annotation_type=kind, do_not_specialize=fixed, is_constexpr=name.isupper())
-            for name, kind, fixed in (
-                ("a", "", False), ("b", "", False), ("n", "i64", True), ("m", "", False),
-                ("SIZE", "", False), ("DTYPE", "", False),
+            SimpleNamespace(
+                name=p.name, annotation_type="" if p.name.isupper() or p.annotation is p.empty else "fp64",
+                do_not_specialize=p.annotation is tl.int64, is_constexpr=p.name.isupper(),
             )
+            for p in inspect.signature(fn).parameters.values()
         ]  # fmt: skip
         self.pre_run_hooks, self.compiled, self.calls = [], Compiled(**attributes), []
 
@@ -79,7 +90,7 @@ class Kernel:
 def cuda(monkeypatch):
     """Tensors on the CPU pass for such on the current GPU, whose current stream is number 7."""
     monkeypatch.setattr(direct, "INTERPRETED", False)
-    monkeypatch.setattr(direct, "_current_device", lambda: 0)
+    monkeypatch.setattr(direct, "_current_device", lambda: CURRENT[0])
     monkeypatch.setattr(direct, "raw_stream", lambda index: 7)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
@@ -157,7 +168,7 @@ def inspected(monkeypatch):
 
 
 def elsewhere(monkeypatch):
-    monkeypatch.setattr(direct, "_current_device", lambda: 1)
+    monkeypatch.setitem(CURRENT, 0, 1)
 
 
 @pytest.mark.parametrize("unusual", (hooked, ended, debugged, instrumented, inspected, elsewhere, "unaligned", "pre-run hook"))
@@ -210,6 +221,117 @@ def test_booleans_are_compiled_as_bytes(cuda):
     assert mask.data_ptr() in (*call, *(call[-1] if isinstance(call[-1], tuple) else ()))
 
 
+@pytest.fixture
+def memory(cuda, monkeypatch):
+    """What is made for a GPU is made here; whether a graph is captured."""
+    captured = {"now": False}
+    monkeypatch.setattr(prepared, "allocator", lambda device: functools.partial(direct._empty, torch.device("cpu")))
+    monkeypatch.setattr(launch, "kept_scratch", {})
+    monkeypatch.setattr(prepared, "kept_scratch", launch.kept_scratch)
+    monkeypatch.setattr(launch, "raw_stream", lambda index: 7)
+    new = launch._new_scratch
+    monkeypatch.setattr(launch, "_new_scratch", lambda device, *sizes: new(torch.device("cpu"), *sizes))
+    for module in (launch, prepared):
+        monkeypatch.setattr(module, "is_capturing", lambda: captured["now"])
+    return captured
+
+
+def prepare(beta, **attributes):
+    """A launch of 5 programs that takes `a` and `beta`, makes `made` and `out`, and adds up."""
+    kernel = Kernel(summed, **attributes)
+    launches = direct.Launch(kernel, CUDA, {"SIZE": 4}, {"num_warps": 4})
+    ready = prepared.Prepared(
+        launches, "kind", 5, takes={"a": A, "beta": beta, "unused": B}, rows=2, sums=5, values={"n": 3},
+        makes={"made": ((2, 3), (1, 2), torch.float64), "out": ((), (), torch.float32)}, gives=("out", None, "a", "made"),
+    )  # fmt: skip
+    return kernel, ready
+
+
+@pytest.mark.parametrize("beta", (0.5, torch.ones(4)), ids=("number", "tensor"))
+def test_a_prepared_launch_passes_what_triton_passes(beta, memory, monkeypatch):
+    kernel, ready = prepare(beta)
+    found = [ready.run(A, beta, B) for _ in range(3)]
+    for out, nothing, a, made in found:
+        assert nothing is None and a is A
+        assert (out.shape, out.dtype, made.shape, made.stride(), made.dtype) == (
+            (), torch.float32, (2, 3), (1, 2), torch.float64
+        )  # fmt: skip
+    assert len({t.data_ptr() for out, _, _, made in found for t in (out, made)}) == 6
+    ((grid, (a, made, out, pointer, partials, arrived, *numbers), options),) = kernel.calls
+    assert (grid, a, out, made, options) == ((5,), A, found[0][0], found[0][3], {"SIZE": 4, "num_warps": 4})
+    is_number = isinstance(beta, float)
+    assert numbers == [beta if is_number else 1.0, 3] and pointer is (None if is_number else beta)
+    assert partials.numel() >= 5 and arrived.numel() >= 2
+    by_triton = Compiled()
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=None))  # which no machine needs here
+    for out, _, _, made in found[1:]:
+        pointers = [t if t is None else t.data_ptr() for t in (A, made, out, pointer, partials, arrived)]
+        by_triton.run(5, 1, 1, 7, 17, ("packed",), None, None, None, *pointers, *numbers, None)
+    assert kernel.compiled.calls == by_triton.calls
+
+
+@pytest.mark.parametrize("unusual", (hooked, ended, debugged, instrumented, inspected, elsewhere, "unaligned", "pre-run hook"))
+def test_what_is_unusual_of_a_prepared_launch_goes_through_triton(unusual, memory, monkeypatch):
+    kernel, ready = prepare(0.5)
+    for _ in range(2):
+        ready.run(A, 0.5, B)
+    a = A
+    if unusual == "unaligned":
+        a = A[1:]
+    elif unusual == "pre-run hook":
+        kernel.pre_run_hooks.append(print)
+    else:
+        unusual(monkeypatch)
+    for _ in range(2):
+        assert ready.run(a, 0.25, B)[2] is a
+    assert (len(kernel.calls), len(kernel.compiled.calls)) == (3, 1)
+    assert kernel.calls[-1][1][0] is a and kernel.calls[-1][1][-2:] == (0.25, 3)
+
+
+def test_a_prepared_launch_that_is_captured_has_memory_of_its_own(memory):
+    """And is launched directly all the same; so has one that keeps no state."""
+    kernel, ready = prepare(0.5)
+    for _ in range(2):
+        ready.run(A, 0.5, B)
+    usual = kernel.compiled.calls[0]
+    memory["now"] = True
+    ready.run(A, 0.5, B)
+    memory["now"] = False
+    ready.by_parts(A, 0.5, B, stateless=True)
+    ready.run(A, 0.5, B)
+    flat = [[v for part in call for v in (part if isinstance(part, tuple) else (part,))] for call in kernel.compiled.calls]
+    ((kept, *_),) = launch.kept_scratch.values()
+    is_kept = [kept[0].data_ptr() in call and kept[1].data_ptr() in call for call in flat]
+    assert len(kernel.calls) == 1 and usual is kernel.compiled.calls[0] and is_kept == [True, False, False, True]
+
+
+def test_a_prepared_launch_takes_more_memory_where_there_is_too_little(memory):
+    _, ready = prepare(0.5)
+    for _ in range(2):
+        ready.run(A, 0.5, B)
+    (key,) = launch.kept_scratch
+    for few in ((1, 4096), (4096, 1)):
+        launch.kept_scratch[key] = (*launch.kept_scratch[key][:1], *few)
+        ready.run(A, 0.5, B)
+        assert min(launch.kept_scratch[key][1:]) >= 1024
+
+
+def test_a_kernel_with_more_to_it_is_never_prepared(memory):
+    kernel, ready = prepare(0.5, global_scratch_size=8)
+    for _ in range(3):
+        ready.run(A, 0.5, B)
+    assert (len(kernel.calls), len(kernel.compiled.calls)) == (3, 0)
+
+
+def test_no_parameter_has_a_name_that_written_code_uses(memory):
+    _, ready = prepare(0.5)
+    for _ in range(2):
+        ready.run(A, 0.5, B)
+    used = ready.run.__globals__.keys() - {"n", "beta_value"}
+    assert {"launch", "grid", "empty", "made_shape"} <= used
+    assert not [(name, p.name) for name, kernel in KERNELS.items() for p in kernel.params if p.name in used]
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_tensors_come_first_then_numbers_then_constants(name):
     """And numbers have a type, so that none makes a kind of its own; but for the columns of the one kernel."""
@@ -254,7 +376,7 @@ def test_what_launches_keeps_no_tensor():
     x, mu, one = torch.zeros(3, 8), torch.zeros(3, 2), torch.ones(1)
     options = {"per_sample": False, "dtype": torch.float32}
     made = [
-        kernels.Loss(x, x, mu, likelihood="mse", scale=1.0, target_scale=1.0, scales=(1.0, 1.0), **options),
+        kernels.Loss((x, x, mu, mu), likelihood="mse", scale=1.0, target_scale=1.0, scales=(1.0, 1.0), **options),
         kernels.Sample(mu, mu, kl_scale=1.0, **options),
         kernels.Divergence(
             mu, mu, mu, mu, None, posterior="std", clamp=None, prior="std", kind="column", floor=None,

@@ -347,15 +347,15 @@ def check_loss(likelihood, features, target, device, samples=3, guessed=True):
         "likelihood": likelihood, "scale": 0.3 if likelihood == "gaussian" else 1.0, "scales": (0.5, 1.0),
         "target_scale": 1.0 if target.is_floating_point else 1 / 255, "per_sample": True, "dtype": F32,
     }  # fmt: skip
-    wants = True, False, True
     kl, guess, upstream = torch.randn(3, rows, device=device)
     upstream[: rows // 2] = guess[: rows // 2]  # right for some
     found = []
     for shared in (x, x.repeat(samples, 1)):
-        launches = Loss(recon_x, shared, None, **settings)
-        *terms, gradient = launches.forward(recon_x, shared, None, None, kl, 0.7, 1.0, guess if guessed else None)
+        tensors = recon_x, shared, kl
+        launches = Loss(tensors, **settings)
+        *terms, gradient = launches.forward(tensors, 0.7, 1.0, guess if guessed else None)
         stored = (None, None) if gradient is None else (gradient.clone(), guess)
-        backward = launches.backward(recon_x, shared, None, None, 0.7, 1.0, (upstream, None, None), *stored, *wants)
+        backward = launches.backward(tensors, 0.7, 1.0, (upstream, None, None), *stored, True, True)
         found.append([t for t in (*terms, gradient, *backward) if t is not None])
     assert len(found[0]) == (7 if guessed else 6)
     for got, expected in zip(*found, strict=True):

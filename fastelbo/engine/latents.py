@@ -38,13 +38,13 @@ def run(plan: LatentsPlan, tensors: Sequence[Tensor], noise: Tensor | None) -> F
         return traced.latents(plan.call, tensors, noise)
     if not plan.is_dense:
         tensors = plan.dense(tensors)
-    if noise is not None and noise.is_floating_point():
+    if plan.has_normals and noise is not None and noise.is_floating_point():
         noise = noise.contiguous(memory_format=plan.layout)
-    if not plan.wants:
-        found = plan.backend.latents_forward(plan, tensors, noise)[:4]
-    else:
+    if plan.wants:
         z, kl, weighted, *sums = _apply((plan, noise), *tensors)
-        found = z, kl, weighted, sums or None
+    else:
+        z, kl, weighted, sums, _ = plan.backend.latents_forward(plan, tensors, noise)
+    found = z, kl, weighted, sums or None
     return formula.over_weights(plan.call, tensors, found) if plan.is_mean_of_weights else found
 
 
@@ -58,8 +58,8 @@ class Latents(Function):
         ctx.set_materialize_grads(False)
         plan, noise = given
         ctx.save_for_backward(noise, *tensors)
-        z, kl, weighted, sums, ctx.kept = plan.backend.latents_forward(plan, tensors, noise)
-        ctx.plan = plan
+        z, kl, weighted, sums, kept = plan.backend.latents_forward(plan, tensors, noise)
+        ctx.state = plan, kept
         if plan.call.shares is not None and weighted is None:
             weighted = kl.clone()  # the same number, whose gradient is another
         if sums is None:
@@ -70,7 +70,7 @@ class Latents(Function):
     @staticmethod
     @never_compiled
     def backward(ctx, grad_z, grad_kl, grad_weighted, *_):
-        plan, upstreams = ctx.plan, (grad_z, grad_kl, grad_weighted)
+        (plan, kept), upstreams = ctx.state, (grad_z, grad_kl, grad_weighted)
         noise, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         if not is_usual(plan, upstreams):
@@ -78,7 +78,7 @@ class Latents(Function):
         if grad_z is None and grad_kl is None and grad_weighted is None:
             return (None,) * (1 + len(tensors))
         tensors, noise = plan.again(tensors, noise)
-        return None, *plan.backend.latents_backward(plan, tensors, noise, needs, *upstreams, ctx.kept)
+        return None, *plan.backend.latents_backward(plan, tensors, noise, needs, *upstreams, kept)
 
 
 _apply = super(Function, Latents).apply  # not the one in Python, which looks for transformations again

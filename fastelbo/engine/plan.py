@@ -387,8 +387,10 @@ def latents_plan_of(
         if kl_weight is not None:
             tensors = *tensors, kl_weight
         given = tensors if eps is None else (*tensors, eps)
-        absent = eps is None, logvar is None, kl_weight is None
-        start = posterior, reduction, samples, weighting, absent, len(given), torch.is_grad_enabled()
+        start = (
+            posterior, reduction, samples, weighting, eps is None, logvar is None, kl_weight is None, len(given),
+            torch.is_grad_enabled(),
+        )  # fmt: skip
         try:
             found = _last.get(start)
             if found is not None and True not in map(_is_nested, given) and found.fits(*given):

@@ -21,12 +21,11 @@ def loss_forward(plan, factors, tensors, divisor, known, wants, stateless=False)
     """
     used = None
     if plan.path.is_plain:
-        recon_x, x, mu, logvar, kl = _plain_tensors(plan, tensors)
         if wants[0]:
             used = plan.guess.factor() if known is None else known
-        launches = plan.loss_launches or _loss(plan, recon_x, x, mu)
-        loss, recon, kl, gradient = launches.forward(recon_x, x, mu, logvar, kl, *factors, used, stateless)
-        return (loss, recon, kl, [gradient], None, used) if plan.latents else (None, recon, None, [gradient], None, used)
+        launches = plan.loss_launches or _loss(plan, tensors)
+        loss, recon, kl, gradient = launches.forward(tensors, *factors, used, stateless)
+        return loss, recon, kl, [gradient], None, used
     call = plan.call
     parameters, x, weight, latents = call.split(tensors)
     if call.likelihood.by_rows:
@@ -51,23 +50,15 @@ def loss_forward(plan, factors, tensors, divisor, known, wants, stateless=False)
 
 def loss_backward(plan, factors, tensors, divisor, upstreams, stored, sums, used, needs):
     """See `torch_backend.loss_backward`. What was stored with another factor is corrected where it lies."""
-    grads, seen, n = [None] * len(tensors), None, plan.count
+    n = plan.count
     grad_loss, grad_recon, grad_kl = upstreams
     wants_recon = True in needs[:n] and not (grad_loss is None and grad_recon is None)
     wants_kl = True in needs[n:] and not (grad_loss is None and grad_kl is None)
-    if plan.path.is_plain:
-        if not (wants_recon or wants_kl):
-            return grads, None
-        recon_x, x, mu, logvar, _ = _plain_tensors(plan, tensors)
-        launches = plan.loss_launches or _loss(plan, recon_x, x, mu)
-        grads[0], grad_mu, grad_logvar, own, seen = launches.backward(
-            recon_x, x, mu, logvar, *factors, upstreams, None if stored is None else stored[0], used,
-            wants_recon, wants_kl and plan.latents == 2, wants_kl and plan.latents == 1,
-        )  # fmt: skip
-        if wants_kl:
-            grads[2:] = (grad_mu, grad_logvar) if plan.latents == 2 else (own,)
+    if plan.path.is_plain and (wants_recon or wants_kl):
+        launches, gradient = plan.loss_launches or _loss(plan, tensors), None if stored is None else stored[0]
+        *grads, seen = launches.backward(tensors, *factors, upstreams, gradient, used, wants_recon, wants_kl)
         return grads, seen
-    call = plan.call
+    call, grads, seen = plan.call, [None] * len(tensors), None
     parameters, x, weight, latents = call.split(tensors)
     if wants_recon:
         wants = needs[:n]
@@ -100,7 +91,9 @@ def latents_forward(plan, tensors, noise, stateless=False):
         mu, second = tensors
         launches = plan.latents_launches or _sample(plan, mu, second)
         z, kl = launches.forward(mu, second, noise, call.kind is not None, stateless)
-        return z, *((kl, None, None, None) if call.groups is None else formula.with_free_bits(call, mu, kl, None, None))
+        if call.groups is None:
+            return z, kl, None, None, None
+        return z, *formula.with_free_bits(call, mu, kl, None, None)
     if plan.is_categorical:
         return _categorical_forward(plan, tensors, stateless)
     (mu, second), priors, weight = call.latents.split(tensors)
@@ -275,19 +268,11 @@ def _apart(gradients, large):
     return stored, [None if at else g for g, at in zip(gradients, large, strict=True)]
 
 
-def _plain_tensors(plan, tensors):
-    """`(recon_x, x, mu, logvar, kl)`, None where there is none."""
-    if plan.latents == 2:
-        return *tensors, None
-    recon_x, x, *kl = tensors
-    return recon_x, x, None, None, kl[0] if kl else None
-
-
-def _loss(plan, recon_x, x, mu):
+def _loss(plan, tensors):
     """The launches of the kernel that does it all, which the plan keeps."""
     likelihood = plan.likelihood
     plan.loss_launches = kernels.Loss(
-        recon_x, x, mu, likelihood=likelihood.function(1), scale=likelihood.fixed or 1.0, target_scale=plan.scaling[0],
+        tensors, likelihood=likelihood.function(1), scale=likelihood.fixed or 1.0, target_scale=plan.scaling[0],
         scales=(1 / plan.divisor, plan.kl_scale), per_sample=plan.per_sample, dtype=plan.dtype,
     )  # fmt: skip
     return plan.loss_launches
