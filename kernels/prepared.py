@@ -27,7 +27,7 @@ class Prepared:
         sums: the `partials` that the kernel adds up, `arrived` the counters of so many `rows`; none where it adds nothing up.
 
     `run` goes part by part until the kernel is compiled. Then it is one function that was written for this kind, in which
-    nothing is looked up, packed or gone through in a loop: half of what a launch costs on the host is that.
+    nothing is looked up by name, packed into tuples or gone through in a loop.
     """
 
     __slots__ = "gives", "kind", "launch", "makes", "numbers", "programs", "rows", "run", "sums", "takes", "tensors", "values"
@@ -73,10 +73,10 @@ class Prepared:
 
 @functools.cache
 def _parameters(function: Callable) -> tuple[list[str], list[str]]:
-    """The names of a kernel's tensors, and of its numbers, which have a type."""
+    """The names of a kernel's tensors, and of its numbers, the first of which has a type."""
     given = [p for p in inspect.signature(function).parameters.values() if p.annotation is not tl.constexpr]
-    numbers = [p.name for p in given if p.annotation is not p.empty]
-    return [p.name for p in given[: len(given) - len(numbers)]], numbers
+    names, first = [p.name for p in given], next(i for i, p in enumerate(given) if p.annotation is not p.empty)
+    return names[:first], names[first:]
 
 
 @functools.cache
