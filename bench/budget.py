@@ -285,11 +285,14 @@ move the bytes, by the published rates of the product named. Memory is the bound
 def table() -> str:
     header = ["loop", "bytes", *(f"{target}: {device.name}" for target, device in DEVICES.items())]
     lines = [f"Triton {triton.__version__}.", "", LEGEND, "", _line(header), _line(["---"] * len(header))]
-    return "\n".join([*lines, *rows(by_name().values())]) + "\n"
+    for title, kernel, stream in loops(by_name().values()):
+        costs = [cost(kernel, stream, target) for target in DEVICES]
+        lines.append(_line([title, str(kernel.bytes_per_element(stream)), *costs]))
+    return "\n".join(lines) + "\n"
 
 
-def rows(kernels: Iterable[Kernel]) -> Iterator[str]:
-    """The lines of the table that are about these."""
+def loops(kernels: Iterable[Kernel]) -> Iterator[tuple[str, Kernel, Stream]]:
+    """The rows of the table that are about these, by their titles."""
     seen = set()
     for kernel in kernels:
         for stream in kernel.streams:
@@ -301,11 +304,10 @@ def rows(kernels: Iterable[Kernel]) -> Iterator[str]:
                 title += ", each further sample"
             if title not in seen:
                 seen.add(title)
-                costs = [_cell(kernel, stream, target) for target in DEVICES]
-                yield _line([title, str(kernel.bytes_per_element(stream)), *costs])
+                yield title, kernel, stream
 
 
-def _cell(kernel: Kernel, stream: Stream, target: str) -> str:
+def cost(kernel: Kernel, stream: Stream, target: str) -> str:
     device, elements = DEVICES[target], kernel.block // THREADS
     counts = operations(kernel.loop(stream, machine_of(kernel.name, target).loops))
     share = device.instruction_clocks(counts) / device.memory_clocks(elements * kernel.bytes_per_element(stream))
