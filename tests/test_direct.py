@@ -268,6 +268,8 @@ def test_a_prepared_launch_passes_what_triton_passes(beta, memory, monkeypatch):
         pointers = [t if t is None else t.data_ptr() for t in (A, made, out, pointer, partials, arrived)]
         by_triton.run(5, 1, 1, 7, 17, ("packed",), None, None, None, *pointers, *numbers, None)
     assert kernel.compiled.calls == by_triton.calls
+    known = [*attributes(ready), *ready.run.__globals__.items()]
+    assert [name for name, value in known if holds_a_tensor(value)] == ["kept_scratch"]
 
 
 @pytest.mark.parametrize("unusual", (hooked, ended, debugged, instrumented, inspected, elsewhere, "unaligned", "pre-run hook"))
