@@ -323,7 +323,7 @@ class Pass:
             (value, *self.options, *self.columns, share, *self.numbers),
             (
                 sums[0] is None, gradients[0] is None, gradients[1] is None, gradients[2] is None,
-                dtype_of(factor), dtype_of(used), dtype_of(pointer),
+                factor if factor is None else factor.dtype, used if used is None else used.dtype, dtype_of(pointer),
             ),
         )  # fmt: skip
 

@@ -114,7 +114,7 @@ class Sample:
 
     def total(self, mu, logvar, recon, beta, recon_weight, stateless=False):
         """The KL, and the loss that it makes of a reconstruction, `[]` or `[B]`: `(kl, recon_weight * recon + beta * kl)`."""
-        kind = number_kinds(beta, recon_weight)
+        kind = None if type(beta) is type(recon_weight) is float else number_kinds(beta, recon_weight)
         given = mu, logvar, recon, beta, recon_weight
         prepared = self._totals.get(kind)
         if prepared is None:
