@@ -36,13 +36,13 @@ class Prepared:
         self, launch: Launch, kind: Hashable, programs: int, *, takes: Mapping[str, torch.Tensor | float | None],
         makes: Mapping[str, Like], values: Mapping[str, float], gives: Sequence[str | None], rows: int = 0, sums: int = 0,
     ) -> None:  # fmt: skip
-        self.launch, self.kind, self.programs, self.rows, self.sums = launch, kind, programs, rows, sums
+        self.launch, self.kind, self.programs, self.rows, self.sums = launch, (kind,), programs, rows, sums  # None is no name
         self.takes, self.makes, self.gives = tuple(takes), makes, tuple(gives)
         there = {name for name, value in takes.items() if isinstance(value, torch.Tensor)} | makes.keys()
         there |= {"partials", "arrived"} if sums else set()
         tensors, numbers = _parameters(launch.kernel.fn)
         self.tensors = tuple(name if name in there else None for name in tensors)
-        floats = {f"{name}_value": name for name, value in takes.items() if isinstance(value, float)}
+        floats = {f"{name}_value": name for name, value in takes.items() if isinstance(value, float | int)}
         self.numbers = tuple(floats.get(name, name) for name in numbers)
         self.values = {f"{name}_value": 1.0 for name in there} | values  # of numbers that are on the device: not read
         self.run: Callable[..., tuple] = self.by_parts

@@ -5,6 +5,7 @@ large, or smaller ones that broadcast: these are read by index, from cache, and 
 same kernel: it leaves at once where the factor that forward used was the right one.
 """
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -12,106 +13,14 @@ import triton
 import triton.language as tl
 
 from . import likelihoods
-from .broadcast import ABSENT, BROADCAST, ELEMENT, ROW, Operand, load_operand
-from .direct import Launch, allocator, dtype_of, lies
-from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, pointer_and_value, scratch, tile_size
-from .links import LINKS, from_softmax, of_softmax
+from .broadcast import ABSENT, BROADCAST, ELEMENT, ROW, Operand
+from .direct import Launch, lies
+from .launch import FINISH, THREADS, TRITON_DTYPE, Segment, options_of, tile_size
+from .links import LINKS, of_softmax
 from .operands import is_wrong, row_bounds, scalar
+from .prepared import Like, Prepared, number_kinds
 from .reduction import arrive_last, fold, ordered_sum
-
-
-@triton.jit
-def reconstruction_tile(
-    first, second, third, target, weight, grad_first, grad_second, grad_third, o, at, mask, row_start, factor,
-    top, inverse, library, log_library, slope,
-    second_inner, second_groups, third_inner, third_groups, weight_apart, weight_inner, weight_groups,
-    soft_min, target_scale, constant,
-    LIKELIHOOD: tl.constexpr, AT_ZERO: tl.constexpr, FIRST_LINK: tl.constexpr, SECOND_LINK: tl.constexpr, SPREAD: tl.constexpr,
-    SECOND: tl.constexpr, THIRD: tl.constexpr, WEIGHT: tl.constexpr, SECOND_WHOLE: tl.constexpr, THIRD_WHOLE: tl.constexpr,
-    SHIFT: tl.constexpr, SUMS_SECOND: tl.constexpr, SUMS_THIRD: tl.constexpr, SUMS_LIBRARY: tl.constexpr, WIDE: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Weighted negative log-likelihood of the elements `o`, whose targets lie `at` other offsets, and its derivatives by a
-    second and third parameter and a library that the row has one of. With AT_ZERO, the function for a target of 0: what value
-    and derivative by the library are more than with that, in float64.
-
-    `top` and the four behind it are of the row, and None unless its mean is of a softmax: see `links.of_softmax`.
-
-    Gradients are stored unless their pointers are None: times `factor` by parameters as large as the target, and as they are by
-    smaller ones, to be added up.
-    """
-    a = tl.load(first + o, mask=mask, other=0.5).to(DTYPE)
-    t = tl.zeros_like(a)
-    if target is not None:
-        t = tl.load(target + at, mask=mask, other=0).to(DTYPE) * target_scale
-        if SHIFT != 0.0:
-            t += SHIFT
-    b = a
-    if library is not None:
-        a, b, share = from_softmax(a, top, inverse, library, log_library)
-    elif FIRST_LINK is not None:
-        a, b, first_chain = FIRST_LINK(a, None)
-    c, second_chain = a, a
-    if SECOND != ABSENT:
-        b = load_operand(second, o, mask, row_start, None, second_inner, second_groups, SECOND, WIDE, DTYPE)
-        if SECOND_LINK is not None:
-            b, c, second_chain = SECOND_LINK(b, soft_min)
-        if SPREAD:
-            b += tl.zeros(o.shape, dtype=DTYPE)
-    if THIRD != ABSENT:
-        c = load_operand(third, o, mask, row_start, None, third_inner, third_groups, THIRD, WIDE, DTYPE)
-        c += tl.zeros(o.shape, dtype=DTYPE)
-    keep, upstream = mask, factor
-    if WEIGHT != ABSENT:
-        w = load_operand(weight, o, mask, row_start, weight_apart, weight_inner, weight_groups, WEIGHT, WIDE, DTYPE)
-        if WEIGHT == ROW:
-            w += tl.zeros(o.shape, dtype=DTYPE)
-        # A weight of 0 leaves out what may be NaN.
-        keep = mask & (w != 0.0)
-        upstream = w * factor
-    nll, to_first, to_second, to_third = LIKELIHOOD(a, b, c, t, constant, upstream)
-    if WEIGHT != ABSENT:
-        nll *= w
-    to_library = nll
-    if SUMS_LIBRARY:
-        to_library = to_first * share
-    if AT_ZERO is not None:
-        zero, zero_to_first, _, _ = AT_ZERO(a, b, c, tl.zeros_like(t), constant, upstream)
-        if WEIGHT != ABSENT:  # rounded as where it was added up
-            zero *= w
-        nll = nll.to(tl.float64) - zero.to(tl.float64)
-        if SUMS_LIBRARY:
-            to_library = to_library.to(tl.float64) - (zero_to_first * share).to(tl.float64)
-    if SECOND_WHOLE:
-        to_second *= upstream
-    elif WEIGHT != ABSENT:
-        to_second *= w
-    if THIRD_WHOLE:
-        to_third *= upstream
-    elif WEIGHT != ABSENT:
-        to_third *= w
-    if library is not None:
-        to_first *= a
-    elif FIRST_LINK is not None:
-        to_first *= first_chain
-    if SECOND_LINK is not None:
-        to_second *= second_chain
-    if grad_first is not None:
-        to_first = tl.where(keep, to_first, 0.0)
-        if library is not None:  # by its share, which is NaN in a row of which nothing counts and something is NaN
-            to_first -= tl.where(slope == 0.0, 0.0, a * (slope * factor))
-        tl.store(grad_first + o, to_first.to(grad_first.dtype.element_ty), mask=mask)
-    if grad_second is not None:
-        tl.store(grad_second + o, tl.where(keep, to_second, 0.0).to(grad_second.dtype.element_ty), mask=mask)
-    if grad_third is not None:
-        tl.store(grad_third + o, tl.where(keep, to_third, 0.0).to(grad_third.dtype.element_ty), mask=mask)
-    nll = tl.where(keep, nll, 0.0)
-    return (
-        nll,
-        tl.where(keep, to_second, 0.0) if SUMS_SECOND else nll,
-        tl.where(keep, to_third, 0.0) if SUMS_THIRD else nll,
-        tl.where(keep, to_library, 0.0) if SUMS_LIBRARY else nll,
-    )
+from .terms import reconstruction_tile
 
 
 @triton.jit(do_not_specialize=["columns", "programs", "share", "second_inner", "second_groups", "third_inner", "third_groups",
@@ -224,6 +133,11 @@ class Family(NamedTuple):
     target_shift: float = 0.0  # and this is added then
 
 
+# What the kernel is given, and where it puts what it finds for each of three parameters.
+TAKES = "first", "second", "third", "weight", "target", "divisor", "of_rows", "factor"
+GRADIENTS = "grad_first", "grad_second", "grad_third"
+SUMS = "", "second_out", "third_out"
+
 # A row of fewer elements is not worth programs of its own.
 LEAST_COLUMNS = 512
 
@@ -232,8 +146,8 @@ class Pass:
     """A launch of the kernel for tensors of one kind: how it reads its operands, the rows that it sees, and its constants."""
 
     __slots__ = (
-        "columns", "launch", "lays", "like", "numbers", "operands", "options", "order", "programs", "recon", "results", "rows",
-        "smaller", "sums_library",
+        "_backwards", "_forwards", "gives", "launch", "lays", "like", "makes", "operands", "order", "programs", "recon", "rows",
+        "seen", "smaller", "sums_library", "values",
     )  # fmt: skip
 
     def __init__(self, parameters, x, weight, wants, family: Family, per_sample, dtype) -> None:
@@ -266,10 +180,14 @@ class Pass:
             tile //= 2  # registers would be spilled otherwise
         segment = Segment.of(first, rows, tile)
         self.programs = rows * segment.programs
-        self.numbers = (
-            second.inner, second.groups, third.inner, third.groups, weight.apart, weight.inner, weight.groups,
-        )  # fmt: skip
-        self.columns = segment.columns, segment.programs
+        samples = first.shape[0] if per_sample else 1
+        self.values = {
+            "soft_min": family.soft_min or 0.0, "target_scale": family.target_scale, "constant": family.constant,
+            "columns": segment.columns, "programs": segment.programs, "share": rows // max(samples, 1),
+            "second_inner": second.inner, "second_groups": second.groups, "third_inner": third.inner,
+            "third_groups": third.groups, "weight_apart": weight.apart, "weight_inner": weight.inner,
+            "weight_groups": weight.groups,
+        }  # fmt: skip
         of_first, of_second = map(LINKS.__getitem__, family.links)
         # Likelihoods take a scale as a scalar, from which one comes, and all else as a tile.
         spread = second.mode == ROW and family.links[1] in (None, "log")
@@ -280,52 +198,70 @@ class Pass:
             "APART": weight.apart != 0, "SUMS_LIBRARY": self.sums_library, "DTYPE": TRITON_DTYPE[dtype],
             "ALIGNED": segment.aligned, "WIDE": segment.wide, "BLOCK": tile, "THREADS": THREADS, "FINISH": FINISH,
         }  # fmt: skip
-        self.options = family.soft_min or 0.0, family.target_scale, family.constant
-        # Where the results go: the place, whether it is among the sums, shape, strides and dtype. Smaller parameters have the
-        # whole sum there, that of each row, or a derivative for each element.
+        # What is made: shape, strides and dtype. Smaller parameters have the whole sum, that of each row, or a derivative for
+        # each element: of these, the place, whether it is the whole one, and whether it is of rows.
         shape = (rows,) if per_sample or rows > 1 else ()
-        self.recon = shape, (1,) * len(shape), dtype
-        self.results, self.smaller = [], []
+        self.recon = shape, (1,) * len(shape), torch.float64 if x is None else dtype
+        self.seen = (samples,), (1,), dtype
+        self.makes: dict[str, Like] = {}
+        self.gives: list[str | None] = [None] * 3
+        self.smaller = []
         for i, parameter in enumerate(parameters):
             if not wants or not wants[i]:
                 continue
-            if i == 0 or parameter.shape == first.shape:
-                self.results.append((i, False, *self.like, parameter.dtype))
-                continue
-            if x is None:  # the nonzeros come on top
-                self.results.append((i, False, *self.like, dtype))
-                self.smaller.append((i, False))
-                continue
-            is_whole = rows == parameter.numel() == 1 and not per_sample
-            of_rows = is_whole or self.operands[i - 1].mode == ROW
-            shape = (1,) * parameter.dim() if is_whole else (rows,)
-            self.results.append((i, True, shape, (1,) * len(shape), dtype) if of_rows else (i, False, *self.like, dtype))
-            self.smaller.append((i, is_whole))
+            name, like = GRADIENTS[i], (*self.like, parameter.dtype)
+            if i and parameter.shape != first.shape:
+                is_whole = rows == parameter.numel() == 1 and not per_sample and x is not None
+                of_rows = x is not None and (is_whole or self.operands[i - 1].mode == ROW)  # else nonzeros come on top
+                shape = (1,) * parameter.dim() if is_whole else (rows,)
+                name, like = (SUMS[i], (shape, (1,) * len(shape), dtype)) if of_rows else (name, (*self.like, dtype))
+                self.smaller.append((i, is_whole, of_rows))
+            self.gives[i], self.makes[name] = name, like
         self.launch = Launch(reconstruction_kernel, first.device, constants, options_of(first.device))
+        self._forwards: dict[Hashable, Prepared] = {}  # by kind
+        self._backwards: dict[Hashable, Prepared] = {}
 
-    def run(
-        self, parameters, x, weight, divisor, factor, used, seen, gradients, sums, stateless=False, of_rows=None
-    ) -> None:  # fmt: skip
-        """`gradients` and `sums`, three each: where results go, or None; `of_rows`: see `softmax.py`."""
-        first = parameters[0]
-        _, second, third = (*parameters, None, None)[:3]
+    def laid(self, parameters, weight):
+        """Three parameters and the weight as the kernel reads them."""
+        first, second, third = (*parameters, None, None)[:3]
+        given = second, third, weight
         if self.lays:
-            given = second, third, weight
-            second, third, weight = [operand.laid(t, first) for operand, t in zip(self.operands, given, strict=True)]
-        partials = arrived = None
-        if sums[0] is not None:
-            partials, arrived = scratch(first.device, self.rows, 4 * self.programs, stateless)
-        pointer, value = pointer_and_value(divisor)
-        share = 1 if factor is None else self.rows // max(factor.numel(), 1)
-        self.launch(
-            self.programs,
-            (first, second, third, x, weight, *gradients, factor, used, seen, partials, arrived, of_rows, *sums, pointer),
-            (value, *self.options, *self.columns, share, *self.numbers),
-            (
-                sums[0] is None, gradients[0] is None, gradients[1] is None, gradients[2] is None,
-                factor if factor is None else factor.dtype, used if used is None else used.dtype, dtype_of(pointer),
-            ),
-        )  # fmt: skip
+            given = [operand.laid(t, first) for operand, t in zip(self.operands, given, strict=True)]
+        return first, *given
+
+    def forward(self, parameters, x, weight, divisor, guess, stateless=False, of_rows=None):
+        """The sum over the divisor, and of each of three parameters what is made for it; `of_rows`: see `softmax.py`."""
+        given = *self.laid(parameters, weight), x, divisor, of_rows, guess
+        kind: Hashable = guess if guess is None else guess.dtype
+        if isinstance(divisor, torch.Tensor):
+            kind = kind, divisor.dtype
+        prepared = self._forwards.get(kind)
+        if prepared is None:
+            prepared = self._forwards[kind] = Prepared(
+                self.launch, kind, self.programs, takes=dict(zip(TAKES, given, strict=True)),
+                makes={"recon_out": self.recon} | self.makes, values=self.values, gives=("recon_out", *self.gives),
+                rows=self.rows, sums=4 * self.programs,
+            )  # fmt: skip
+        return prepared.by_parts(*given, stateless=True) if stateless else prepared.run(*given)
+
+    def backward(self, parameters, x, weight, divisor, upstream, gradients, used, wants, of_rows=None):
+        """Of each of three parameters the gradient or None, and `seen`: see `Reconstruction.backward`."""
+        wants = tuple(wants) if used is None else tuple([g is not None for g in gradients])
+        stored = (None, None, None) if used is None else (*gradients, None, None)[:3]
+        given = *self.laid(parameters, weight), x, divisor, of_rows, upstream, used, *stored
+        kind = wants, upstream.dtype, used if used is None else used.dtype, *number_kinds(divisor)
+        prepared = self._backwards.get(kind)
+        if prepared is None:
+            first, makes = parameters[0], {"seen": self.seen}
+            large = [wanted and p.shape == first.shape for p, wanted in zip(parameters, wants, strict=False)]
+            gives = [name if at else None for name, at in zip(GRADIENTS, (*large, False, False), strict=False)]
+            if used is None:
+                makes |= {name: (*self.like, p.dtype) for name, p in zip(gives, parameters, strict=False) if name}
+            prepared = self._backwards[kind] = Prepared(
+                self.launch, kind, self.programs, takes=dict(zip((*TAKES, "used", *GRADIENTS), given, strict=True)),
+                makes=makes, values=self.values, gives=(*gives, "seen"),
+            )  # fmt: skip
+        return prepared.run(*given)
 
     def spread(self, sums: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """`[rows]` as a tensor of the dimensions of `like`, which broadcasts to it."""
@@ -370,16 +306,10 @@ class Reconstruction:
         """
         first, (_, per_sample, dtype) = parameters[0], self._kind
         launch = self._passes.get(wants) or self._pass(parameters, x, weight, wants)
-        gradients, sums, empty = [None] * 3, [None] * 3, allocator(self.device)
-        for i, is_sum, *kind in launch.results:
-            (sums if is_sum else gradients)[i] = empty(*kind)
-        recon = sums[0] = empty(*launch.recon)
-        launch.run(parameters, x, weight, divisor, guess, None, None, gradients, sums, stateless, of_rows)
-        for i, is_whole in launch.smaller:
-            if is_whole:
-                gradients[i] = sums[i]
-            else:
-                found = gradients[i] if sums[i] is None else launch.spread(sums[i], first)
+        recon, *gradients = launch.forward(parameters, x, weight, divisor, guess, stateless, of_rows)
+        for i, is_whole, is_of_rows in launch.smaller:
+            if not is_whole:
+                found = launch.spread(gradients[i], first) if is_of_rows else gradients[i]
                 gradients[i] = summed(found, parameters[i], first, per_sample)
         batch = first.shape[0] if per_sample else 1
         if launch.rows != batch:  # no view is handed out
@@ -392,15 +322,9 @@ class Reconstruction:
 
         Returns `(gradients, seen)`, `seen` a copy of the factor, `[B]` or `[1]`.
         """
-        first, (_, per_sample, dtype), empty = parameters[0], self._kind, allocator(self.device)
         launch = self._passes.get(()) or self._pass(parameters, x, weight, ())
-        if used is None:
-            large = [wanted and p.shape == first.shape for p, wanted in zip(parameters, wants, strict=True)]
-            gradients = [empty(*launch.like, p.dtype) if at else None for p, at in zip(parameters, large, strict=True)]
-        seen = empty((first.shape[0] if per_sample else 1,), (1,), dtype)
-        padded, nothing = (*gradients, None, None)[:3], (None, None, None)
-        launch.run(parameters, x, weight, divisor, upstream.contiguous(), used, seen, padded, nothing, False, of_rows)
-        return gradients, seen
+        *found, seen = launch.backward(parameters, x, weight, divisor, upstream.contiguous(), gradients, used, wants, of_rows)
+        return found[: len(parameters)], seen
 
 
 def summed(full: torch.Tensor, parameter: torch.Tensor, first: torch.Tensor, per_sample: bool) -> torch.Tensor:

@@ -6,7 +6,6 @@ write their gradients over the others. A place has one nonzero at most, so that 
 that are smaller than the first are written for each element, and added up when both are done.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -16,8 +15,9 @@ from .direct import INTERPRETED, Launch, allocator
 from .launch import FINISH, TRITON_DTYPE, options_of, pointer_and_value, resident_programs, scratch
 from .links import LINKS, of_softmax
 from .operands import is_wrong, scalar
-from .reconstruction import Family, Pass, Reconstruction, reconstruction_tile
+from .reconstruction import Family, Pass, Reconstruction
 from .reduction import arrive_last, ordered_sum
+from .terms import reconstruction_tile
 
 
 @triton.jit(do_not_specialize=["width", "programs", "second_inner", "second_groups", "third_inner", "third_groups",
@@ -96,11 +96,11 @@ def nonzeros_kernel(
 class NonzerosPass(Pass):
     """Both launches for tensors of one kind."""
 
-    __slots__ = "gathered", "of_nonzeros", "per_sample", "places"
+    __slots__ = "dtype", "gathered", "of_nonzeros", "per_sample", "places"
 
     def __init__(self, parameters, x, weight, wants, family: Family, per_sample, dtype) -> None:
         super().__init__(parameters, None, weight, wants, family._replace(likelihood=family.at_zero), per_sample, dtype)
-        first, device, self.per_sample = parameters[0], parameters[0].device, per_sample
+        first, device, self.per_sample, self.dtype = parameters[0], parameters[0].device, per_sample, dtype
         given = *parameters[1:], *[None] * (3 - len(parameters)), weight
         self.gathered = second, third, weight = tuple(
             Operand.of(t, first, self.order, most) for t, most in zip(given, (1, 1, 2), strict=True)
@@ -116,14 +116,22 @@ class NonzerosPass(Pass):
         }  # fmt: skip
         self.of_nonzeros = Launch(nonzeros_kernel, device, constants, options_of(device))
 
-    def run(
-        self, parameters, x, weight, divisor, factor, used, seen, gradients, sums, stateless=False, of_rows=None
+    def forward(self, parameters, x, weight, divisor, guess, stateless=False, of_rows=None):
+        zeros, *gradients = super().forward(parameters, None, weight, divisor, guess, stateless, of_rows)
+        recon = allocator(zeros.device)(*self.recon[:2], self.dtype)
+        self.nonzeros(parameters, x, weight, divisor, guess, None, None, gradients, zeros, recon, stateless, of_rows)
+        return recon, *gradients
+
+    def backward(self, parameters, x, weight, divisor, upstream, gradients, used, wants, of_rows=None):
+        *found, seen = super().backward(parameters, None, weight, divisor, upstream, gradients, used, wants, of_rows)
+        self.nonzeros(parameters, x, weight, divisor, upstream, used, seen, found, None, None, False, of_rows)
+        return *found, seen
+
+    def nonzeros(
+        self, parameters, x, weight, divisor, factor, used, seen, gradients, zeros, recon, stateless, of_rows
     ) -> None:  # fmt: skip
-        first, (starts, columns, values), recon, zeros = parameters[0], x, sums[0], None
-        if recon is not None:
-            zeros = allocator(first.device)(*self.recon[:2], torch.float64)
-        of_zeros = zeros, None, None
-        super().run(parameters, None, weight, divisor, factor, used, seen, gradients, of_zeros, stateless, of_rows)
+        """The second launch: `zeros`, of the first, and `recon`, None in backward."""
+        first, (starts, columns, values) = parameters[0], x
         batch, width = first.shape
         each = max(1, min(triton.cdiv(values.numel(), batch * BLOCK), resident_programs(first.device) // batch))
         partials = arrived = None
@@ -132,12 +140,11 @@ class NonzerosPass(Pass):
         given = *parameters[1:], *[None] * (3 - len(parameters)), weight
         second, third, weight = (operand.laid(t, first) for operand, t in zip(self.gathered, given, strict=True))
         pointer, value = pointer_and_value(divisor)
-        _, target_scale, constant = self.options
         self.of_nonzeros(
             batch * each,
             (first, second, third, starts, columns, values, weight, *gradients, factor, used, seen, partials, arrived, of_rows,
              zeros, recon, pointer),
-            (value, target_scale, constant, width, each, *self.places),
+            (value, self.values["target_scale"], self.values["constant"], width, each, *self.places),
         )  # fmt: skip
 
 

@@ -241,7 +241,7 @@ def prepare(beta, **attributes):
     kernel = Kernel(summed, **attributes)
     launches = direct.Launch(kernel, CUDA, {"SIZE": 4}, {"num_warps": 4})
     ready = prepared.Prepared(
-        launches, "kind", 5, takes={"a": A, "beta": beta, "unused": B}, rows=2, sums=5, values={"n": 3},
+        launches, None, 5, takes={"a": A, "beta": beta, "unused": B}, rows=2, sums=5, values={"n": 3},
         makes={"made": ((2, 3), (1, 2), torch.float64), "out": ((), (), torch.float32)}, gives=("out", None, "a", "made"),
     )  # fmt: skip
     return kernel, ready
