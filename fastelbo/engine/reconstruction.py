@@ -44,6 +44,17 @@ def _of_samples(plan, tensors, divisor, factor, wants, wants_sum):
     return torch.cat(sums) if wants_sum else None, joined
 
 
+def multiplied(gradients, factor, dtype):
+    """Whether gradients of the factor 1 became those of another one, in place, as `reconstruct`, too, multiplies last.
+
+    Not if they were rounded to fewer bits than `dtype` has, nor if something is not finite, as a derivative may overflow whose
+    product does not."""
+    found = [g for g in gradients if g is not None]
+    if any(g.dtype is not dtype for g in found):
+        return False
+    return all(math.isfinite(g.mul_(factor).sum().item()) for g in found)
+
+
 def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
     """`(sum, gradients)` of a block: the weighted sum, if it is wanted, and the gradients times `by`, in the tensors of `out`
     that are not None. All come in one dtype, and the target as the likelihood's formula takes it; it may be sparse.

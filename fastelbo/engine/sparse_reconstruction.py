@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..basics.sparse import Rows
 from .blocks import added_up, block_size, converted, scratch
-from .reconstruction import _block
+from .reconstruction import _block, multiplied
 
 
 def forward(plan, parameters, x: Rows, weight, divisor, known):
@@ -30,7 +30,8 @@ def backward(plan, parameters, x: Rows, weight, divisor, upstream, stored, used,
     if used is None or not (seen == used if is_number else torch.equal(seen, used)):  # a NaN equals nothing
         if not is_number:
             seen = seen.to(plan.dtype, copy=True)  # whoever passed it in may write to it
-        _, stored = _reconstruct(plan, parameters, x, weight, divisor, seen, needs, False)
+        if not (is_number and used == 1 and multiplied(stored, seen, plan.dtype)):
+            _, stored = _reconstruct(plan, parameters, x, weight, divisor, seen, needs, False)
     return stored, seen
 
 

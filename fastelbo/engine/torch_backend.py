@@ -18,7 +18,7 @@ from ..latents.gaussian import Slope, kl_elements, kl_in_one_pass, sample_in_one
 from ..likelihoods.base import HALF
 from . import categorical, formula, sparse_reconstruction
 from .blocks import SMALL, added_up, converted, cut_alike, scratch
-from .reconstruction import reconstruct
+from .reconstruction import multiplied, reconstruct
 
 
 def draw_noise(like: Tensor, layout: torch.memory_format, generator: torch.Generator | None) -> Tensor:
@@ -81,7 +81,8 @@ def loss_backward(plan, factors, tensors, divisor, upstreams, stored, sums, used
         if used is None or not (seen == used if is_number else torch.equal(seen, used)):  # a NaN equals nothing
             if not is_number:
                 seen = seen.to(plan.dtype, copy=True)  # whoever passed it in may write to it
-            _, stored = reconstruct(plan, tensors, divisor, seen, wants, False)
+            if not (is_number and used == 1 and multiplied(stored[:n], seen, plan.dtype)):
+                _, stored = reconstruct(plan, tensors, divisor, seen, wants, False)
         grads[:n] = stored[:n]
     if True in needs[n:] and not (grad_loss is None and grad_kl is None):
         factor = added(grad_loss, grad_kl, factors[0])
