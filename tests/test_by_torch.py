@@ -17,7 +17,7 @@ KINDS = {
     "mse": "mse",
     "l1": "l1",
 }
-LARGEST = {"bernoulli": 2**12, "logits": 2**18, "positives": 2**18, "mse": 2**18, "l1": 2**18}
+LARGEST = {"bernoulli": 2**12, "logits": 2**17, "positives": 2**18, "mse": 2**18, "l1": 2**18}
 
 
 def inputs(kind, *shape):

@@ -110,6 +110,26 @@ def test_mixtures(channels, each, dim, place, monkeypatch):
     loss(parameters, x, likelihood, "sum", None)
 
 
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("scale", (0.0, 0.1, 1.0, 30.0))
+def test_one_logarithm_for_four_logits(scale, layout, monkeypatch):
+    """The sum keeps its digits, that of confident ones too, and a NaN in any of the four."""
+    logits = (scale * torch.randn(4, 8, 32, 48)).to(memory_format=layout)
+    x = (logits > 0).float()  # so that nothing beside logarithms is added up
+    logits.requires_grad_()
+    expected, wide = truth([logits], x, "bernoulli_logits", "sum", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(BernoulliLogits, "one_pass", None)
+        got = loss([logits], x, "bernoulli_logits", "sum", None)
+    torch.testing.assert_close(got.double(), expected.detach(), rtol=3e-7, atol=0)
+    (slope,), (by_formula,) = gradients(got, logits), gradients(expected, *wide)
+    torch.testing.assert_close(slope.double(), by_formula, rtol=0, atol=1.5e-7)
+    for place in range(0, logits.numel(), logits.numel() // 4):
+        spoilt = logits.detach().clone()
+        spoilt.as_strided((spoilt.numel(),), (1,))[place] = torch.nan
+        assert loss([spoilt], x, "bernoulli_logits", "sum", None).isnan()
+
+
 def long_rows(*batch):
     """Logits of more elements than are few, and counts of some of the items."""
     logits, x = 3 * torch.randn(*batch, 4500), torch.poisson(torch.rand(*batch, 4500)) * (torch.rand(*batch, 4500) < 0.1)

@@ -76,7 +76,7 @@ class Likelihood(metaclass=Record):
         if not hasattr(cls, "name"):
             cls.name = cls.__name__
         if "nll" in cls.__dict__:
-            for name in ("one_pass", "sum_by_torch", "kernel", "at_zero", "kernel_at_zero"):
+            for name in ("one_pass", "sum_in_one_pass", "sum_by_torch", "kernel", "at_zero", "kernel_at_zero"):
                 setattr(cls, name, cls.__dict__.get(name))
 
     def __post_init__(self) -> None:
@@ -170,14 +170,21 @@ class Likelihood(metaclass=Record):
     for that but cannot without a sync (`is_seen`). None: there is no such form, and autograd differentiates `nll`.
     """
 
+    sum_in_one_pass: ClassVar[Callable[..., OnePass | None] | None] = None
+    """`one_pass` where nothing but the sum of all values is wanted: these may be fewer, and lie in any shape. None: it is
+    `one_pass`."""
+
     sum_by_torch: ClassVar[Callable[..., Tensor | None] | None] = None
     """`sum_by_torch(parameters, x, weight)`: the sum of `nll`, each times its weight unless that is None, by a function of
     Torch's own, which autograd differentiates: of one parameter, on a CPU, up to `few` elements. It returns None where it would
     lose digits that `one_pass` keeps, and where it is not finite, since a weight of 0 may hide that. None: Torch has none."""
-    few: ClassVar[int] = 2**18
-    """Elements up to which that costs less than a Function written in Python, whose passes are fewer."""
     few_weighted: ClassVar[int] = 0
-    """Likewise, of a sum with weights, which Torch's function takes; 0: it takes none."""
+    """`few` of a sum with weights, which Torch's function takes; 0: it takes none."""
+
+    @property
+    def few(self) -> int:
+        """Elements up to which `sum_by_torch` costs less than a Function written in Python, whose passes are fewer."""
+        return 2**18
 
     # --- a target that is mostly zeros
 

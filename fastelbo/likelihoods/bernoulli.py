@@ -129,6 +129,10 @@ class BernoulliLogits(Likelihood):
     def fixed(self):
         return self.pos_weight
 
+    @property
+    def few(self):
+        return 2**17 if self.pos_weight is None else super().few
+
     def check(self, name, parameters, x):
         super().check(name, parameters, x)
         check_given_once(self, "pos_weight", parameters)
@@ -181,6 +185,22 @@ class BernoulliLogits(Likelihood):
             positive = torch.clamp_min(logit, 0, out=spare[0])  # `_softplus_in_parts`, without the call
             remainder = torch.sub(logit, positive, alpha=2, out=spare[1]).sigmoid_().neg_().log1p_()
             values = positive.addcmul_(logit, x, value=-1).sub_(remainder)
+        if gradient is not None:
+            torch.sigmoid(logit, out=gradient).sub_(x)
+        return OnePass(values)
+
+    def sum_in_one_pass(self, parameters, x, wants_value, out, spare):
+        n = x.numel()
+        if not wants_value or n <= FEW or n % 4 or len(parameters) > 1 or self.pos_weight is not None:
+            return self.one_pass(parameters, x, wants_value, out, spare)
+        (logit,), (gradient,) = parameters, out
+        positive = torch.clamp_min(logit, 0, out=spare[0])
+        rest = torch.sub(logit, positive, alpha=2, out=spare[1]).exp_()  # exp(-|l|)
+        # One logarithm for four: log1p(a) + log1p(b) = log1p(a + b + a b), in which nothing cancels.
+        a, b = rest.as_strided((2, n // 2), (n // 2, 1)).unbind()
+        a, b = a.addcmul_(a, b).add_(b).view(2, -1).unbind()
+        values = positive.addcmul_(logit, x, value=-1)
+        values.as_strided(a.shape, (1,)).add_(a.addcmul_(a, b).add_(b).log1p_())
         if gradient is not None:
             torch.sigmoid(logit, out=gradient).sub_(x)
         return OnePass(values)
