@@ -1,5 +1,6 @@
 """torch.compile: one graph forward and backward, results as eager, and no more compilations than inputs differ in kind."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import compile_fx, metrics
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastelbo
@@ -556,6 +558,19 @@ def test_own_likelihood(device):
             return fastelbo.loss(recon_x, x, mu, logvar, likelihood=own).recon
 
         torch.testing.assert_close(Counted(call)(), call())
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="compiled once, on a CPU")
+@pytest.mark.parametrize("likelihood", ("bernoulli", "bernoulli_logits", "continuous_bernoulli_logits", "multinomial"))
+def test_passes_of_compiled_formulas(likelihood, monkeypatch):
+    """What `compiled_passes` says, Inductor counts in its code, which it looks at where its log of metrics is on."""
+    monkeypatch.setattr(compile_fx, "inductor_metrics_log", logging.Logger("metrics", logging.INFO))
+    x, recon_x = torch.rand(64, 4096), torch.rand(64, 4096, requires_grad=True)
+    metrics.reset()
+    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        torch.compile(lambda y: fastelbo.nll(y, x, likelihood=likelihood), fullgraph=True)(recon_x).backward()
+    passes = metrics.num_bytes_accessed / (x.numel() * x.itemsize)
+    assert find_likelihood(likelihood).compiled_passes == pytest.approx(passes, abs=0.1)
 
 
 def test_graphs_are_kept_on_disk(tmp_path):

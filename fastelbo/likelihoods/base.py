@@ -69,7 +69,7 @@ class Likelihood(metaclass=Record):
     needs it; of one with a `dim`, the module of `kernels`; None: there is none."""
     compiled_passes: ClassVar[int] = 7
     """Passes over the first parameter that its formula and the gradient take once `torch.compile` has fused them: counted in
-    Inductor's code of torch 2.11. A kernel's take 5 with one parameter."""
+    Inductor's code of torch 2.11 and 2.13. A kernel's take 5 with one parameter."""
 
     def __init_subclass__(cls) -> None:
         """A formula of one's own has none of its parent's other forms."""

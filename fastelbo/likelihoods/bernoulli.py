@@ -27,7 +27,7 @@ class Bernoulli(Likelihood):
     """
 
     name = kernel = kernel_at_zero = "bernoulli"
-    compiled_passes = 8
+    compiled_passes = 5
     few = few_weighted = 2**12  # since Torch's logarithms are not vectorized there
     ranges = (UNIT,)
 
@@ -109,6 +109,7 @@ class BernoulliLogits(Likelihood):
     pos_weight: float | None = None
     name = kernel = "bernoulli_logits"
     kernel_at_zero = "bernoulli_logits_at_zero"
+    compiled_passes = 5
     few_weighted = 2**20
     parameters = ("logits", "pos_weight")
 
@@ -249,6 +250,7 @@ class ContinuousBernoulli(Likelihood):
     """
 
     name = kernel = "continuous_bernoulli"
+    compiled_passes = 5
     ranges = (UNIT,)
 
     def support(self, first, x):
@@ -282,6 +284,7 @@ class ContinuousBernoulliLogits(Likelihood):
     """
 
     name = kernel = "continuous_bernoulli_logits"
+    compiled_passes = 5
 
     def support(self, first, x):
         return BITS
