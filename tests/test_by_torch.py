@@ -118,6 +118,16 @@ def test_up_to_which_size(kind):
         assert is_by_torch(fastelbo.nll(y, x, likelihood=KINDS[kind])) == expected
 
 
+def test_up_to_which_size_without_gradients(monkeypatch):
+    """Without a Function, fewer passes pay earlier."""
+    called, form = [], BernoulliLogits.sum_by_torch
+    monkeypatch.setattr(BernoulliLogits, "sum_by_torch", lambda *args: called.append(len(args[2])) or form(*args))
+    with torch.no_grad():
+        for rows in (2**8, 2**8 + 1):
+            fastelbo.nll(torch.randn(rows, 64), torch.rand(rows, 64), likelihood="bernoulli_logits")
+    assert called == [2**8]
+
+
 @pytest.mark.parametrize("kind", ("logits", "positives"))
 def test_small_sums_keep_their_digits(kind):
     """Beside a logit of -20, Torch's function loses log(1 + exp(-20))."""

@@ -181,9 +181,9 @@ class Likelihood(metaclass=Record):
     few_weighted: ClassVar[int] = 0
     """`few` of a sum with weights, which Torch's function takes; 0: it takes none."""
 
-    @property
-    def few(self) -> int:
-        """Elements up to which `sum_by_torch` costs less than a Function written in Python, whose passes are fewer."""
+    def few(self, wants: bool) -> int:
+        """Elements up to which `sum_by_torch` costs less than what takes fewer passes: a Function written in Python, or a call
+        without one, where nothing `wants` a gradient."""
         return 2**18
 
     # --- a target that is mostly zeros

@@ -28,7 +28,7 @@ class Bernoulli(Likelihood):
 
     name = kernel = kernel_at_zero = "bernoulli"
     compiled_passes = 5
-    few = few_weighted = 2**12  # since Torch's logarithms are not vectorized there
+    few_weighted = 2**12  # since Torch's logarithms are not vectorized there
     ranges = (UNIT,)
 
     def support(self, first, x):
@@ -46,6 +46,9 @@ class Bernoulli(Likelihood):
             with torch.autocast(kind, enabled=False):  # which refuses this function on a GPU, even for float32
                 return F.binary_cross_entropy(p, x, reduction="none") + invalid
         return F.binary_cross_entropy(p, x, reduction="none") + invalid
+
+    def few(self, wants):
+        return self.few_weighted
 
     def sum_by_torch(self, parameters, x, weight):
         try:
@@ -130,9 +133,8 @@ class BernoulliLogits(Likelihood):
     def fixed(self):
         return self.pos_weight
 
-    @property
-    def few(self):
-        return 2**17 if self.pos_weight is None else super().few
+    def few(self, wants):
+        return super().few(wants) if self.pos_weight is not None else 2**17 if wants else FEW
 
     def check(self, name, parameters, x):
         super().check(name, parameters, x)
