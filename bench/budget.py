@@ -135,7 +135,7 @@ class Kernel(NamedTuple):
 
     @property
     def block(self) -> int:
-        return self.launch.options["BLOCK"]
+        return self.launch.options["BLOCK" if "BLOCK" in self.launch.options else "CLASSES"]
 
     def tile_bytes(self, stream: Stream) -> dict[tuple[str, str], int]:
         """("load" or "store", argument) -> bytes of a tile."""
@@ -247,14 +247,33 @@ def kernels() -> Iterator[Kernel]:
         yield _kernel("loss backward, another factor, kl given", kind, launch, dtypes, streams)
 
 
+def of_items() -> Iterator[Kernel]:
+    """Those of multinomials whose rows do not fit in one tile, whose loops are within one over rows: beside what a dense target
+    has, those of a sparse one gather in loops of their own."""
+    for dtype in (F32, BF16):
+        for kind, target, launch in (
+            ("multinomial", ("x",), compiled.categorical(512, 20_000, dense=True, dtype=dtype)),
+            ("multinomial of CSR", (), compiled.sparse_multinomial(512, 20_000, dtype=dtype)),
+        ):
+            dtypes = {"prediction": dtype, "gradient": dtype, "x": F32}
+            for step, writes in (("sums", ()), ("gradient", ("gradient",))):
+                stream = Stream(("prediction", *target), writes)
+                yield Kernel(f"{kind}, {step}: {_name(dtype)}" + " float32" * bool(target), launch, (stream,), dtypes)
+
+
 @functools.cache
 def by_name() -> dict[str, Kernel]:
     return {kernel.name: kernel for kernel in kernels()}
 
 
 @functools.cache
+def in_table() -> dict[str, Kernel]:
+    return by_name() | {kernel.name: kernel for kernel in of_items()}
+
+
+@functools.cache
 def code_of(name: str, target: str):
-    return compile_for(target, by_name()[name].launch)
+    return compile_for(target, in_table()[name].launch)
 
 
 @functools.cache
@@ -285,7 +304,7 @@ move the bytes, by the published rates of the product named. Memory is the bound
 def table() -> str:
     header = ["loop", "bytes", *(f"{target}: {device.name}" for target, device in DEVICES.items())]
     lines = [f"Triton {triton.__version__}.", "", LEGEND, "", _line(header), _line(["---"] * len(header))]
-    for title, kernel, stream in loops(by_name().values()):
+    for title, kernel, stream in loops(in_table().values()):
         costs = [cost(kernel, stream, target) for target in DEVICES]
         lines.append(_line([title, str(kernel.bytes_per_element(stream)), *costs]))
     return "\n".join(lines) + "\n"

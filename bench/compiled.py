@@ -191,6 +191,17 @@ def categorical(*shape, dense=False, dtype=torch.float32, per_sample=False):
     return _positions(kernels.Categorical, logits, x, per_sample, options)
 
 
+def sparse_multinomial(
+    *shape, dtype=torch.float32, values=torch.float32, index=torch.int64, count=128, weight=None, per_sample=False, guess=None
+):
+    """Logits `[B, G]`, against `count` nonzeros: forward, or backward if forward's factor was `guess`. `weight`: a dtype."""
+    logits = torch.zeros(shape, dtype=dtype)
+    x = torch.zeros(shape[0] + 1, dtype=index), torch.zeros(count, dtype=index), torch.zeros(count, dtype=values)
+    options = {"classes": shape[1], "inner": 1, "ignore_index": 0, "target_scale": 1.0}
+    weight = None if weight is None else torch.ones(shape[0], dtype=weight)
+    return _positions(kernels.SparseMultinomial, logits, x, per_sample, options, weight, guess)
+
+
 def mixture(channels, components, *place, dtype=torch.float32, per_sample=False, interval=False):
     """Parameters `[B, P, *place]` of so many components, of images in [-1, 1], or in another `interval`."""
     count = 10 * components if channels == 3 else components * (1 + 2 * channels)
@@ -201,11 +212,13 @@ def mixture(channels, components, *place, dtype=torch.float32, per_sample=False,
     return _positions(kernels.Mixture, parameters, x, per_sample, options)
 
 
-def _positions(launches, prediction, x, per_sample, options):
+def _positions(kind, prediction, x, per_sample, options, weight=None, guess=None):
     dtype = torch.float64 if prediction.dtype == torch.float64 else torch.float32
-    guess = torch.ones(len(prediction) if per_sample else 1, dtype=dtype)
-    launches = launches(per_sample=per_sample, dtype=dtype, device=x.device, **options)
-    return record(lambda: launches.forward(prediction, x, None, 1.0, guess))
+    factor = torch.ones(len(prediction) if per_sample else 1, dtype=dtype)
+    launches = kind(per_sample=per_sample, dtype=dtype, device=prediction.device, **options)
+    if guess is None:
+        return record(lambda: launches.forward(prediction, x, weight, 1.0, factor))
+    return record(lambda: launches.backward(prediction, x, weight, 1.0, factor, torch.empty_like(prediction), guess))
 
 
 def divergence_forward(latent, *, posterior="logvar", prior=None, kind="sum", weight=None):

@@ -15,6 +15,7 @@ from .reconstruction import Family, Reconstruction
 from .sample import Sample, draw_noise
 from .softmax import RowReconstruction
 from .sparse import SparseReconstruction
+from .sparse_multinomial import SparseMultinomial
 
 __all__ = [
     "INTERPRETED",
@@ -27,6 +28,7 @@ __all__ = [
     "Reconstruction",
     "RowReconstruction",
     "Sample",
+    "SparseMultinomial",
     "SparseReconstruction",
     "draw_noise",
     "log_ratio_backward",

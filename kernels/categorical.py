@@ -44,15 +44,21 @@ def take_in(logit, m, r, k, label):
 
 
 @triton.jit
-def take_in_dense(logit, t, m, r, total, spread):
-    """Likewise, less that of one of the largest logits, so r = -1 before the first tile; and sum t, and sum t (top - logit)."""
+def take_in_all(logit, m, r):
+    """Likewise, less that of one of the largest logits, so r = -1 before the first tile."""
     top = tl.maximum(m, tl.max(logit, 1))
     e = exp_below(logit - top[:, None])
     largest = logit == top[:, None]
     rest = tl.sum(tl.where(largest, 0.0, e), 1)
     ties = tl.sum(largest.to(e.dtype), 1)
     before = (1.0 + r) * exp_below(m - top)
-    r = tl.where(top > m, before + (rest + (ties - 1.0)), r + (rest + ties))
+    return top, tl.where(top > m, before + (rest + (ties - 1.0)), r + (rest + ties)), e
+
+
+@triton.jit
+def take_in_dense(logit, t, m, r, total, spread):
+    """Likewise, and sum t, and sum t (top - logit)."""
+    top, r, e = take_in_all(logit, m, r)
     # No weight on a class that is masked by -inf: 0, not NaN.
     spread += tl.where(total == 0.0, 0.0, total * (top - m)) + tl.sum(tl.where(t == 0.0, 0.0, t * (top[:, None] - logit)), 1)
     return top, r, total + tl.sum(t, 1), spread, e

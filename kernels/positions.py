@@ -74,7 +74,8 @@ class Positions:
     def forward(self, prediction, x, weight, divisor, guess, stateless=False):
         """The negative log-likelihood, its sum over positions divided by `divisor`, and the gradient.
 
-        - `prediction`: contiguous; with `per_sample` its first dimension is the batch. `x`: as the subclass has it.
+        - `prediction`: contiguous; with `per_sample` its first dimension is the batch. `x`: as the subclass has it, a
+          tensor or a tuple of them.
         - `weight`: None, or a number for each position; where it is 0 nothing counts, not even NaN.
         - `divisor`: a float, or a 0-d tensor on the device.
         - `guess`: None, or `[B]` or `[1]` of `dtype`: the upstream factor to store the gradient with.
@@ -116,6 +117,8 @@ class Positions:
         if recon is not None:
             partials, arrived = scratch(self.device, rows, rows * programs, stateless)
         pointer, reciprocal = divisor_arguments(divisor)
-        tensors = prediction, x, weight, gradient, factor, used, seen, partials, arrived, recon, pointer
-        kind = gradient is None, recon is None, dtype_of(factor), dtype_of(used), dtype_of(pointer)
+        target = x if isinstance(x, tuple) else (x,)
+        tensors = prediction, *target, weight, gradient, factor, used, seen, partials, arrived, recon, pointer
+        # The dtypes of indices no plan knows.
+        kind = gradient is None, recon is None, *map(dtype_of, (factor, used, pointer, *target[:-1]))
         launch(rows * programs, tensors, (reciprocal, *numbers), kind)

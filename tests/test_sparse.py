@@ -134,7 +134,7 @@ def test_truth(name):
         assert_no_worse(g, n, t, magnitude, f"{name}: gradient")
 
 
-@pytest.mark.parametrize("name", SPARSE if BACKEND == "torch" else ("poisson_log", "negative_binomial of genes"))
+@pytest.mark.parametrize("name", SPARSE if BACKEND == "torch" else ("poisson_log", "negative_binomial of genes", "multinomial"))
 def test_gradients_are_derivatives(name):
     case, weight = SPARSE[name], weights("cells", torch.float64)
     x = csr(counts(case.bits))

@@ -71,8 +71,8 @@ class SparsePlan:
     """What is known of a call before its values are. `guess` is the one thing that changes."""
 
     __slots__ = (
-        "backend", "call", "count", "divisor", "dtype", "guess", "launches", "likelihood", "looks", "options", "per_sample",
-        "silent", "stores", "support", "weight_shape",
+        "backend", "call", "count", "divisor", "dtype", "guess", "likelihood", "looks", "loss_launches", "options",
+        "per_sample", "silent", "stores", "support", "weight_shape",
     )  # fmt: skip
 
     def __init__(self, call: LossCall, tensors: Sequence[Tensor], grad_mode: bool) -> None:
@@ -91,7 +91,7 @@ class SparsePlan:
         self.support = support_to_check(likelihood, first, x)
         self.silent = silent_range(self.support, likelihood.target_scale, x)
         self.looks = self.support is not None or any(likelihood.ranges)
-        self.options, self.launches = likelihood.constants(parameters, x), None
+        self.options, self.loss_launches = likelihood.constants(parameters, x), None
 
     def large_of(self, wants: Sequence[bool], parameters: Sequence[Tensor]) -> tuple[bool, ...]:
         """Which of the wanted gradients are as large as the first parameter."""

@@ -155,6 +155,8 @@ def sparse_backward(plan, parameters, x, weight, divisor, upstream, stored, used
     """See `sparse_reconstruction.backward`. What was stored with another factor is corrected where it lies."""
     if plan.likelihood.by_rows:
         return _sparse_backward_of_rows(plan, parameters, x, weight, divisor, upstream, stored, needs), None
+    if plan.likelihood.dim is not None:
+        return _correct(plan, parameters, x[:3], weight, divisor, upstream, stored, used, needs)
     large, seen = plan.large_of(needs, parameters), None
     if stored is None and large != needs:  # once more, all of it
         seen = upstream.reshape(-1).to(plan.dtype, copy=True)
@@ -184,6 +186,9 @@ def _sparse_backward_of_rows(plan, parameters, x, weight, divisor, upstream, sto
 
 
 def _of_sparse(plan, parameters, x, weight, divisor, factor, wants):
+    """See `_reconstruct`."""
+    if plan.likelihood.dim is not None:
+        return _reconstruct(plan, parameters, x[:3], weight, divisor, factor, wants, False)
     operands, missing = _operands(plan, parameters)
     wants = (*wants, *(False for _ in missing))
     recon, gradients = _sparse(plan, x, len(operands)).forward(operands, x[:3], weight, divisor, factor, wants)
@@ -191,13 +196,13 @@ def _of_sparse(plan, parameters, x, weight, divisor, factor, wants):
 
 
 def _sparse(plan, x, operands=0):
-    """The launches of the kernels for sparse targets, which the plan keeps."""
-    if plan.launches is None:
+    """The launches of the kernels for sparse targets of terms, which the plan keeps."""
+    if plan.loss_launches is None:
         likelihood = plan.likelihood
         family = kernels.Family(likelihood.function(operands), likelihood.kernel_at_zero, **plan.options)
         kind = kernels.RowReconstruction if likelihood.by_rows else kernels.SparseReconstruction
-        plan.launches = kind(family=family, per_sample=plan.per_sample, dtype=plan.dtype, device=x.values.device)
-    return plan.launches
+        plan.loss_launches = kind(family=family, per_sample=plan.per_sample, dtype=plan.dtype, device=x.values.device)
+    return plan.loss_launches
 
 
 def _categorical_forward(plan, tensors, stateless):
@@ -352,14 +357,18 @@ def _correct(plan, parameters, x, weight, divisor, upstream, stored, used, large
 
 
 def _over_classes(plan, parameters, x, weight):
-    """The launches of a likelihood over classes or channels, which the plan keeps; prediction, target, weight of positions."""
-    likelihood, (prediction,) = plan.likelihood, parameters
+    """The launches of a likelihood over classes or channels, which the plan keeps; prediction, target, which may be the
+    three tensors of CSR, weight of positions."""
+    likelihood, (prediction,), is_sparse = plan.likelihood, parameters, isinstance(x, tuple)
     if weight is not None:
-        weight = weight.expand(likelihood.terms(prediction, x)).contiguous()
+        weight = weight.expand(likelihood.terms(prediction, prediction if is_sparse else x)).contiguous()
     if plan.loss_launches is None:
-        of_positions = {"categorical": kernels.Categorical, "mixture": kernels.Mixture}[likelihood.kernel]
-        plan.loss_launches = of_positions(per_sample=plan.per_sample, dtype=plan.dtype, device=x.device, **plan.options)
+        kind = OF_POSITIONS[likelihood.kernel_at_zero if is_sparse else likelihood.kernel]
+        plan.loss_launches = kind(per_sample=plan.per_sample, dtype=plan.dtype, device=prediction.device, **plan.options)
     return plan.loss_launches, (prediction, x, weight)
+
+
+OF_POSITIONS = {"categorical": kernels.Categorical, "mixture": kernels.Mixture, "sparse_multinomial": kernels.SparseMultinomial}
 
 
 def _operands(plan, parameters):

@@ -193,7 +193,8 @@ class Likelihood(metaclass=Record):
     target must be dense."""
 
     kernel_at_zero: ClassVar[str | None] = None
-    """Its device function likewise, beside `kernel`; None: Torch computes sparse targets."""
+    """Its device function likewise, beside `kernel`; of one with a `dim`, the module of `kernels` for sparse targets; None:
+    Torch computes these."""
 
     def nll_of_zeros(self, parameters: Sequence[Tensor]) -> Tensor:
         """An `at_zero` for a formula in which a target of 0 costs nothing."""

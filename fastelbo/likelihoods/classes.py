@@ -291,7 +291,7 @@ class Multinomial(Classes):
 
     dim: int = -1
     name = "multinomial"
-    kernel = "categorical"  # with targets of the shape of the logits
+    kernel, kernel_at_zero = "categorical", "sparse_multinomial"  # with targets of the shape of the logits
     compiled_passes = 5
 
     def constants(self, parameters, x):
