@@ -12,7 +12,14 @@ from fastelbo.engine import formula, traced
 from fastelbo.engine.call import KLCall, LossCall
 from fastelbo.engine.operators import encoded
 from fastelbo.latents.posterior import LOGVAR, Latents, Posterior
-from fastelbo.likelihoods import BernoulliLogits, Gaussian, code_of, find_likelihood, likelihood_of
+from fastelbo.likelihoods import (
+    BernoulliLogits,
+    Gaussian,
+    ZeroInflatedNegativeBinomial,
+    code_of,
+    find_likelihood,
+    likelihood_of,
+)
 from likelihood_cases import CASES
 from support import LIKELIHOODS, ContiguousWhenUnpacked, gradients, make_inputs, options
 
@@ -32,18 +39,24 @@ def loss_arguments(device, likelihood="mse", per_sample=False, given=False, chan
     if given:
         mu = logvar = None
         kl = torch.rand(3 if per_sample else (), device=device, requires_grad=True)
-    return recon_x, None, None, x, weight, mu, logvar, kl, *code_of(record), per_sample, SINGLE
+    return recon_x, None, None, None, x, weight, mu, logvar, kl, *code_of(record), per_sample, SINGLE
 
 
 def of_several(name, device, weight=None):
     """A likelihood of any parameters, which all want gradients."""
-    case = CASES[name]
-    parameters, x = case.make(dtype=SINGLE, device=device)
-    first, second, third = (*(p.requires_grad_() for p in parameters), None, None)[:3]
-    return first, second, third, x, weight, None, None, None, *code_of(find_likelihood(case.likelihood)), False, SINGLE
+    if name == FOUR:
+        likelihood, x = ZeroInflatedNegativeBinomial("softmax", "log"), torch.randint(0, 3, (3, 7), device=device).float()
+        parameters = [torch.randn(shape, device=device) for shape in ((3, 7), (7,), (3, 7))]
+        parameters.append(9 * torch.rand(3, 1, device=device))
+    else:
+        likelihood = find_likelihood(CASES[name].likelihood)
+        parameters, x = CASES[name].make(dtype=SINGLE, device=device)
+    four = (*(p.requires_grad_() for p in parameters), None, None, None)[:4]
+    return *four, x, weight, None, None, None, *code_of(likelihood), False, SINGLE
 
 
-SEVERAL = [name for name, case in CASES.items() if find_likelihood(case.likelihood).inner is None]
+FOUR = "zero-inflated counts by the softmax of a row"
+SEVERAL = [*(name for name, case in CASES.items() if find_likelihood(case.likelihood).inner is None), FOUR]
 
 
 def latents(device, dtype=SINGLE, strided=False):
@@ -87,11 +100,12 @@ def cases(name, device):
         yield of_several("multinomial, dim 2", device, weight=torch.rand(3, 1, 6, device=device))  # one for all items
     elif name == "loss_backward":
         for per_sample in (False, True):
-            recon_x, _, _, x, weight, mu, logvar, kl, *rest = loss_arguments(device, "gaussian", per_sample)
+            recon_x, _, _, _, x, weight, mu, logvar, kl, *rest = loss_arguments(device, "gaussian", per_sample)
             upstream = torch.rand(3 if per_sample else (), device=device)
             for to_recon, to_kl in ((upstream, upstream.clone()), (upstream, None), (None, upstream)):
                 latent = mu.detach(), logvar.detach()
-                yield to_recon, to_kl, recon_x.detach(), None, None, x, weight, *latent, kl, *rest, [True, False, False]
+                one = recon_x.detach(), None, None, None
+                yield to_recon, to_kl, *one, x, weight, *latent, kl, *rest, [True, False, False, False]
     elif name == "latents":
         for call in CALLS:
             strided = call in ("sum", "floor", "columns")
@@ -119,7 +133,7 @@ def cases_of_several(name, device):
             yield arguments
         else:
             tensors = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
-            yield torch.tensor(2.0, device=device), None, *tensors, [t is not None for t in tensors[:3]]
+            yield torch.tensor(2.0, device=device), None, *tensors, [t is not None for t in tensors[:4]]
 
 
 NAMES = sorted(
@@ -148,7 +162,7 @@ def test_opcheck(name, device):
 
 @pytest.mark.parametrize("case", SEVERAL)
 def test_a_likelihood_from_its_code(case):
-    likelihood = find_likelihood(CASES[case].likelihood)
+    likelihood = ZeroInflatedNegativeBinomial("softmax", "log") if case == FOUR else find_likelihood(CASES[case].likelihood)
     code, numbers = code_of(likelihood)
     assert likelihood_of(code, tuple(numbers)) is likelihood
 
@@ -161,11 +175,11 @@ def test_loss_is_the_formula(likelihood, per_sample, device):
         *arguments, code, numbers, _, dtype = of_several(likelihood, device)
     else:
         *arguments, code, numbers, _, dtype = loss_arguments(device, likelihood, per_sample)
-    if arguments[3].is_floating_point():
-        arguments[3].requires_grad_()
+    if arguments[4].is_floating_point():
+        arguments[4].requires_grad_()
     there = [t for t in arguments if t is not None]
     reduction = "none" if per_sample else "sum"
-    latents = 2 if arguments[5] is not None else 0
+    latents = 2 if arguments[6] is not None else 0
     call = LossCall(likelihood_of(code, tuple(numbers)), reduction, reduction, dtype, len(there) - 1 - latents, False, latents)
 
     def by_formula():
@@ -178,7 +192,7 @@ def test_loss_is_the_formula(likelihood, per_sample, device):
         total = (2 * recon + 3 * kl_sum).sum()
         wrt = [t for t in there if t.requires_grad]
         first = gradients(total, *wrt, retain_graph=True)
-        others = [t for t in wrt if t is not arguments[3]]
+        others = [t for t in wrt if t is not arguments[4]]
         plain = gradients(total, *others, retain_graph=True)  # without the target: by the operator's own backward
         again = gradients(total, *wrt, create_graph=True)
         second = []
@@ -192,7 +206,7 @@ def test_loss_is_the_formula(likelihood, per_sample, device):
 @pytest.mark.parametrize("shape, latent", (((3, 0), (3, 2)), ((3, 7), (3, 0)), ((3, 0), (3, 0)), ((0, 7), (0, 2))), ids=str)
 def test_of_nothing(shape, latent, device):
     recon_x, x, mu, logvar = make_inputs("mse", shape, latent, device=device)
-    recon, kl = ops.loss(recon_x, None, None, x, None, mu, logvar, None, *code_of(find_likelihood("mse")), False, SINGLE)
+    recon, kl = ops.loss(recon_x, None, None, None, x, None, mu, logvar, None, *code_of(find_likelihood("mse")), False, SINGLE)
     found = gradients(recon + 3 * kl, recon_x, mu, logvar)
     torch.testing.assert_close(found, (2 * (recon_x - x), 3 * mu, 1.5 * torch.expm1(logvar)))
     _, kl, *_ = ops.latents(mu, logvar, None, None, None, *encoded(CALLS["sum"]))

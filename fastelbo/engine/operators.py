@@ -53,14 +53,14 @@ def _needs_formula(upstreams, *tensors: Tensor | None) -> bool:
 # --- the loss
 
 LOSS = (
-    "Tensor first, Tensor? second, Tensor? third, Tensor x, Tensor? weight, Tensor? mu, Tensor? logvar, Tensor? kl,"
-    " str likelihood, Scalar[] numbers, bool per_sample, ScalarType dtype"
+    "Tensor first, Tensor? second, Tensor? third, Tensor? fourth, Tensor x, Tensor? weight, Tensor? mu, Tensor? logvar,"
+    " Tensor? kl, str likelihood, Scalar[] numbers, bool per_sample, ScalarType dtype"
 )
 
 
-def _loss_plan(first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, per_sample):
+def _loss_plan(first, second, third, fourth, x, weight, mu, logvar, kl, likelihood, numbers, per_sample):
     """The plan of a sum, the tensors as it takes them, and those as they came. The weight has the terms' dimensions."""
-    parameters, latents = _given(first, second, third), _given(mu, logvar, kl)
+    parameters, latents = _given(first, second, third, fourth), _given(mu, logvar, kl)
     objective = find_objective(likelihood_of(likelihood, tuple(numbers)), LOGVAR, "none" if per_sample else "sum")
     if weight is not None and (dim := objective.likelihood.term_dim(first, x)) is not None:
         weight = weight.unsqueeze(dim)
@@ -69,16 +69,16 @@ def _loss_plan(first, second, third, x, weight, mu, logvar, kl, likelihood, numb
     return plan, plan.dense(tensors), tensors
 
 
-def _loss_fake(first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, per_sample, dtype):
+def _loss_fake(first, second, third, fourth, x, weight, mu, logvar, kl, likelihood, numbers, per_sample, dtype):
     return _scalars_like(first, per_sample, dtype), _scalars_like(first, per_sample, dtype)
 
 
 @_operator(f"loss({LOSS}) -> (Tensor, Tensor)", _loss_fake)
 @torch.no_grad()
-def _loss(first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, per_sample, dtype):
+def _loss(first, second, third, fourth, x, weight, mu, logvar, kl, likelihood, numbers, per_sample, dtype):
     """Reconstruction and KL, each its sum or one sum a sample; a `kl` that is given is handed on, and one of 0 where there is
     none."""
-    plan, tensors, _ = _loss_plan(first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, per_sample)
+    plan, tensors, _ = _loss_plan(first, second, third, fourth, x, weight, mu, logvar, kl, likelihood, numbers, per_sample)
     if plan.backend is None:
         _, recon, kl = formula.terms(plan.call, ONE, 1.0, tensors)
     else:
@@ -88,11 +88,11 @@ def _loss(first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, 
 
 
 def _loss_backward_fake(
-    grad_recon, grad_kl, first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, per_sample, dtype, wants
+    grad_recon, grad_kl, first, second, third, fourth, x, weight, mu, logvar, kl, likelihood, numbers, per_sample, dtype, wants
 ):  # fmt: skip
     gradients = []
     if grad_recon is not None:
-        gradients = [_empty_like(p) for p, want in zip((first, second, third), wants, strict=True) if want]
+        gradients = [_empty_like(p) for p, want in zip((first, second, third, fourth), wants, strict=True) if want]
     return (
         gradients if grad_kl is None else [*gradients, _empty_like(mu), torch.empty_like(logvar, memory_format=layout_of(mu))]
     )
@@ -105,11 +105,11 @@ def _empty_like(value: Tensor) -> Tensor:
 @_operator(f"loss_backward(Tensor? grad_recon, Tensor? grad_kl, {LOSS}, bool[] wants) -> Tensor[]", _loss_backward_fake)
 @torch.no_grad()
 def _loss_backward(
-    grad_recon, grad_kl, first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, per_sample, dtype, wants
+    grad_recon, grad_kl, first, second, third, fourth, x, weight, mu, logvar, kl, likelihood, numbers, per_sample, dtype, wants
 ):
     """The gradients by the parameters that are in `wants`, if `grad_recon` arrived; those by `mu` and `logvar` if
     `grad_kl` did."""
-    plan, tensors, given = _loss_plan(first, second, third, x, weight, mu, logvar, kl, likelihood, numbers, per_sample)
+    plan, tensors, given = _loss_plan(first, second, third, fourth, x, weight, mu, logvar, kl, likelihood, numbers, per_sample)
     n = plan.call.parameters
     needs = [want and grad_recon is not None for want in wants[:n]] + [False] * (len(tensors) - n)
     if grad_kl is not None:
@@ -122,8 +122,8 @@ def _loss_backward(
 
 def _save_loss(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:8])
-    ctx.options = inputs[8:]
+    ctx.save_for_backward(*inputs[:9])
+    ctx.options = inputs[9:]
 
 
 @never_compiled
@@ -133,23 +133,23 @@ def _differentiate_loss(ctx, grad_recon, grad_kl):
     code, numbers, per_sample, dtype = ctx.options
     if mu is None and kl is None:  # and the KL of 0 depends on nothing
         upstreams = grad_recon, None
-    if needs[3] or needs[4] or _needs_formula(upstreams, *saved):
+    if needs[4] or needs[5] or _needs_formula(upstreams, *saved):
         there = [t is not None for t in saved]
         reduction = "none" if per_sample else "sum"
         likelihood = likelihood_of(code, tuple(numbers))
-        call = LossCall(likelihood, reduction, reduction, dtype, sum(there[:3]), there[4], sum(there[5:]))
-        wanted = [need for need, has in zip(needs[:8], there, strict=True) if has]
+        call = LossCall(likelihood, reduction, reduction, dtype, sum(there[:4]), there[5], sum(there[6:]))
+        wanted = [need for need, has in zip(needs[:9], there, strict=True) if has]
         found = iter(formula.differentiate(lambda *t: formula.terms(call, ONE, 1.0, t)[1:], _given(*saved), wanted, upstreams))
         return *(next(found) if has else None for has in there), *[None] * len(ctx.options)
-    wants = [bool(need) for need in needs[:3]]
+    wants = [bool(need) for need in needs[:4]]
     to_recon = grad_recon if True in wants else None
-    to_latents = grad_kl if needs[5] or needs[6] else None
+    to_latents = grad_kl if needs[6] or needs[7] else None
     found = iter(())
     if to_recon is not None or to_latents is not None:
         found = iter(ops.loss_backward(to_recon, to_latents, *saved, *ctx.options, wants))
     grads = [next(found) if want and to_recon is not None else None for want in wants]
     grad_mu, grad_logvar = (None, None) if to_latents is None else found
-    own = grad_kl.to(kl.dtype) if needs[7] and grad_kl is not None else None
+    own = grad_kl.to(kl.dtype) if needs[8] and grad_kl is not None else None
     return *grads, None, None, grad_mu, grad_logvar, own, *[None] * len(ctx.options)
 
 

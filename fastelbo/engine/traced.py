@@ -45,14 +45,14 @@ def loss(call: LossCall, factors: Factors, tensors: Sequence[Tensor], divisor: f
         divisor = call.divisor(parameters[0], x, weight)
     code = code_of(call.likelihood)
     passes = call.likelihood.compiled_passes
-    has_kernel = code is not None and call.likelihood.kernel is not None and call.parameters <= 3
+    has_kernel = code is not None and call.likelihood.kernel is not None and call.parameters <= 4
     if not has_kernel or not _goes_to_kernels(passes, *tensors, *factors):
         tensors = (*parameters, x, *latents) if weight is None else (*parameters, x, weight, *latents)
         return formula.terms(call, factors, divisor, tensors)
-    first, second, third = (*parameters, None, None)[:3]
+    first, second, third, fourth = (*parameters, None, None, None)[:4]
     mu, logvar, kl = {0: (None, None, None), 1: (None, None, *latents), 2: (*latents, None)}[call.latents]
     recon, kl_sum = ops.loss(
-        first, second, third, formula.repeated(x, first), weight, mu, logvar, kl, *code, call.per_sample, call.dtype
+        first, second, third, fourth, formula.repeated(x, first), weight, mu, logvar, kl, *code, call.per_sample, call.dtype
     )
     recon = formula.divided(recon, divisor)
     if not latents:
