@@ -74,18 +74,34 @@ def upstream(value: Tensor) -> Tensor:
     return torch.arange(1.0, value.numel() + 1).to(value).view(value.shape) * 1.5
 
 
+def by_composition(likelihood, parameters, x, weight: Tensor | None = None, reduction: str = "sum") -> Tensor:
+    """By the formula without links, in which no kernel has a part."""
+    return reduced(type(likelihood)().nll(composed(likelihood, parameters), x), weight, reduction)
+
+
+def reduced(terms: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    weight = torch.ones_like(terms) if weight is None else weight.expand_as(terms)
+    terms = terms * weight
+    if reduction == "none":
+        return terms.flatten(1).sum(1)
+    return terms.sum() / {"sum": 1, "batchmean": len(terms), "mean": weight.sum()}[reduction]
+
+
 @pytest.mark.parametrize("weight", (None, "cells", "genes", "elements"))
 @pytest.mark.parametrize("name", LINKED)
 def test_equals_what_is_composed(name, weight):
+    if BACKEND == "triton" and weight is not None and name.endswith("identity"):
+        pytest.skip("as without links, and the interpreter is slow")
     likelihood, x, w = LINKED[name], counts(), weights(weight)
-    for reduction in ("sum", "batchmean", "mean", "none"):
+    # To a kernel a "sum" and a "batchmean" are a "mean" with another divisor.
+    for reduction in ("sum", "batchmean", "mean", "none") if BACKEND == "torch" else ("mean", "none"):
         p = given(likelihood)
-        found = []
-        for target, tensors, of in (
-            (x, p, likelihood), (x.to_sparse_csr(), p, likelihood), (x, composed(likelihood, p), type(likelihood)()),
-        ):  # fmt: skip
-            value = fastelbo.nll(recon_x(tensors), target, likelihood=of, weight=w, reduction=reduction)
-            found.append([value, *gradients(value, *p, grad_outputs=upstream(value))])
+        values = [
+            fastelbo.nll(recon_x(p), target, likelihood=likelihood, weight=w, reduction=reduction)
+            for target in (x, x.to_sparse_csr())
+        ]
+        values.append(by_composition(likelihood, p, x, w, reduction))
+        found = [[value, *gradients(value, *p, grad_outputs=upstream(value))] for value in values]
         for dense, sparse, truth in zip(*found, strict=True):
             assert relative(dense, truth) < 1e-12 and relative(sparse, truth) < 1e-12, reduction
 
@@ -111,6 +127,7 @@ def test_is_no_worse_in_float32(name, layout):
             assert_no_worse(g, n, t, (t.abs() + 4 * (1 + x.max())) * (x.numel() / g.numel()), f"{name}: gradient")
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="a kernel has no blocks of rows")
 @pytest.mark.parametrize("layout", ("dense", "csr"))
 @pytest.mark.parametrize("reduction", ("sum", "none"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -151,6 +168,8 @@ def test_extremes(name, dtype, layout):
     likelihood = LINKED[name]
     if likelihood.mean == "identity":
         pytest.skip("no logits")
+    if INTERPRETED and dtype == torch.float64 and layout == "csr":
+        pytest.skip("by the functions that the others are by")
     p, x = given(likelihood, dtype), counts(dtype)
     with torch.no_grad():
         p[0][0, :4] = torch.tensor([-100.0, 80.0, -100.0, 80.0])
@@ -172,7 +191,8 @@ def test_derivatives(name):
         return fastelbo.nll(p[0] if len(p) == 1 else p, x, likelihood=likelihood)
 
     gradcheck(value, given(likelihood))
-    gradgradcheck(value, given(likelihood))
+    if BACKEND == "torch" or name == "Poisson, softmax":  # of the same formula
+        gradgradcheck(value, given(likelihood))
 
 
 def test_what_is_not_counted_still_has_a_share():
@@ -244,10 +264,6 @@ def test_one_gene():
     assert by_logits.abs().max() < 1e-6 and relative(by_library, gradients(truth, p[1])[0]) < 1e-6
 
 
-def by_composition(likelihood, parameters, x, **options) -> Tensor:
-    return fastelbo.nll(recon_x(composed(likelihood, parameters)), x, likelihood=type(likelihood)(), **options)
-
-
 @pytest.mark.parametrize("layout", ("dense", "csr"))
 @pytest.mark.parametrize("reduction", ("sum", "none"))
 @pytest.mark.parametrize("name", ("Poisson, softplus", "NegativeBinomial, log, log", "NegativeBinomial, softmax, log"))
@@ -255,7 +271,7 @@ def test_any_factor(name, reduction, layout):
     """Factors that are guessed and that are not, forward's own graph twice, and what comes from the first left alone."""
     likelihood, x = LINKED[name], counts()
     target = x.to_sparse_csr() if layout == "csr" else x
-    for step, factor in enumerate((1.0, 1.0, 3.0, 3.0, -0.5)):
+    for step, factor in enumerate((1.0, 3.0, 3.0) if INTERPRETED else (1.0, 1.0, 3.0, 3.0, -0.5)):
         p = given(likelihood)
         found = fastelbo.nll(recon_x(p), target, likelihood=likelihood, reduction=reduction)
         truth = by_composition(likelihood, p, x, reduction=reduction)
@@ -394,8 +410,8 @@ def test_nan_is_no_finite_lie(row):
 @pytest.mark.parametrize(
     "name", ("Poisson, softplus", "NegativeBinomial, softmax, log", "ZeroInflatedNegativeBinomial, softmax, log")
 )
-def test_operators(name):
-    """Of a tracer, for which nothing is kept; with four parameters there is none."""
+def test_operators(name, monkeypatch):
+    """Of a tracer, for which nothing is kept; also with four parameters."""
     likelihood, x, w = LINKED[name], counts(), weights("genes")
     torch.compiler.reset()
     call = torch.compile(
@@ -406,15 +422,20 @@ def test_operators(name):
         wanted = [t for t in p if t.requires_grad]
         if not wanted:
             continue
-        found, truth = call(p, x, w), by_composition(likelihood, p, x, weight=w)
+        truth = by_composition(likelihood, p, x, weight=w)
+        with monkeypatch.context() as patch:
+            for method in ("nll", "link") if BACKEND == "triton" else ():
+                patch.setattr(type(likelihood), method, lambda *args: pytest.fail("a formula"))
+            found = call(p, x, w)
+            by_call = gradients(found, *wanted)
         assert relative(found, truth) < 1e-12
-        for g, t in zip(gradients(found, *wanted), gradients(truth, *wanted), strict=True):
+        for g, t in zip(by_call, gradients(truth, *wanted), strict=True):
             assert relative(g, t) < 1e-12
 
 
 @pytest.mark.skipif(BACKEND != "triton", reason="about the kernels")
 @pytest.mark.parametrize("layout", ("dense", "csr"))
-@pytest.mark.parametrize("name", LINKED)
+@pytest.mark.parametrize("name", [name for name in LINKED if not name.endswith("identity")])  # which decides nothing here
 def test_launches(name, layout, monkeypatch):
     """The kernels compute it, and no formula does: two launches forward where a row's softmax is one of them, and else one."""
     from fastelbo.kernels.direct import Launch
