@@ -65,9 +65,10 @@ def benchmarks() -> Iterator[Command]:
 
 
 def samples() -> Iterator[Command]:
-    """What many samples cost."""
+    """What many samples cost, and counts in CSR."""
     where = ["--output", OUT / "gpu-samples.json"] if GIVEN else ["--write"]
-    yield Command(450, ["-m", "bench.samples", "--device", "cuda", "--limit", "330", *where])
+    yield Command(430, ["-m", "bench.samples", "--device", "cuda", "--limit", "310", *where])
+    yield Command(120, ["-m", "bench.sparse", "--device", "cuda", "--limit", "80", "--output", OUT / "gpu-sparse.md"])
 
 
 def bench(begin: int, limit: int, *arguments: str | Path) -> Command:

@@ -58,11 +58,11 @@ def measure(case: Case, device: torch.device, seconds: float) -> Measured:
             continue
         expected = expected or found
         _check_agreement(f"{case.id}: {name}", found, expected)
-        contenders[name] = _in_turn(calls)
+        contenders[name] = in_turn(calls)
         if device.type == "cuda" and case.mode != "varying":  # a replay cannot be given another factor
-            contenders[f"{name}, graph"] = _in_turn(_captured(calls))
+            contenders[f"{name}, graph"] = in_turn(_captured(calls))
     copies = subject.copies()
-    samples = interleaved(contenders | ({"copy": _in_turn(copies)} if copies else {}), device, seconds)
+    samples = interleaved(contenders | ({"copy": in_turn(copies)} if copies else {}), device, seconds)
     copy_seconds = samples.pop("copy", [])
     timings = {}
     for name, times in samples.items():
@@ -144,7 +144,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _in_turn(calls: list[Callable]) -> Callable[[], None]:
+def in_turn(calls: list[Callable]) -> Callable[[], None]:
     """One call after the other: on CUDA, the inputs of each have left the cache when it comes round again."""
     following = itertools.cycle(calls)
 
