@@ -45,7 +45,7 @@ def _empty(device: torch.device, shape, strides, dtype: torch.dtype) -> torch.Te
 
 
 def dtype_of(tensor: torch.Tensor | None) -> torch.dtype | None:
-    """For a launch's kind: that of a tensor which may be absent."""
+    """For a launch's kind: that of a tensor which may be absent. Where a call would show in a step's time it is written out."""
     return None if tensor is None else tensor.dtype
 
 
@@ -123,13 +123,10 @@ class Launch:
         exec(_written(tuple(t is not None for t in tensors)), known)
         return known["handle"]
 
-    def written(self, kind: Hashable, code: CodeType, names: dict) -> Callable | None:
-        """The function `run` that is defined by `code`, with `names`, a `launching` of this kind and what that needs; None
-        where the kind has no handle."""
-        handle = self.handles and self.handles.get(kind)
-        if not handle:
-            return None
-        known = handle.__globals__ | names
+    def written(self, kind: Hashable, code: CodeType, names: dict) -> Callable:
+        """The function `run` that is defined by `code`, with `names`, a `launching` of this kind, which has a handle, and what
+        that needs."""
+        known = self.handles[kind].__globals__ | names
         exec(code, known)
         return known["run"]
 

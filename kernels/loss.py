@@ -207,8 +207,8 @@ class Loss:
     def forward(self, tensors, beta, recon_weight, guess, stateless=False):
         """Loss, reconstruction and KL, and the gradient of the reconstruction.
 
-        - `beta`, `recon_weight`: floats, or 0-d tensors on the device. `guess`, `[B]` or `[1]`: the upstream factor to store
-          the gradient with; None: no gradient is wanted.
+        - `beta`, `recon_weight`: floats, or 0-d tensors on the device. `guess`, `[B]` or `[1]`, of `dtype`: the upstream factor
+          to store the gradient with; None: no gradient is wanted.
         - `stateless`: keep nothing for later calls.
 
         Returns `(loss, recon, kl, gradient)`: three tensors `[]` or `[B]`, loss and KL None where there are no latents, and

@@ -56,12 +56,12 @@ class Prepared:
             named["partials"], named["arrived"] = scratch(launch.device, self.rows, self.sums, stateless)
         tensors = [name if name is None else named[name] for name in self.tensors]
         launch(self.programs, tensors, [named[name] for name in self.numbers], self.kind)
-        if self.run == self.by_parts and not stateless:
-            self.run = launch.written(self.kind, self._code(), self._names(empty)) or self.run
+        if self.run == self.by_parts and not stateless and launch.handles and self.kind in launch.handles:
+            self.run = launch.written(self.kind, self._code(), self._names(empty))
         return tuple(name if name is None else named[name] for name in self.gives)
 
     def _names(self, empty: Callable[..., torch.Tensor]) -> dict:
-        names = {"by_parts": self.by_parts, "empty": empty, "grid": self.programs, "sums": self.sums, "rows": self.rows}
+        names = {"by_parts": self.by_parts, "empty": empty, "grid": self.programs, "all_sums": self.sums, "all_rows": self.rows}
         names |= {"is_capturing": is_capturing, "kept_scratch": kept_scratch, "NO_SCRATCH": NO_SCRATCH}
         for name, like in self.makes.items():
             names |= zip((f"{name}_shape", f"{name}_strides", f"{name}_dtype"), like, strict=True)
@@ -92,7 +92,7 @@ def _written(takes, makes, tensors, numbers, gives, has_sums) -> CodeType:
     if has_sums:
         lines += [
             "    (partials, arrived), most_sums, most_rows = kept_scratch.get((gpu, stream), NO_SCRATCH)",
-            "    if most_sums < sums or most_rows < rows:",
+            "    if most_sums < all_sums or most_rows < all_rows:",
             f"        return by_parts({given})",
         ]
     lines += [

@@ -338,7 +338,7 @@ class LatentsPlan:
         self.is_by_autograd = self.backend is torch_backend and call.kind is None and self.is_simple and self.is_whole
         dense = self.dense(tensors)
         self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))
-        self.has_normals = noise is not None or self.backend is torch_backend  # and no seed
+        self.has_normals = noise is not None or self.backend is torch_backend  # which may be a seed where it is given
         self.strides, self.dtypes = tuple(map(_stride, dense)), tuple(map(_dtype, dense))
 
     def dense(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -48,7 +48,7 @@ def multiplied(gradients, factor, dtype):
     """Whether gradients of the factor 1 became those of another one, in place, as `reconstruct`, too, multiplies last.
 
     Not if they were rounded to fewer bits than `dtype` has, nor if something is not finite, as a derivative may overflow whose
-    product does not."""
+    product does not. With a divisor it is one rounding more, which shows in what is below the least normal number."""
     found = [g for g in gradients if g is not None]
     if any(g.dtype is not dtype for g in found):
         return False

@@ -45,7 +45,7 @@ def loss(call: LossCall, factors: Factors, tensors: Sequence[Tensor], divisor: f
         divisor = call.divisor(parameters[0], x, weight)
     code = code_of(call.likelihood)
     passes = call.likelihood.compiled_passes
-    has_kernel = code is not None and call.likelihood.kernel is not None and call.parameters <= 4
+    has_kernel = code is not None and call.likelihood.kernel is not None
     if not has_kernel or not _goes_to_kernels(passes, *tensors, *factors):
         tensors = (*parameters, x, *latents) if weight is None else (*parameters, x, weight, *latents)
         return formula.terms(call, factors, divisor, tensors)
