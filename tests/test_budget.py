@@ -37,9 +37,13 @@ def is_checked(name: str) -> bool:
 
 KERNELS = {name: kernel for name, kernel in budget.by_name().items() if is_checked(name)}
 OTHERS = [target for target in TARGETS if target != "sm_90"]
-COMPILED = [
-    (name, target) for i, name in enumerate(KERNELS) for target in TARGETS if EVERY or target in ("sm_90", OTHERS[i % 3])
-]
+
+
+def in_turns(names) -> list[tuple[str, str]]:
+    return [(name, target) for i, name in enumerate(names) for target in TARGETS if EVERY or target in ("sm_90", OTHERS[i % 3])]
+
+
+COMPILED = in_turns(KERNELS)
 VARIANTS = {
     "no gradient": lambda: compiled.loss_forward("bernoulli", F32, F32, gradient=False),
     "given kl": lambda: compiled.loss_forward("bernoulli", F32, F32, kl=True),
@@ -329,8 +333,7 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(("name", "target"), in_turns(CLASSES))
 def test_categorical_latents_keep_the_budget(name, target):
     """Each side is loaded once, or a few times where the classes do not fit in a tile; each gradient is stored once."""
     shape, options, times = CLASSES[name]
