@@ -122,9 +122,7 @@ def test_spelling_does_not_change_the_path(case, launches):
         launches.clear()
         terms = call()
         numbers = [*terms, *gradients(terms.loss, recon_x, mu, logvar)]
-        launched = list(launches)
-        call()  # a plan is the first to be asked from its second call on
-        found.append((numbers, launched, calls(call) if BACKEND == "torch" else 0))
+        found.append((numbers, list(launches), calls(call, 4) if BACKEND == "torch" else 0))  # 3 settle the guessed factor
     for numbers, launched, count in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0][0], numbers, strict=True))
         assert launched == found[0][1] and len(launched) == (2 if BACKEND == "triton" else 0)
