@@ -521,7 +521,11 @@ def test_shapes_and_gradients():
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="nothing is looked at on a GPU")
-def test_what_only_a_look_tells():
+@pytest.mark.parametrize("height", [1, 2, 3, BATCH])
+def test_what_only_a_look_tells(height, monkeypatch):
+    # It is looked for in some rows at a time, where they are many.
+    monkeypatch.setattr("fastelbo.engine.sparse.block_size", lambda: height * WIDTH)
+
     def matrix(starts, columns, values=(1.0, 2.0, 3.0)):
         given = torch.tensor(starts), torch.tensor(columns), torch.tensor(values)
         return torch.sparse_csr_tensor(*given, WHOLE, check_invariants=False)
@@ -534,6 +538,8 @@ def test_what_only_a_look_tells():
     with raises(ValueError, "x.crow_indices()", "rise from 0"):
         call(matrix([0, 2, 1, 3, 3, 3, 3], [4, 2, 1]))
     assert call(matrix(rows, [4, 1, 4])).isfinite()
+    with raises(ValueError, "one value for each place", "(4, 3)"):
+        call(matrix([0, 1, 1, 1, 1, 3, 3], [4, 3, 3]))
     with raises(ValueError, "x must not be negative", "from -2"):
         call(matrix(rows, [4, 3, 1], (1.0, -2.0, 3.0)))
     with raises(ValueError, "x must lie in [0, 1]"):

@@ -1,5 +1,6 @@
 """Matrices that are mostly zeros: rows in CSR, and what of them is not 0."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class Nonzeros(NamedTuple):
         return total.index_add(0, self.rows, values.double()).to(values.dtype)
 
     def totals(self, values: Tensor) -> Tensor:
-        """Likewise, in half the time; it cannot be differentiated twice."""
+        """Likewise, in half the time; it cannot be differentiated."""
         return torch.segment_reduce(values.double(), "sum", offsets=self.starts, initial=0).to(values.dtype)
 
 
@@ -49,6 +50,7 @@ class Rows(NamedTuple):
     columns: Tensor  # [n]
     values: Tensor  # [n]
     shape: tuple[int, int]
+    found: Nonzeros | None = None  # all of them, where that is known
 
     @classmethod
     def of(cls, x: Tensor) -> "Rows":
@@ -56,26 +58,43 @@ class Rows(NamedTuple):
         with torch._C._DisableFuncTorch():  # whose levels take no such tensor, and of which x is not part
             return cls(x.crow_indices(), x.col_indices(), x.values(), (batch, width))
 
-    def check(self, name: str) -> None:
-        """Raise unless each place of the matrix, which errors call `name`, has one value at most. It looks at the indices."""
+    def checked(self, name: str, size: int) -> "Rows":
+        """Raise unless each place of the matrix, which errors call `name`, has one value at most. What is there
+        is then known, if the matrix has up to `size` elements."""
         starts, columns, (_, width) = self.starts, self.columns, self.shape
         count = columns.numel()
         if starts[0].item() != 0 or starts[-1].item() != count or (len(starts) > 1 and starts.diff().min().item() < 0):
             raise ValueError(f"{name}.crow_indices() must rise from 0 to the number of values, {count}: got {starts.tolist()}")
         if not count:
-            return
+            return self
         low, high = (t.item() for t in torch.aminmax(columns))
         if low < 0 or high >= width:
             raise ValueError(f"{name}.col_indices() must be from 0 to {width - 1}, got from {low} to {high}")
-        steps = columns.new_empty(count + 1)
-        torch.sub(columns[1:], columns[:-1], out=steps[1:-1])
-        if steps.index_fill_(0, starts.long(), 1).min().item() > 0:  # a row may begin anywhere
+        for rows, found in self.pieces(size):
+            index = found.index
+            if (index[1:] > index[:-1]).all():
+                continue
+            index = torch.sort(index).values  # columns may come in any order
+            twice = index[1:][index[1:] == index[:-1]]
+            if twice.numel():
+                row, column = divmod(int(twice[0]), width)
+                place = rows.start + row, column
+                raise ValueError(
+                    f"{name} must have one value for each place, got several at {place}: coalesce it as COO before"
+                )
+        return self._replace(found=found) if found.shape == self.shape else self
+
+    def pieces(self, size: int) -> Iterator[tuple[slice, Nonzeros]]:
+        """What is there, in as many rows at a time as have `size` elements, and these rows."""
+        batch, width = self.shape
+        height = max(1, size // max(1, width))
+        if height >= batch:
+            yield slice(0, batch), self.all()
             return
-        index = torch.sort(self.nonzeros(0, self.shape[0], 0, count).index).values
-        twice = index[1:][index[1:] == index[:-1]]
-        if twice.numel():
-            place = divmod(int(twice[0]), width)
-            raise ValueError(f"{name} must have one value for each place, got several at {place}: coalesce it as COO before")
+        starts = [*self.starts[:-1:height].tolist(), self.values.numel()]
+        for i, top in enumerate(range(0, batch, height)):
+            bottom = min(top + height, batch)
+            yield slice(top, bottom), self.nonzeros(top, bottom, starts[i], starts[i + 1])
 
     def nonzeros(self, top: int, bottom: int, start: int, stop: int) -> Nonzeros:
         """Those of the rows from `top` to `bottom`, whose values are the ones from `start` to `stop`."""
@@ -88,7 +107,7 @@ class Rows(NamedTuple):
         )
 
     def all(self) -> Nonzeros:
-        return self.nonzeros(0, self.shape[0], 0, self.values.numel())
+        return self.found or self.nonzeros(0, self.shape[0], 0, self.values.numel())
 
 
 def is_sparse(value) -> bool:

@@ -63,11 +63,10 @@ def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
     element, as large as the tensor of `out`, or summed.
     """
     likelihood, found, given, own, block = plan.likelihood, None, parameters, out, None
-    if isinstance(x, Nonzeros):
-        one_pass = likelihood.sparse_one_pass
-    else:
-        in_sum = likelihood.sum_in_one_pass if weight is None and not per_sample else None
-        one_pass = likelihood.one_pass if in_sum is None else in_sum
+    is_sparse, in_sum = isinstance(x, Nonzeros), None
+    if weight is None and not per_sample:
+        in_sum = likelihood.sparse_sum_in_one_pass if is_sparse else likelihood.sum_in_one_pass
+    one_pass = in_sum or (likelihood.sparse_one_pass if is_sparse else likelihood.one_pass)
     # Something weighted by 0 may be NaN, which only the sum tells, and that only where looking costs no sync.
     if one_pass is not None and (weight is None or (wants_sum and x.device.type == "cpu")):
         if likelihood.links is not None:

@@ -18,6 +18,7 @@ from ..likelihoods import Likelihood
 from ..likelihoods.values import check_values, is_well, silent_range, support_to_check
 from . import formula, torch_backend
 from .backend import backend_for
+from .blocks import block_size
 from .call import KINDS, Factors, KLCall, LossCall, Objective, check_loss
 from .guess import Guess
 from .latents import latents_terms
@@ -38,7 +39,7 @@ def sparse_terms(
     rows = Rows.of(x)
     seen = is_seen(rows.values)
     if seen:
-        rows.check("x")
+        rows = rows.checked("x", block_size())
     recon = _reconstruction(plan, given, rows, call.shaped(weight, given[0], x), known)
     if seen and plan.looks and not is_well(plan.silent if rows.values.numel() else None, rows.values, recon):
         check_values(plan, name, (*given, x.to_dense(), *tensors[parameters + 1 :]), recon)
@@ -109,7 +110,7 @@ def _reconstruction(plan: SparsePlan, parameters: Sequence[Tensor], x: Rows, wei
     dense = [p.contiguous() if p.device == x.values.device else p.to(x.values.device) for p in parameters]
     weight = weight if weight is None else weight.contiguous()
     if True in plan.stores:
-        return Reconstruction.apply((plan, divisor, known, x.shape), *dense, *x[:3], *(() if weight is None else (weight,)))
+        return Reconstruction.apply((plan, divisor, known, x), *dense, *x[:3], *(() if weight is None else (weight,)))
     return plan.backend.sparse_forward(plan, dense, x, weight, divisor, None)[0]
 
 
@@ -129,11 +130,11 @@ class Reconstruction(Function):
     @staticmethod
     @never_compiled
     def forward(ctx, given, *tensors):
-        plan, divisor, known, shape = given
-        parameters, x, weight = _apart(plan, tensors, shape)
+        plan, divisor, known, x = given
+        parameters, _, weight = _apart(plan, tensors, x.shape)
         recon, ctx.stored, used = plan.backend.sparse_forward(plan, parameters, x, weight, divisor, known)
         ctx.save_for_backward(*tensors)
-        ctx.state = plan, divisor, known is None, used, shape
+        ctx.state = plan, divisor, known is None, used, x.shape
         return recon
 
     @staticmethod

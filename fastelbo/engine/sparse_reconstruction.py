@@ -51,17 +51,13 @@ def _reconstruct(plan, parameters, x: Rows, weight, divisor, factor, wants, want
         None if not want or by is None else torch.empty_like(p) if is_whole else torch.zeros_like(p, dtype=dtype)
         for p, is_whole, want in zip(aligned, whole, wants, strict=True)
     ]
-    height = max(1, block_size() // max(1, width)) if x.values.device.type == "cpu" else batch
-    starts = [*x.starts[:-1:height].tolist(), x.values.numel()] if height < batch else [0, x.values.numel()]
     parts = []
-    for i, top in enumerate(range(0, batch, height)):
-        rows = slice(top, min(top + height, batch))
+    for rows, target in x.pieces(block_size() if x.values.device.type == "cpu" else batch * width):
 
         def of_rows(value, rows=rows):
             return value[rows] if value is not None and value.shape[0] == batch else value
 
         given = [converted(f"parameter {k}", of_rows(p), dtype) for k, p in enumerate(aligned)]
-        target = x.nonzeros(rows.start, rows.stop, starts[i], starts[i + 1])
         target = target._replace(values=likelihood.target(given[0], target.values, dtype))
         w = None if weight is None else of_rows(weight).to(dtype)
         f = by[rows] if isinstance(by, Tensor) and by.dim() else by

@@ -76,7 +76,9 @@ class Likelihood(metaclass=Record):
         if not hasattr(cls, "name"):
             cls.name = cls.__name__
         if "nll" in cls.__dict__:
-            for name in ("one_pass", "sum_in_one_pass", "sum_by_torch", "kernel", "at_zero", "kernel_at_zero"):
+            for name in (
+                "one_pass", "sum_in_one_pass", "sum_by_torch", "kernel", "at_zero", "kernel_at_zero", "sparse_sum_in_one_pass",
+            ):  # fmt: skip
                 setattr(cls, name, cls.__dict__.get(name))
 
     def __post_init__(self) -> None:
@@ -227,6 +229,9 @@ class Likelihood(metaclass=Record):
             if to is not None and slope is not None:
                 to.view(-1).index_copy_(0, x.index, slope)
         return found
+
+    sparse_sum_in_one_pass: ClassVar[Callable[..., OnePass | None] | None] = None
+    """Likewise, as `sum_in_one_pass` is to `one_pass`."""
 
     # --- parameters that are transformed first
 

@@ -73,6 +73,12 @@ class Classes(Likelihood):
         return of_nan - x.sums(torch.where((x.values == 0) & own.isinf(), 0.0, own * x.values))
 
     def sparse_one_pass(self, parameters, x, wants_value, out, spare):
+        found = Classes.sparse_sum_in_one_pass(self, parameters, x, wants_value, out, spare)
+        if found is None or found.values is None:
+            return found
+        return found._replace(values=x.totals(found.values))
+
+    def sparse_sum_in_one_pass(self, parameters, x, wants_value, out, spare):
         (logits,), (gradient,) = parameters, out
         if not is_seen(logits):
             return None
@@ -83,7 +89,7 @@ class Classes(Likelihood):
             return None
         if gradient is not None:
             p.mul_(total.unsqueeze(1)).view(-1).scatter_add_(0, x.index, -x.values)
-        return OnePass(x.totals(chosen.log_().mul_(x.values)) if wants_value else None, -1.0)
+        return OnePass(chosen.log_().mul_(x.values) if wants_value else None, -1.0)
 
 
 @record
