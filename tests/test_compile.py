@@ -16,7 +16,7 @@ import fastelbo
 import likelihood_cases
 from conftest import INTERPRETED
 from fastelbo import Weighting
-from fastelbo.likelihoods import BernoulliLogits, DiscretizedLogistic, Gaussian, find_likelihood
+from fastelbo.likelihoods import BernoulliLogits, DiscretizedLogistic, DiscretizedLogisticMixture, Gaussian, find_likelihood
 from support import LIKELIHOODS, gradients, make_inputs, options
 
 pytestmark = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # Inductor's own
@@ -561,16 +561,36 @@ def test_own_likelihood(device):
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="compiled once, on a CPU")
-@pytest.mark.parametrize("likelihood", ("bernoulli", "bernoulli_logits", "continuous_bernoulli_logits", "multinomial"))
-def test_passes_of_compiled_formulas(likelihood, monkeypatch):
-    """What `compiled_passes` says, Inductor counts in its code, which it looks at where its log of metrics is on."""
+@pytest.mark.parametrize(
+    ("likelihood", "count"),
+    (
+        ("bernoulli", 1),
+        ("bernoulli_logits", 1),
+        (BernoulliLogits(pos_weight=3.0), 1),
+        ("continuous_bernoulli_logits", 1),
+        ("multinomial", 1),
+        ("mse", 1),
+        ("laplace", 1),
+        ("gaussian", 2),
+        ("negative_binomial", 2),
+        (DiscretizedLogisticMixture(), 1),
+    ),
+    ids=str,
+)
+def test_passes_of_compiled_formulas(likelihood, count, monkeypatch):
+    """What `compiled_excess` says, Inductor counts in its code, which it looks at where its log of metrics is on."""
     monkeypatch.setattr(compile_fx, "inductor_metrics_log", logging.Logger("metrics", logging.INFO))
-    x, recon_x = torch.rand(64, 4096), torch.rand(64, 4096, requires_grad=True)
+    likelihood = find_likelihood(likelihood)
+    is_mixture = likelihood.name == "discretized_logistic_mixture"
+    shape, of_x = ((2, 100, 32, 32), (2, 3, 32, 32)) if is_mixture else ((64, 4096), (64, 4096))
+    x, parameters = torch.rand(of_x), [torch.rand(shape).add_(0.1).requires_grad_() for _ in range(count)]
     metrics.reset()
     with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
-        torch.compile(lambda y: fastelbo.nll(y, x, likelihood=likelihood), fullgraph=True)(recon_x).backward()
-    passes = metrics.num_bytes_accessed / (x.numel() * x.itemsize)
-    assert find_likelihood(likelihood).compiled_passes == pytest.approx(passes, abs=0.1)
+        call = torch.compile(lambda *y: fastelbo.nll(y, x, likelihood=likelihood), fullgraph=True)
+        call(*parameters).backward()
+    first = parameters[0].numel()
+    passes = metrics.num_bytes_accessed / (first * x.itemsize)
+    assert passes - (3 * count + 2 * x.numel() / first) == pytest.approx(likelihood.compiled_excess, abs=0.1)
 
 
 def test_graphs_are_kept_on_disk(tmp_path):

@@ -21,20 +21,20 @@ from .operators import encoded, ops
 
 TRACERS = FakeTensor, FunctionalTensor
 
-# An operator costs the host some 100 us a step more than what Inductor launches, and its kernels move less memory. They pay
-# from so many bytes on that the formula would move: at 3 TB/s these take 180 us, more than the host needs for a step.
-KERNELS_PAY = 2**29
-OF_LATENTS = 10  # passes over mu that the formula of a sample and its KL, and their gradients, take
+# An operator costs the host some 100 us a step more than what Inductor launches. Its kernels pay from so many bytes on that
+# the formula moves more than they do: at 3 TB/s these take 90 us.
+KERNELS_PAY = 2**28
+EXCESS_OF_LATENTS = 2  # passes over mu: the formula of a sample and its KL stores the noise
 
 
-def _goes_to_kernels(passes: int, *values) -> bool:
-    """Whether Triton computes for the first of these, which a compiled formula passes over so often, and an operator may stand
-    for it."""
+def _goes_to_kernels(excess: int, *values) -> bool:
+    """Whether Triton computes for the first of these, which a compiled formula passes over so much more often, and an operator
+    may stand for it."""
     if is_transformed() or any(is_wrapper(v) for v in values if not isinstance(v, TRACERS)):
         return False
     if not has_kernels(values[0].device) or torch.compiler.is_exporting():
         return False
-    return not is_compiling() or passes * values[0].numel() * values[0].dtype.itemsize >= KERNELS_PAY
+    return not is_compiling() or excess * values[0].numel() * values[0].dtype.itemsize >= KERNELS_PAY
 
 
 def loss(call: LossCall, factors: Factors, tensors: Sequence[Tensor], divisor: float | Tensor | None = None):
@@ -44,9 +44,8 @@ def loss(call: LossCall, factors: Factors, tensors: Sequence[Tensor], divisor: f
         weight = call.shaped(weight, parameters[0], x)
         divisor = call.divisor(parameters[0], x, weight)
     code = code_of(call.likelihood)
-    passes = call.likelihood.compiled_passes
     has_kernel = code is not None and call.likelihood.kernel is not None
-    if not has_kernel or not _goes_to_kernels(passes, *tensors, *factors):
+    if not has_kernel or not _goes_to_kernels(call.likelihood.compiled_excess, *tensors, *factors):
         tensors = (*parameters, x, *latents) if weight is None else (*parameters, x, weight, *latents)
         return formula.terms(call, factors, divisor, tensors)
     first, second, third, fourth = (*parameters, None, None, None)[:4]
@@ -64,7 +63,7 @@ def loss(call: LossCall, factors: Factors, tensors: Sequence[Tensor], divisor: f
 
 def draw(mu: Tensor, second: Tensor, generator: torch.Generator | None) -> Tensor:
     """Noise, or a seed for it."""
-    if _goes_to_kernels(OF_LATENTS, mu, second):  # `kernels.draw_noise`, which asks CUDA for more than a tracer can see
+    if _goes_to_kernels(EXCESS_OF_LATENTS, mu, second):  # `kernels.draw_noise`, which asks CUDA for more than a tracer can see
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=second.device, generator=generator)
     return normals_like(second, generator)
 
@@ -87,7 +86,7 @@ def latents(call: KLCall, tensors: Sequence[Tensor], noise: Tensor | None):
         found = formula.divergence(call, noise, *tensors)
         return formula.over_weights(call, tensors, found) if call.is_mean_of_weights and call.kind is not None else found
     # Of classes, the compiler fuses the formula about as well, and there is no operator.
-    if call.latents.is_categorical or not _goes_to_kernels(OF_LATENTS, *tensors, noise):
+    if call.latents.is_categorical or not _goes_to_kernels(EXCESS_OF_LATENTS, *tensors, noise):
         return formula.divergence(call, noise, *tensors)
     z, kl, weighted, *sums = ops.latents(*(*tensors, None, None)[:4], noise, *encoded(call))
     if call.kind is None:

@@ -52,7 +52,8 @@ from .base import Likelihood
 from .bernoulli import Bernoulli, BernoulliLogits, ContinuousBernoulli, ContinuousBernoulliLogits
 from .classes import Categorical, Multinomial
 from .counts import NegativeBinomial, ZeroInflatedNegativeBinomial
-from .location import L1, MSE, Gaussian, Laplace, StudentT
+from .errors import L1, MSE
+from .location import Gaussian, Laplace, StudentT
 from .logistic import DiscretizedLogistic, DiscretizedLogisticMixture
 from .poisson import Poisson, PoissonLog
 from .values import Range

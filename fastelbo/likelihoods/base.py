@@ -67,9 +67,9 @@ class Likelihood(metaclass=Record):
     kernel: ClassVar[str | None] = None
     """Its device function in `kernels/likelihoods.py`, or elsewhere as "module:function", which is imported when a kernel first
     needs it; of one with a `dim`, the module of `kernels`; None: there is none."""
-    compiled_passes: ClassVar[int] = 7
-    """Passes over the first parameter that its formula and the gradient take once `torch.compile` has fused them: counted in
-    Inductor's code of torch 2.11 and 2.13. A kernel's take 5 with one parameter."""
+    compiled_excess: ClassVar[int] = 0
+    """Passes over the first parameter that its formula and the gradient take, once `torch.compile` has fused them, beyond those
+    of a kernel, which reads each tensor twice and writes each gradient: counted in Inductor's code."""
 
     def __init_subclass__(cls) -> None:
         """A formula of one's own has none of its parent's other forms."""

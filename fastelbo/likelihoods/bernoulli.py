@@ -27,7 +27,6 @@ class Bernoulli(Likelihood):
     """
 
     name = kernel = kernel_at_zero = "bernoulli"
-    compiled_passes = 5
     few_weighted = 2**12  # since Torch's logarithms are not vectorized there
     ranges = (UNIT,)
 
@@ -112,7 +111,6 @@ class BernoulliLogits(Likelihood):
     pos_weight: float | None = None
     name = kernel = "bernoulli_logits"
     kernel_at_zero = "bernoulli_logits_at_zero"
-    compiled_passes = 5
     few_weighted = 2**20
     parameters = ("logits", "pos_weight")
 
@@ -144,17 +142,13 @@ class BernoulliLogits(Likelihood):
         return BITS
 
     def nll(self, parameters, x):
-        logits, *pos_weight = parameters
-        if not pos_weight and self.pos_weight is None:
-            if is_behind_dynamo():
-                return _CompiledLogits.apply(logits, x)
+        logits, *given = parameters
+        weight = given[0] if given else self.pos_weight
+        if is_behind_dynamo():
+            return _CompiledLogits.apply(logits, x, weight)
+        if weight is None:
             return F.binary_cross_entropy_with_logits(logits, x, reduction="none")
-        if is_behind_dynamo() and not (pos_weight and pos_weight[0].requires_grad):  # one logarithm in place of two
-            number = torch.ones((), dtype=x.dtype, device=x.device) * (self.pos_weight or 0.0)
-            weight = pos_weight[0] if pos_weight else number
-            return F.binary_cross_entropy_with_logits(logits, x, pos_weight=weight, reduction="none")
-        positive = x * softplus(-logits)
-        return (1 - x) * softplus(logits) + positive * (pos_weight[0] if pos_weight else self.pos_weight)
+        return (1 - x) * softplus(logits) + x * softplus(-logits) * weight
 
     def sum_by_torch(self, parameters, x, weight):
         positives = None if self.pos_weight is None else as_tensor(self.pos_weight, x.dtype)
@@ -231,18 +225,36 @@ class BernoulliLogits(Likelihood):
 
 
 class _CompiledLogits(torch.autograd.Function):
-    """The same for the compiler. The upstream comes first, or it would write the gradient in forward, to read it again."""
+    """The same for the compiler, by one logarithm. No two terms cancel. What does not depend on the upstream, it would write in
+    forward, to read it again."""
 
     @staticmethod
-    def forward(ctx, logit, x):
-        ctx.save_for_backward(logit, x)
+    def forward(ctx, logit, x, weight):
+        tensor = weight if isinstance(weight, Tensor) else None
+        ctx.save_for_backward(logit, x, tensor)
+        ctx.weight = weight if tensor is None else None
         size = logit.abs()
-        return size * torch.where(logit > 0, 1 - x, x) + log1p(torch.exp(-size))  # no two terms cancel
+        rest = log1p(torch.exp(-size))
+        if weight is None:
+            return size * torch.where(logit > 0, 1 - x, x) + rest
+        positive = weight * x
+        return size * torch.where(logit > 0, 1 - x, positive) + (1 - x + positive) * rest
 
     @staticmethod
     def backward(ctx, upstream):
-        logit, x = ctx.saved_tensors
-        return upstream / (1 + torch.exp(-logit)) - upstream * x, -upstream * logit
+        logit, x, tensor = ctx.saved_tensors
+        weight, by_weight = ctx.weight if tensor is None else tensor, None
+        if weight is None:
+            return upstream / (1 + torch.exp(-logit)) - upstream * x, -upstream * logit, None
+        nothing = upstream - upstream
+        logit, x = logit + nothing, x + nothing
+        e = torch.exp(-logit.abs())
+        share = upstream / (1 + e)
+        by_logit = share * ((1 - x) * torch.where(logit > 0, 1.0, e) - weight * x * torch.where(logit > 0, e, 1.0))
+        of_one = (-logit).clamp(min=0) + log1p(e)
+        if ctx.needs_input_grad[2]:
+            by_weight = (upstream * x * of_one).sum_to_size(tensor.shape)
+        return by_logit, upstream * (weight * of_one - (of_one + logit)), by_weight
 
 
 @record
@@ -252,7 +264,6 @@ class ContinuousBernoulli(Likelihood):
     """
 
     name = kernel = "continuous_bernoulli"
-    compiled_passes = 5
     ranges = (UNIT,)
 
     def support(self, first, x):
@@ -286,7 +297,6 @@ class ContinuousBernoulliLogits(Likelihood):
     """
 
     name = kernel = "continuous_bernoulli_logits"
-    compiled_passes = 5
 
     def support(self, first, x):
         return BITS

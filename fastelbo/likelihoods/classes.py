@@ -110,7 +110,6 @@ class Categorical(Classes):
     dim: int = 1
     ignore_index: int = -100
     name = kernel = "categorical"
-    compiled_passes = 3
 
     def __post_init__(self):
         super().__post_init__()
@@ -298,7 +297,6 @@ class Multinomial(Classes):
     dim: int = -1
     name = "multinomial"
     kernel, kernel_at_zero = "categorical", "sparse_multinomial"  # with targets of the shape of the logits
-    compiled_passes = 5
 
     def constants(self, parameters, x):
         return self.geometry(parameters[0]) | {"ignore_index": 0}

@@ -26,7 +26,6 @@ class NegativeBinomial(Linked):
     inverse_dispersion: str = "identity"
     name = "negative_binomial"
     kernel, kernel_at_zero = "negative_binomial", "negative_binomial_at_zero"
-    compiled_passes = 8
     unlinked, unlinked_ranges = ("mean", "inverse_dispersion"), (NONNEGATIVE, POSITIVE)
 
     def support(self, first, x):
@@ -67,7 +66,6 @@ class ZeroInflatedNegativeBinomial(Linked):
     inverse_dispersion: str = "identity"
     name = "zero_inflated_negative_binomial"
     kernel, kernel_at_zero = "zero_inflated_negative_binomial", "zero_inflated_negative_binomial_at_zero"
-    compiled_passes = 11
     unlinked, unlinked_ranges = ("mean", "inverse_dispersion", "zi_logits"), (NONNEGATIVE, POSITIVE, None)
 
     def support(self, first, x):

@@ -1,75 +1,21 @@
-"""Likelihoods of real numbers around a location: squared and absolute errors, Gaussian, Laplace."""
+"""Likelihoods of real numbers around a location: Gaussian, Laplace, Student's t."""
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..basics.numerics import CompiledBound, fitting, positive, softplus
 from ..basics.records import canonical, check_choice, record
 from ..basics.scalars import check_real
 from ..basics.tracing import is_behind_dynamo, is_seen
-from .base import ONE, SUM, Likelihood, OnePass, check_given_once
+from .base import ONE, Likelihood, OnePass, check_given_once
+from .errors import MSE, CompiledDistances, CompiledSquares, absolute, squared
 from .values import POSITIVE
 
 SCALES = ("scale", "log_scale", "logvar")
 NEAR = 20.0  # up to which neither factor of a bounded scale's reciprocal overflows or underflows
-
-
-@record
-class MSE(Likelihood):
-    """The squared error: `F.mse_loss(recon_x, x)`, without the 1/2 that a Gaussian has. It is no density."""
-
-    name = kernel = "mse"
-    is_density = False
-
-    def nll(self, parameters, x):
-        return F.mse_loss(parameters[0], x, reduction="none")
-
-    def sum_by_torch(self, parameters, x, weight):
-        return torch._C._nn.mse_loss(parameters[0], x, SUM)
-
-    def one_pass(self, parameters, x, wants_value, out, spare):
-        return OnePass(_squares(parameters[0], x, wants_value, out[0], spare), slopes=(2.0,))
-
-
-def _squares(y: Tensor, x: Tensor, wants_value: bool, difference: Tensor | None, spare: Sequence[Tensor]) -> Tensor | None:
-    """The squares of differences, if they are wanted, and the differences."""
-    if difference is None:
-        if spare[0] is None:
-            return F.mse_loss(y, x, reduction="none")
-        return torch.ops.aten.mse_loss.out(y, x, 0, out=spare[0])  # not reduced; a pass less than below
-    torch.sub(y, x, out=difference)
-    # torch.dot would be one pass less, but is off by 2e-4 for half a million elements.
-    return torch.mul(difference, difference, out=spare[1]) if wants_value else None
-
-
-@record
-class L1(Likelihood):
-    """The absolute error: `F.l1_loss(recon_x, x)`. It is no density."""
-
-    name = kernel = "l1"
-    is_density = False
-
-    def nll(self, parameters, x):
-        return F.l1_loss(parameters[0], x, reduction="none")
-
-    def sum_by_torch(self, parameters, x, weight):
-        return torch._C._nn.l1_loss(parameters[0], x, SUM)
-
-    def one_pass(self, parameters, x, wants_value, out, spare):
-        return OnePass(_distances(parameters[0], x, wants_value, out[0], spare))
-
-
-def _distances(y: Tensor, x: Tensor, wants_value: bool, signs: Tensor | None, spare: Sequence[Tensor]) -> Tensor | None:
-    """The sizes of differences, if they are wanted, and their signs."""
-    difference = torch.sub(y, x, out=spare[0] if signs is None else signs)
-    values = torch.abs(difference, out=spare[1]) if wants_value else None
-    difference.sign_()
-    return values
 
 
 @record
@@ -247,13 +193,16 @@ class Gaussian(Located):
     def nll(self, parameters, x):
         mean, *scale = parameters
         if not scale:
-            return 0.5 * ((x - mean) / self.fixed).square() + (math.log(self.fixed) + HALF_LOG_2PI)
+            constant = math.log(self.fixed) + HALF_LOG_2PI
+            if is_behind_dynamo():
+                return CompiledSquares.apply(mean, x) * (0.5 / self.fixed**2) + constant
+            return 0.5 * ((x - mean) / self.fixed).square() + constant
         log_scale, inverse = self.log_and_inverse(scale[0])
         return 0.5 * ((x - mean) * inverse).square() + (log_scale + HALF_LOG_2PI)
 
     def one_pass(self, parameters, x, wants_value, out, spare):
         if len(parameters) == 1:
-            squares, precision = _squares(parameters[0], x, wants_value, out[0], spare), 0.5 / self.fixed**2
+            squares, precision = squared(parameters[0], x, wants_value, out[0], spare), 0.5 / self.fixed**2
             return OnePass(squares, precision, math.log(self.fixed) + HALF_LOG_2PI, (2 * precision,))
         (mean, given), (to_mean, to_given), slope = parameters, out, 1.0
         if (scale := self.spread(given, spare)) is None:
@@ -297,14 +246,15 @@ class Laplace(Located):
     def nll(self, parameters, x):
         mean, *scale = parameters
         if not scale:
-            return (x - mean).abs() / self.scale + (math.log(self.scale) + math.log(2))
+            distances = CompiledDistances.apply(mean, x) if is_behind_dynamo() else (x - mean).abs()
+            return distances / self.scale + (math.log(self.scale) + math.log(2))
         log_scale, inverse = self.log_and_inverse(scale[0])
         return (x - mean).abs() * inverse + (log_scale + math.log(2))
 
     def one_pass(self, parameters, x, wants_value, out, spare):
         mean, *given = parameters
         if not given:
-            distances = _distances(mean, x, wants_value, out[0], spare)
+            distances = absolute(mean, x, wants_value, out[0], spare)
             return OnePass(distances, 1 / self.scale, math.log(2 * self.scale), (1 / self.scale,))
         (given,), (to_mean, to_given), slope = given, out, 1.0
         if (scale := self.spread(given, spare)) is None:

@@ -97,7 +97,6 @@ class DiscretizedLogistic(Scaled, Steps):
     soft_min: float | None = None
     interval: tuple[float, float] = SIGNED
     name = kernel = "discretized_logistic"
-    compiled_passes = 13
 
     def nll(self, parameters, x):
         mean, scale = parameters
@@ -156,7 +155,7 @@ class DiscretizedLogisticMixture(Steps):
     interval: tuple[float, float] = SIGNED
     name = "discretized_logistic_mixture"
     kernel = "mixture"
-    compiled_passes = 13
+    compiled_excess = 18
     parameters = ("parameters",)
 
     def __post_init__(self):

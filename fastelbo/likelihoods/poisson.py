@@ -22,7 +22,6 @@ class Poisson(Linked):
 
     mean: str = "identity"
     name = "poisson"
-    compiled_passes = 5
     unlinked, unlinked_ranges = ("recon_x",), (NONNEGATIVE,)
 
     def __post_init__(self) -> None:
@@ -100,7 +99,6 @@ class PoissonLog(Likelihood):
 
     name = kernel = "poisson_log"
     kernel_at_zero = "poisson_log_at_zero"
-    compiled_passes = 5
 
     def support(self, first, x):
         return NONNEGATIVE
