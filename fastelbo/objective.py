@@ -208,9 +208,11 @@ def elbo(
     its `recon` and `kl` are the ELBO's terms of the same samples, without gradient, which show how much tighter it is. Memory
     does not grow with the number of samples: all of them are one autograd Function around the decoder. A chunk of samples at a
     time goes through it: in forward without a graph, and again in backward, with the same dropout masks, as under
-    `torch.utils.checkpoint`. Torch's own generators and `generator` give the same random numbers again; others do not. Running
-    statistics of batch normalizations move in forward alone. Where the decoder's call changes another buffer of a module that
-    it refers to, an error says so. With a `chunk` of all samples the decoder runs once, and its graph is kept.
+    `torch.utils.checkpoint`. Torch's own generators and `generator` give the same random numbers again; others do not. What else
+    the decoder uses, such as the condition of this batch, must be the same by then: on a CPU other values raise, on a GPU nobody
+    looks, for it would take a sync. Running statistics of batch normalizations move in forward alone. Where the decoder's call
+    changes another buffer of a module that it refers to, an error says so. With a `chunk` of all samples the decoder runs once,
+    and its graph is kept.
 
     The graphs of several samples are all kept where they cannot be built again: under `torch.compile` and `torch.func`; and,
     with a warning, where `eps` requires grad, or where the decoder uses a tensor that is neither a leaf nor computed in it, a
@@ -235,8 +237,8 @@ def elbo(
         TypeError, ValueError: as `loss`; also if `bound` is no bound, or if the decoder returns anything but a tensor of the
             shape of `x`, the parameters of the likelihood, or a distribution that `loss` takes.
         RuntimeError: with several samples and fewer in a chunk: in backward with `create_graph=True` or
-            `is_grads_batched=True`; if a leaf that the decoder uses was given a hook, or was written to, after this call; or if
-            the decoder changes its state.
+            `is_grads_batched=True`; if a leaf that the decoder uses was given a hook, or was written to, after this call; if
+            on a CPU the decoder returns other values in backward; or if it changes its state.
     """
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")

@@ -393,6 +393,33 @@ def test_a_decoder_that_is_changed_before_backward(device):
         loss.backward()
 
 
+@once
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="would take a sync")
+@pytest.mark.parametrize("bound", (ELBO(K, chunk=2), IWAE(K), IWAE(K, estimator="dreg")), ids=str)
+@pytest.mark.parametrize("change", ("rebound", "attribute", "written", "numpy"))
+def test_a_decoder_that_uses_something_else_in_backward(change, bound, device):
+    """Which is no leaf, as the condition of a batch is, or its own noise."""
+    net, x, (mu, logvar) = network(device), target(device), latents(device)
+    net.condition = condition = torch.ones((), device=device)
+    rng = np.random.default_rng(0)
+
+    def decoder(z):
+        if change == "numpy":
+            return net(z) + float(rng.normal())
+        return net(z) + (condition if change == "rebound" else net.condition)
+
+    loss = fastelbo.elbo(decoder, x, mu, logvar, likelihood="bernoulli_logits", bound=bound).loss
+    if change == "rebound":
+        condition = torch.zeros((), device=device)
+    elif change == "attribute":
+        net.condition = torch.zeros((), device=device)
+    elif change == "written":
+        condition.zero_()
+    with pytest.raises(RuntimeError, match="returned other values in backward"):
+        loss.backward()
+    assert mu.grad is None
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_autocast(dtype, device):
     """Backward, outside of it, decodes as forward did."""

@@ -132,6 +132,23 @@ CHANGED = (
     " decoder again: step the optimizer afterwards, or pass chunk=n_samples"
 )
 
+
+
+def check_alike_again(before: Tensor, again: Tensor) -> None:
+    """Raise where a second run ended in other values than the first one did. On a GPU that would take a sync."""
+    if before.device.type != "cpu" or not before.numel():
+        return
+    largest = before.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+    # What rounding may change; terms may cancel, so that a small value has no more digits than a large one.
+    tolerance = torch.finfo(before.dtype).eps ** 0.5 * (1 + largest)
+    if not torch.allclose(again, before, rtol=0.0, atol=tolerance, equal_nan=True):
+        raise RuntimeError(
+            "the decoder of fastelbo.elbo returned other values in backward, which runs it again, than in the call: it uses"
+            " something that has changed since then, or noise that does not come from Torch; pass chunk=n_samples, which runs"
+            " it once"
+        )
+
+
 # Of what a decoder refers to, how far is looked: from a closure to an object to a list in it, and no longer lists than that.
 DEPTH, LENGTH = 4, 256
 

@@ -37,7 +37,7 @@ from ..likelihoods import Likelihood
 from ..likelihoods.distributions import of_distribution
 from .graph import decoder_leaves
 from .records import ELBO, IWAE
-from .replay import CHANGED, Modules, Replay, autocast_without_cache
+from .replay import CHANGED, Modules, Replay, autocast_without_cache, check_alike_again
 
 
 class Call(NamedTuple):
@@ -348,7 +348,8 @@ class Samples(torch.autograd.Function):
         with replay.again(), modules.statistics_held(), torch.enable_grad():
             for where in call.bound.chunks:
                 held = None if call.bound.estimator == "standard" else Held(None if scale is None else scale[where].flatten())
-                found = _differentiated(call, aliases, where, factors[where], held, replay.generator, leaves, wrt)
+                again, found = _differentiated(call, aliases, where, factors[where], held, replay.generator, leaves, wrt)
+                check_alike_again(rows[where], again)
                 totals = [_sum(*pair) for pair in zip(totals, found, strict=True)]
                 del found
         found = iter([t if t is None else t.to(value.dtype) for t, value in zip(totals, wrt, strict=True)])
@@ -360,8 +361,10 @@ def _alias(value, need: bool):
     return value.detach().requires_grad_(need) if isinstance(value, Tensor) else value
 
 
-def _differentiated(call: Call, given: Given, where: slice, factors, held, generator, leaves, wrt) -> Sequence[Tensor | None]:
-    """Decode a chunk again. Gradients of its part of the objective by all of `wrt`."""
+def _differentiated(
+    call: Call, given: Given, where: slice, factors, held, generator, leaves, wrt
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Decode a chunk again. Its rows, and gradients of its part of the objective by all of `wrt`."""
     z, log_q, log_p = sample(call, given, where, generator, held)
     z, edge = _with_edge(z)
     prediction = decoded(call, z)
@@ -373,8 +376,8 @@ def _differentiated(call: Call, given: Given, where: slice, factors, held, gener
         )
     rows, _, _ = score(call, given, where, prediction, log_q, log_p, factors)
     if not rows.requires_grad:
-        return [None] * len(wrt)
-    return torch.autograd.grad(rows, wrt, factors, allow_unused=True)
+        return rows, [None] * len(wrt)
+    return rows.detach(), torch.autograd.grad(rows, wrt, factors, allow_unused=True)
 
 
 def _sum(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
