@@ -61,7 +61,7 @@ def loss(
             `ContinuousBernoulli`, `Poisson`, `NegativeBinomial`, `Categorical`, `OneHotCategorical` or `Multinomial`,
             scvi-tools' `NegativeBinomial` or `ZeroInflatedNegativeBinomial`, or an `Independent` of one. Then the
             reconstruction is minus the sum of its `log_prob(x)`, with gradients to what it was made of, and no `likelihood` is
-            given.
+            given; only a `Bernoulli` of probabilities clamps logarithms at -100, and not the probabilities.
         x: the target, of the shape of `recon_x` and any real dtype; integers and booleans are converted on the fly. Or a matrix
             `[B, G]` of the layout `torch.sparse_csr`, which is never made dense, for likelihoods with a closed form where x is
             0, as those of counts, bits and items have it: `fastelbo.likelihoods` lists them. Each place has one value at most.
@@ -208,11 +208,11 @@ def elbo(
     its `recon` and `kl` are the ELBO's terms of the same samples, without gradient, which show how much tighter it is. Memory
     does not grow with the number of samples: all of them are one autograd Function around the decoder. A chunk of samples at a
     time goes through it: in forward without a graph, and again in backward, with the same dropout masks, as under
-    `torch.utils.checkpoint`. Torch's own generators and `generator` give the same random numbers again; others do not. What else
-    the decoder uses, such as the condition of this batch, must be the same by then: on a CPU other values raise, on a GPU nobody
-    looks, for it would take a sync. Running statistics of batch normalizations move in forward alone. Where the decoder's call
-    changes another buffer of a module that it refers to, an error says so. With a `chunk` of all samples the decoder runs once,
-    and its graph is kept.
+    `torch.utils.checkpoint`. Torch's own generators and `generator` give the same random numbers again; others do not. What
+    else the decoder uses, such as the condition of this batch, must still be the same: on a CPU other values raise, on a GPU
+    nobody looks, for that would take a sync. Running statistics of batch normalizations move in forward alone. Where the
+    decoder's call changes another buffer of a module that it refers to, an error says so. With a `chunk` of all samples the
+    decoder runs once, and its graph is kept.
 
     The graphs of several samples are all kept where they cannot be built again: under `torch.compile` and `torch.func`; and,
     with a warning, where `eps` requires grad, or where the decoder uses a tensor that is neither a leaf nor computed in it, a

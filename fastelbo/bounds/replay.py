@@ -133,7 +133,6 @@ CHANGED = (
 )
 
 
-
 def check_alike_again(before: Tensor, again: Tensor) -> None:
     """Raise where a second run ended in other values than the first one did. On a GPU that would take a sync."""
     if before.device.type != "cpu" or not before.numel():

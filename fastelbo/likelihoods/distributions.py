@@ -1,7 +1,8 @@
 """What a distribution of Torch, or of scvi-tools, stands for in the place of `recon_x`: a likelihood and its tensors.
 
 A distribution that was made of logits gives its logits, and any gives the tensors that it was made of, so that gradients reach
-them. The negative log-likelihood is minus the sum of its own `log_prob`.
+them. The negative log-likelihood is minus the sum of its own `log_prob`, but for a `Bernoulli` of probabilities, which
+clamps logarithms at -100 and not the probabilities.
 """
 
 from collections.abc import Callable
