@@ -1,7 +1,6 @@
 """The same tests run for both backends, a process each: `FASTELBO_BACKEND` and `TRITON_INTERPRET` choose (see Makefile)."""
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,26 +20,10 @@ COMPILED = BACKEND == "triton" and os.environ.get("TRITON_INTERPRET") != "1"
 once = pytest.mark.skipif(INTERPRETED, reason="the same for both backends, and Torch's is faster")
 
 
-def _patch_the_language_once_a_launch() -> None:
-    """Triton's interpreter patches its language in each call of a device function too, which changes nothing more and takes a
-    third of the time."""
-    import triton.language as tl
-    from triton.runtime import interpreter, jit
-
-    # The first argument of a process imports Gluon, which asks `tl.core.static_print` for its signature. By then that would be
-    # `print`, which has none in Python 3.10: both modules below are patched, where a kernel's own launch patches `tl` alone.
-    jit.mangle_type(0)
-    patch, both = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
-
-    def once(function):
-        return patch(both) if tl.core.is_builtin(tl.core.load) else interpreter._LangPatchScope()
-
-    if hasattr(interpreter, "_LangPatchScope"):  # of the versions that have it so
-        interpreter._patch_lang = once
-
-
 if INTERPRETED:
-    _patch_the_language_once_a_launch()
+    from interpreter import quicken
+
+    quicken()
 
 
 @pytest.fixture(autouse=True)
