@@ -1,4 +1,4 @@
-"""Triton's interpreter, in half of its time, most of which goes into making the types of its small tensors anew.
+"""Triton's interpreter, in a third of its time: most of it goes into making the types of its small tensors anew.
 
 What is kept here follows from types alone, and is what the interpreter itself made of them the first time. Numbers, and what is
 checked of them, are its own.
@@ -17,6 +17,8 @@ def quicken() -> None:
         _patch_the_language_once_a_launch()
         _keep_types()
         _leave_what_agrees()
+        # What would be checked is computed, and then not looked at: there are no assertions without `debug`.
+        interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 
 def _patch_the_language_once_a_launch() -> None:
@@ -29,13 +31,21 @@ def _patch_the_language_once_a_launch() -> None:
     def once(function):
         return patch(both) if core.is_builtin(core.load) else interpreter._LangPatchScope()
 
-    interpreter._patch_lang = once
+    def patch_attr(obj, name, member, builder, scope):
+        inner = getattr(member, "__wrapped__", member)  # without the check that there is `_semantic`
+
+        def new_member(*args, **named):
+            named["_semantic"] = interpreter.interpreter_semantic
+            return inner(*args, **named)
+
+        scope.set_attr(obj, name, new_member)
+
+    interpreter._patch_lang, interpreter._patch_attr = once, patch_attr
 
 
 def _keep_types() -> None:
     """What a type is made of, by its name, which tells all of it."""
-    make_block, make_tensor, numpy_of = core.block_type.__init__, core.tensor.__init__, interpreter._get_np_dtype
-    blocks, shapes, numpy_types = {}, {}, {}
+    make_block, make_tensor, blocks, shapes = core.block_type.__init__, core.tensor.__init__, {}, {}
 
     def block(self, element_ty, shape):
         key = element_ty.name, *[s.value if isinstance(s, core.constexpr) else s for s in shape]
@@ -51,12 +61,25 @@ def _keep_types() -> None:
             shapes[type.name] = shapes.setdefault(str(self.shape), (self.shape, self.numel))  # one object for equal shapes
         self.shape, self.numel = shapes[type.name]
 
-    def numpy_type(dtype):
-        if dtype.name not in numpy_types:
-            numpy_types[dtype.name] = numpy_of(dtype)
-        return numpy_types[dtype.name]
+    core.block_type.__init__, core.tensor.__init__ = block, tensor
+    core.block_type.to_ir = lambda self, builder: self  # of the interpreter's, all of whose types are the language's
+    _keep(core.block_type, "with_element_ty", lambda self, scalar: (self.name, scalar.name))
+    _keep(interpreter, "_get_np_dtype", lambda dtype: dtype.name)
+    computed = "computation_type_impl"  # of two types, or of a type and a number's
+    _keep(TritonSemantic, computed, lambda self, a, number, b, other, division: (a.name, number, b.name, other, division))
 
-    core.block_type.__init__, core.tensor.__init__, interpreter._get_np_dtype = block, tensor, numpy_type
+
+def _keep(owner, name: str, key) -> None:
+    """What the function of that name returned, by the key of its arguments."""
+    function, found = getattr(owner, name), {}
+
+    def kept(*args):
+        k = key(*args)
+        if k not in found:
+            found[k] = function(*args)
+        return found[k]
+
+    setattr(owner, name, kept)
 
 
 def _leave_what_agrees() -> None:
