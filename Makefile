@@ -30,7 +30,8 @@ READY := own
 DOCS_READY := own-docs
 endif
 
-.PHONY: demo demo-iwae test test-torch test-triton test-triton-a-l test-triton-m-z lint test-integrations bench budget docs release-check own clean
+.PHONY: demo demo-iwae test test-torch test-torch-a-c test-torch-d-z test-triton test-triton-a-l test-triton-m-z lint test-integrations
+.PHONY: bench budget docs release-check own clean
 .PHONY: own-docs gpu gpu-first gpu-tests gpu-bench gpu-samples
 
 demo: $(READY)
@@ -44,11 +45,12 @@ demo-iwae: $(READY)
 test: $(READY)
 	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) test-torch test-triton lint
 
-test-torch: $(READY)
-	$(RUN) -m pytest
-
-# In two parts, so that both processors are busy to the end.
+# In two parts each, so that both processors are busy to the end.
+test-torch: test-torch-a-c test-torch-d-z
 test-triton: test-triton-a-l test-triton-m-z
+
+test-torch-a-c test-torch-d-z: test-torch-%: $(READY)
+	$(RUN) -m pytest tests/test_[$*]*.py
 
 test-triton-a-l test-triton-m-z: test-triton-%: $(READY)
 	TRITON_INTERPRET=1 FASTELBO_BACKEND=triton $(RUN) -m pytest tests/test_[$*]*.py
