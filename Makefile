@@ -102,7 +102,7 @@ bench: $(READY)
 # What the compiled kernels cost, and that each of them keeps the budget; to be run whenever they change.
 budget: $(READY)
 	$(RUN) -m bench.budget --write
-	EVERY_KERNEL=1 $(RUN) -m pytest tests/test_budget.py
+	EVERY_KERNEL=1 $(RUN) -m pytest tests/test_budget.py tests/test_divergence.py::test_kernels_compile_without_spills
 
 # The tests and benchmarks on a CUDA GPU, with the torch and triton that PYTHON has, and no network. Each of the four takes less
 # than ten minutes, the most telling one first; bench/gpu.py says what is in them. Logs and results go to the folder OUT, if that

@@ -428,8 +428,9 @@ def test_statistics_are_of_the_pass_that_computes_the_kl(monkeypatch, device):
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="a kernel is either interpreted or compiled")
-@pytest.mark.parametrize("target", ("sm_80", "sm_90", "sm_100", "gfx942"))
-def test_kernels_compile_without_spills(target):
+@pytest.mark.parametrize("turn, target", list(enumerate(("sm_80", "sm_90", "sm_100", "gfx942"))))
+def test_kernels_compile_without_spills(turn, target):
+    """Each in two of the architectures, in turns; in all of them by `make budget`."""
     pytest.importorskip("triton", reason="triton is installed on Linux only")
     from bench.assembly import spilled_bytes
     from bench.compiled import compile_for, record
@@ -457,6 +458,6 @@ def test_kernels_compile_without_spills(target):
     # The assembler for Blackwell that Triton 3.6 has keeps one backward to 80 registers, to fit one more program on a
     # multiprocessor, and spills two numbers.
     allowed = 8 if target == "sm_100" and version("triton") < "3.7" else 0
-    for form in forms:
-        for call in calls(*form):
+    for i, call in enumerate(call for form in forms for call in calls(*form)):
+        if (i + turn) % 2 == 0 or os.environ.get("EVERY_KERNEL") == "1":
             assert spilled_bytes(compile_for(target, record(call))) <= allowed
