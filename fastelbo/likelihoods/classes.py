@@ -1,5 +1,7 @@
 """Likelihoods over a dimension of classes or items: categorical and multinomial, of logits."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,10 +12,6 @@ from ..basics.scalars import check_integer
 from ..basics.tracing import is_behind_dynamo, is_seen
 from .base import ONE, Likelihood, OnePass, check_labelled_dim, check_own_dim
 from .values import NONNEGATIVE, Range
-
-# Elements of a row from which simple operators cost less than Torch's `log_softmax` and its backward; and of rows, for each
-# thread, that stay in the cache of its core from one operator to the next.
-LONG, PART = 2**8, 2**18
 
 WEIGHTS = NONNEGATIVE._replace(silent=True)  # of logarithms; a negative one gives a finite loss
 
@@ -52,11 +50,10 @@ class Classes(Likelihood):
         (logits,), (gradient,), dim = parameters, out, self.dim or 0
         if not is_seen(x):
             return None
-        if spare[0] is not None and dim % logits.dim() == logits.dim() - 1 and logits.shape[dim] >= LONG:
-            return _of_long_rows(logits, x, gradient, spare)
         log_p = torch.log_softmax(logits, dim, out=spare[0])
-        values = torch.mul(log_p, x, out=spare[1]).sum(dim)
-        if not torch.isfinite(values).all():
+        # The product lies where the gradient will, so that less has to stay in cache.
+        values = torch.mul(log_p, x, out=spare[1] if gradient is None else gradient).sum(dim)
+        if not math.isfinite(values.sum().item()):
             return None
         if gradient is not None:  # x - p times the sum of x
             torch.ops.aten._log_softmax_backward_data.out(x, log_p, dim, x.dtype, out=gradient)
@@ -197,24 +194,6 @@ class Categorical(Classes):
 
     def constants(self, parameters, x):
         return self.geometry(parameters[0]) | {"ignore_index": self.ignore_index}
-
-
-def _of_long_rows(logits: Tensor, x: Tensor, gradient: Tensor | None, spare) -> OnePass | None:
-    """`one_pass` of logits whose last dimension is that of the classes, and long."""
-    values = logits.new_empty(logits.shape[:-1])
-    height = max(1, PART * torch.get_num_threads() // logits[0].numel())
-    for i in range(0, len(logits), height):
-        rows = slice(i, i + height)
-        given, t = logits[rows], x[rows]
-        # Fused, and by a faster exponential than `torch.exp`.
-        p = torch.softmax(given, -1, out=spare[1][: len(given)] if gradient is None else gradient[rows])
-        below = torch.sub(given, given.amax(-1, keepdim=True), out=spare[0][: len(given)])
-        total = t.sum(-1, keepdim=True)
-        # Two terms that are not positive, so nothing cancels; the largest probability is 1 over the sum of exponentials.
-        torch.addcmul(below.mul_(t).sum(-1), p.amax(-1).log_(), total.squeeze(-1), out=values[rows])
-        if gradient is not None:
-            p.mul_(total).sub_(t)
-    return OnePass(values, -1.0) if values.isfinite().all() else None
 
 
 def _normalizers(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
