@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import fastelbo
+from conftest import BACKEND
+from fastelbo.engine import torch_backend
 from fastelbo.likelihoods import find_likelihood
 from support import LIKELIHOODS, as_double, assert_no_worse, gradients, make_inputs, naive, options, relative
 
@@ -86,3 +88,45 @@ def test_collapsed_posterior_keeps_its_kl(device):
     lv = logvar.detach().double()
     assert relative(kl, (0.5 * (torch.expm1(lv) - lv)).sum()) < 1e-3
     assert relative(gradients(kl, logvar)[0], 0.5 * torch.expm1(lv)) < 1e-6
+
+
+# Of many latents, whose KL is made of the deviations beside a sample where its digits allow that: `(mu, logvar, do they)`.
+MANY = {
+    "usual": (lambda n: torch.randn(n), lambda n: 0.5 * torch.randn(n), True),
+    "alike": (lambda n: torch.ones(n), lambda n: torch.full((n,), 0.55), True),
+    "narrow": (lambda n: 0.3 * torch.randn(n), lambda n: torch.randn(n) - 6, True),
+    "wide": (lambda n: torch.randn(n), lambda n: torch.full((n,), 1.7), False),
+    "one far out": (lambda n: torch.randn(n), lambda n: torch.eye(1, n)[0] * 20, False),
+    "near the prior": (lambda n: 1e-3 * torch.randn(n), lambda n: 1e-3 * torch.randn(n), False),
+    "at its mean": (lambda n: torch.zeros(n), lambda n: torch.randn(n), False),
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("reduction", ("sum", "none"))
+@pytest.mark.parametrize("case", MANY)
+def test_many_latents(case, reduction, dtype, device, monkeypatch):
+    rows, columns = 3, 2**13 + 5
+    make_mu, make_logvar, shared = MANY[case]
+    mu, logvar = (torch.stack([f(columns).to(dtype) for _ in range(rows)]).to(device) for f in (make_mu, make_logvar))
+    exact = []
+    if BACKEND == "torch":
+        of = torch_backend._kl_sum
+        monkeypatch.setattr(torch_backend, "_kl_sum", lambda *block: exact.append(None) or of(*block))
+    wide = as_double(mu, logvar)
+    terms = 0.5 * (1 + wide[1].abs() + wide[0].square() + wide[1].exp())
+    dim = None if reduction == "sum" else 1
+
+    def by_hand(mu, logvar):
+        return -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(dim)
+
+    truth = 0.5 * (wide[0].square() + torch.expm1(wide[1]) - wide[1]).sum(dim)
+    kl = fastelbo.sample_kl(mu, logvar, reduction=reduction).kl
+    if dtype == torch.float64:
+        assert relative(kl, truth) < 1e-12
+    else:
+        assert_no_worse(kl, by_hand(mu.float(), logvar.float()), truth, terms.sum(dim), "kl")
+    if case == "near the prior":
+        assert relative(kl, truth) < 1e-5
+    if BACKEND == "torch" and device.type == "cpu":
+        assert bool(exact) != shared
