@@ -130,3 +130,33 @@ def test_many_latents(case, reduction, dtype, device, monkeypatch):
         assert relative(kl, truth) < 1e-5
     if BACKEND == "torch" and device.type == "cpu":
         assert bool(exact) != shared
+
+
+@pytest.mark.parametrize("columns", (2**13 + 5, 2**18 + 5), ids=("kept", "computed again"))
+@pytest.mark.parametrize("reduction", ("sum", "none"))
+@pytest.mark.parametrize("case", ("usual", "wide", "near the prior"))
+def test_gradients_of_many_latents(case, reduction, columns, device):
+    """Of a sample with its KL, of the KL alone and of a loss that has it; twice, the graph retained."""
+    make_mu, make_logvar, _ = MANY[case]
+    mu, logvar = (torch.stack([f(columns) for _ in range(3)]).to(device).requires_grad_() for f in (make_mu, make_logvar))
+    upstream, arrived = torch.rand(() if reduction == "sum" else (3,), device=device), torch.randn(3, columns, device=device)
+    recon_x = torch.randn(3, 7, device=device, requires_grad=True)
+    z, kl = fastelbo.sample_kl(mu, logvar, reduction=reduction)
+    alone = fastelbo.kl_divergence(mu, logvar, reduction=reduction)
+    terms = fastelbo.loss(recon_x, torch.zeros_like(recon_x), mu, logvar, BETA, reduction=reduction, likelihood="mse")
+    m, lv = mu.detach().double(), logvar.detach().double()
+    factor = upstream.double().reshape(-1, 1)
+    of_kl, terms_of_kl = (factor * m, 0.5 * factor * torch.expm1(lv)), (factor * m.abs(), 0.5 * factor * (1 + lv.exp()))
+    shift = z.detach().double() - m
+    of_both = of_kl[0] + arrived, of_kl[1] + 0.5 * arrived * shift
+    eps = torch.finfo(torch.float32).eps
+    for _ in range(2):
+        for found, expected in (
+            (gradients(alone, mu, logvar, grad_outputs=upstream, retain_graph=True), of_kl),
+            (gradients(terms.loss, mu, logvar, grad_outputs=upstream, retain_graph=True), [BETA * g for g in of_kl]),
+        ):
+            for got, exact, size in zip(found, expected, terms_of_kl, strict=True):
+                assert ((got.double() - exact).abs() <= 2 * eps * size).all()
+        found = torch.autograd.grad((z, kl), (mu, logvar), (arrived, upstream), retain_graph=True)
+        for got, exact in zip(found, of_both, strict=True):
+            assert relative(got, exact) < 4 * eps

@@ -98,6 +98,23 @@ def test_counts_of_items_take_few_operators(shape, most):
     assert found.operators <= most or not torch.__version__.startswith("2.13.")
 
 
+@counts_calls
+@pytest.mark.parametrize(("name", "most"), (("kl_divergence", 1), ("sample_kl", 2), ("loss", 1)))
+def test_many_latents_take_no_exponential_twice(name, most):
+    """Backward finds what forward kept."""
+    mu, logvar = (torch.randn(128, 512).requires_grad_() for _ in range(2))
+    recon_x = torch.randn(128, 10).requires_grad_()
+    call = {
+        "kl_divergence": lambda: fastelbo.kl_divergence(mu, logvar),
+        "sample_kl": lambda: sum(t.sum() for t in fastelbo.sample_kl(mu, logvar)),
+        "loss": lambda: fastelbo.loss(recon_x, torch.zeros(128, 10), mu, logvar, likelihood="gaussian").loss,
+    }[name]
+    call().backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as found:
+        call().backward()
+    assert sum(e.name in ("aten::exp", "aten::exp_", "aten::expm1") for e in found.events()) == most
+
+
 SPELLINGS = {
     "bernoulli": ({"likelihood": "bernoulli"}, {"likelihood": Bernoulli()}, {}),
     "gaussian": ({"likelihood": "gaussian"}, {"likelihood": Gaussian()}, {"likelihood": Gaussian(scale=1, parameter="scale")}),

@@ -13,6 +13,9 @@ BLOCK, THREAD = 3 * 2**18, 2**16
 # Elements that a temporary tensor may have without costing more than memory that is kept.
 SMALL = 2**14
 
+# And latents of which forward keeps what backward needs, in no more tensors than autograd would: exponentials take longer.
+KEPT = 2**18
+
 
 def added_up(parts: list[tuple], like: Tensor, weight: float, per_sample: bool, dtype: torch.dtype) -> Tensor:
     """The sums of blocks, `(index of the rows, sum)`, added up and times `weight`, `[]` or `[B]`."""

@@ -28,7 +28,7 @@ from ..likelihoods import Likelihood
 from ..likelihoods.values import Range, silent_range, support_to_check
 from . import torch_backend
 from .backend import backend_for
-from .blocks import BLOCK, SMALL
+from .blocks import BLOCK, KEPT, SMALL
 from .call import Factors, KLCall, LossCall, Objective, check_kl, check_loss
 from .guess import Guess
 
@@ -332,10 +332,10 @@ class LatentsPlan:
         self.layout = self.noise_layout = torch.contiguous_format
         if not self.is_categorical:
             self.layout, self.noise_layout = layout_of(mu), layout_of(tensors[1])
-        # To the Torch backend: one small block, in the dtype of the arithmetic.
-        self.is_whole = mu.numel() <= SMALL and all(t.dtype == call.dtype for t in tensors[:2])
-        # A sample alone of few elements, for which autograd costs less than a Function.
-        self.is_by_autograd = self.backend is torch_backend and call.kind is None and self.is_simple and self.is_whole
+        # To the Torch backend: one block, in the dtype of the arithmetic; a small sample alone costs autograd less than it.
+        self.is_whole = mu.numel() <= (KEPT if self.wants else SMALL) and all(t.dtype == call.dtype for t in tensors[:2])
+        is_sample = self.backend is torch_backend and call.kind is None and self.is_simple
+        self.is_by_autograd = is_sample and self.is_whole and mu.numel() <= SMALL
         dense = self.dense(tensors)
         self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))
         self.has_normals = noise is not None or self.backend is torch_backend  # which may be a seed where it is given

@@ -18,7 +18,7 @@ from ..basics.tracing import is_seen
 from ..latents.gaussian import Slope, kl_elements, kl_in_one_pass, sample_in_one_pass
 from ..likelihoods.base import HALF
 from . import categorical, formula, sparse_reconstruction
-from .blocks import SMALL, added_up, converted, cut_alike, scratch
+from .blocks import KEPT, SMALL, added_up, converted, cut_alike, scratch
 from .reconstruction import multiplied, reconstruct
 
 
@@ -53,7 +53,7 @@ def loss_forward(plan, factors, tensors, divisor, known, wants, stateless=False)
     if latents == 1:
         kl = tensors[-1].to(dtype, copy=True)
     else:
-        kl, slope = _divergence(tensors[-2], tensors[-1], plan.kl_scale, plan.per_sample, dtype)
+        kl, slope = _divergence(tensors[-2], tensors[-1], plan.kl_scale, plan.per_sample, dtype, used is not None)
         if used is not None and slope is not None:
             stored.append(slope)
     beta, recon_weight = factors
@@ -108,7 +108,7 @@ def latents_forward(plan, tensors, noise, stateless=False):
         sums = (wide.sum(0), wide.square().sum(0)) if plan.call.statistics else None
         return None, *formula.with_free_bits(plan.call, mu, kl, None, sums, None, plan.floor)
     if noise is None:
-        kl, slope = _divergence(mu, logvar, plan.kl_scale, per_sample, dtype)
+        kl, slope = _divergence(mu, logvar, plan.kl_scale, per_sample, dtype, plan.wants)
         if plan.call.groups is None:
             return None, kl, None, None, None if slope is None else (None, slope)
         return None, *formula.with_free_bits(plan.call, mu, kl, None, None, None, plan.floor)
@@ -237,9 +237,10 @@ def added(grad_loss: Tensor | None, own: Tensor | None, factor: float | Tensor) 
     return grad_loss if own is None else grad_loss + own
 
 
-def _divergence(mu, logvar, weight, per_sample, dtype):
-    """KL(N(mu, exp(logvar)) || N(0, 1)), reduced; and of few latents twice its derivative by each of `logvar`."""
-    if mu.dtype == logvar.dtype == dtype and mu.numel() <= SMALL and (not per_sample or mu.dim() == 2):
+def _divergence(mu, logvar, weight, per_sample, dtype, keeps):
+    """KL(N(mu, exp(logvar)) || N(0, 1)), reduced; and of few latents twice its derivative by each of `logvar`: of more, if it
+    is kept."""
+    if mu.dtype == logvar.dtype == dtype and mu.numel() <= (KEPT if keeps else SMALL) and (not per_sample or mu.dim() == 2):
         slope = torch.expm1(logvar)
         kl = torch.sub(slope, logvar).addcmul_(mu, mu).sum(-1 if per_sample else None)
         return kl.mul_(HALF) if weight == 1 else kl.mul_(0.5 * weight), slope
@@ -298,7 +299,7 @@ def _latent_gradients(grad_z, mu, logvar, noise, factor, weight, dtype, slope=No
         factor = factor * weight if weight != 1 else factor
         half = factor * HALF
     is_small = mu.numel() <= SMALL and mu.dtype == logvar.dtype == dtype and not (per_sample and mu.dim() != 2)
-    if is_small and grad_z is None:
+    if slope is not None or (is_small and grad_z is None):
         return torch.mul(mu, factor), (torch.expm1(logvar) if slope is None else slope).mul_(half)
     grad_mu, grad_logvar = torch.empty_like(mu), torch.empty_like(logvar)
     for rows, m, lv, dz, eps, dm, dlv in cut_alike(per_sample, mu, logvar, grad_z, noise, grad_mu, grad_logvar):
