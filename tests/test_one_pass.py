@@ -138,12 +138,11 @@ def long_rows(*batch):
 
 @pytest.mark.parametrize("weighted", (False, True), ids=("", "weighted"))
 @pytest.mark.parametrize("reduction", ("sum", "none", "batchmean"))
-@pytest.mark.parametrize("size", (1, 10_000, 2**20))
+@pytest.mark.parametrize("size", (1, 10_000, 2**30))
 @pytest.mark.parametrize("batch", ((5,), (3, 2)), ids=str)
 def test_long_rows_of_counts(batch, size, reduction, weighted, monkeypatch):
     """Some rows at a time; confident ones, without counts, and far from 0."""
-    monkeypatch.setattr(blocks, "BLOCK", size)
-    monkeypatch.setattr(blocks, "THREAD", 1)
+    monkeypatch.setattr(classes, "PART", size)
     taken, form = [], classes.Classes.one_pass
     monkeypatch.setattr(classes.Classes, "one_pass", lambda *args: taken.append(form(*args)) or taken[-1])
     logits, x = long_rows(*batch)
