@@ -176,6 +176,25 @@ def test_any_dtype(values, index):
     assert relative(*(fastelbo.nll(p, t, likelihood=scaled) for t in (csr(x, index, values), x))) < 1e-6
 
 
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+
+
+@pytest.mark.parametrize("values", UNSIGNED, ids=str)
+@pytest.mark.parametrize("name", ("poisson", "multinomial", "pos_weight"))
+def test_unsigned_dtypes(name, values):
+    """Torch makes no dense matrix of them, at whose values the checks look."""
+    case = SPARSE[name]
+    (p, *others), x = case.parameters(torch.float32), counts(case.bits)
+    x[0, 0] = 1
+    sparse, dense = (fastelbo.nll(recon_x([p, *others]), t, likelihood=case.likelihood) for t in (csr(x, values=values), x))
+    assert relative(sparse, dense) < 1e-6
+    if DEVICE.type == "cpu":
+        with raises(ValueError, "recon_x must not be negative", "from -1"):
+            fastelbo.nll(torch.where(x > 0, -1.0, 1.0), csr(x, values=values), likelihood="poisson")
+        with raises(ValueError, "x must lie in [0, 1]", "from 0 to 2"):
+            fastelbo.nll(p, csr(2 * (x > 0), values=values), likelihood="bernoulli_logits")
+
+
 @pytest.mark.parametrize("name", SPARSE)
 def test_nothing_but_zeros(name):
     case = SPARSE[name]

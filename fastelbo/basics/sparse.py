@@ -8,6 +8,9 @@ from torch import Tensor
 
 from .arguments import REALS, check_reals
 
+# Of the dtypes that Torch writes to no places of a tensor, those with the same bits that it does.
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
 
 class Nonzeros(NamedTuple):
     """What of a matrix is not 0, and where that is."""
@@ -108,6 +111,14 @@ class Rows(NamedTuple):
 
     def all(self) -> Nonzeros:
         return self.found or self.nonzeros(0, self.shape[0], 0, self.values.numel())
+
+    def dense(self) -> Tensor:
+        """The matrix with its zeros."""
+        values, (batch, width) = self.values, self.shape
+        dtype = _SIGNED.get(values.dtype, values.dtype)
+        matrix = torch.zeros(batch * width, dtype=dtype, device=values.device)
+        matrix[self.all().index] = values.view(dtype)
+        return matrix.view(values.dtype).view(self.shape)
 
 
 def is_sparse(value) -> bool:

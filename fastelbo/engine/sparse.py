@@ -42,7 +42,7 @@ def sparse_terms(
         rows = rows.checked("x", block_size())
     recon = _reconstruction(plan, given, rows, call.shaped(weight, given[0], x), known)
     if seen and plan.looks and not is_well(plan.silent if rows.values.numel() else None, rows.values, recon):
-        check_values(plan, name, (*given, x.to_dense(), *tensors[parameters + 1 :]), recon)
+        check_values(plan, name, (*given, rows.dense(), *tensors[parameters + 1 :]), recon)
     if not behind:
         return None, recon, None
     if latents == 1:
