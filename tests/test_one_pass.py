@@ -324,6 +324,34 @@ def test_rare_inputs(name):
         torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=1e-6)
 
 
+FAR = torch.linspace(15, 45, 61, dtype=torch.float64).reshape(1, -1)  # up to where softplus(x) is x in float64, too
+CENTRE = torch.zeros_like(FAR)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "parameters"),
+    (
+        (Gaussian(parameter="log_scale", soft_min=-20.0), (CENTRE, FAR - 20)),
+        (Laplace(soft_min=-20.0), (CENTRE, (FAR - 20).exp())),
+        ("discretized_logistic", (1.0 - FAR, CENTRE)),
+        (DiscretizedLogisticMixture(), (torch.stack([0 * FAR, 1.0 - FAR, CENTRE], 1),)),
+        ("bernoulli_logits", (-FAR,)),
+        (BernoulliLogits(pos_weight=3.0), (-FAR,)),
+    ),
+    ids=str,
+)
+def test_digits_of_float64(likelihood, parameters):
+    x = torch.ones_like(FAR)
+    x = x.unsqueeze(1) if len(parameters) == 1 and parameters[0].dim() == 3 else x
+    for column in range(FAR.numel()):  # each by itself, or the others hide it
+        given = [p[..., column : column + 1].clone().requires_grad_() for p in parameters]
+        got = loss(given, x[..., :1], likelihood, "sum", None)
+        expected, wide = truth(given, x[..., :1], likelihood, "sum", None)
+        torch.testing.assert_close(got, expected.detach(), rtol=1e-14, atol=1e-15)
+        for a, b in zip(gradients(got, *given), gradients(expected, *wide), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+
+
 def test_logarithms_of_factorials():
     """From the table, where it goes, and beyond."""
     n = torch.cat([torch.arange(1030.0), torch.tensor([1e4, 0.5])])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..basics.numerics import CompiledBound, fitting, positive, softplus
+from ..basics.numerics import SOFTPLUS_IS_LINEAR, CompiledBound, fitting, positive, softplus
 from ..basics.records import canonical, check_choice, record
 from ..basics.scalars import check_real
 from ..basics.tracing import is_behind_dynamo, is_seen
@@ -70,7 +70,7 @@ class Scaled(Likelihood):
         slope = torch.sigmoid(above, out=fitting(spare[4], given))
         if self.parameter == "scale":
             slope.div_(given)
-        logarithm = torch.ops.aten.softplus.out(above, out=above).add_(self.soft_min)
+        logarithm = torch.ops.aten.softplus.out(above, 1, SOFTPLUS_IS_LINEAR, out=above).add_(self.soft_min)
         return Spread(torch.neg(logarithm, out=fitting(spare[2], given)).exp_(), logarithm, 1.0, slope, number)
 
     def bounded(self, log_scale: Tensor) -> tuple[Tensor, Tensor]:
