@@ -163,7 +163,11 @@ def loss(
     of_latents: Sequence[Tensor]
     weighted = statistics = None
     in_one_pass = weighting is None or (isinstance(weighting, Weighting) and weighting.capacity is None)
-    if in_one_pass and monitor is None and not each and not surrounded:
+    widens = False  # the KL's digits are those of the results, which may be the prediction's
+    if getattr(mu, "dtype", None) is not torch.float64:
+        for parameter in given:
+            widens = widens or getattr(parameter, "dtype", None) is torch.float64
+    if in_one_pass and not widens and monitor is None and not each and not surrounded:
         of_kl = None if weighting is ALL else weighting
         plan, of_latents = latents_plan_of(mu, logvar, posterior, prior, objective.kl_reduction, None, False, of_kl, kl_weight)
         _, kl, weighted, _ = run(plan, of_latents, None)
@@ -171,6 +175,8 @@ def loss(
             weighted = times(shares_of(weighting)[0], weighted)
     else:
         kind, of_latents = check_latents(mu, logvar, posterior, prior, kl_weight, samples=False)
+        if widens:
+            of_latents = tuple(t.double() for t in of_latents)
         kl, beta, weighted, statistics = _divergence(kind, of_latents, objective, beta, weighting, monitor)
     check_data("x", x)
     check_device("mu", of_latents[0], "recon_x", x)

@@ -1,13 +1,19 @@
-"""Autocast and loss scaling: predictions come in half precision, and lose nothing more on the way through the loss."""
+"""Autocast and loss scaling: predictions come in half precision, and lose nothing more on the way through the loss. And
+predictions in float64, beside latents in float32."""
 
+import contextlib
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import fastelbo
-from fastelbo import reference
+from conftest import DEVICE
+from fastelbo import Weighting, reference
+from fastelbo.likelihoods import Gaussian
 from support import LIKELIHOODS, gradients, relative
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -126,3 +132,33 @@ def test_the_scaler_sees_an_overflow(way, device):
     expected = gradients(before.naive(x, eps, "bernoulli_logits"), *before.parameters())
     for p, q, gradient in zip(model.parameters(), before.parameters(), expected, strict=True):
         assert relative(q - p, 0.1 * gradient) < 0.01
+
+
+OPTIONS = {
+    "plain": {},
+    "prior": {"prior": (torch.zeros(3, device=DEVICE), torch.zeros(3, device=DEVICE))},
+    "kl_weight": {"kl_weight": torch.ones(4, 1, device=DEVICE)},
+    "free bits": {"weighting": Weighting(free_bits=1e-9)},
+    "capacity": {"weighting": Weighting(capacity=1.0)},
+    "beta of each": {"beta": torch.ones(3, device=DEVICE)},
+    "optimal": {"likelihood": Gaussian("optimal")},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse (CSR tensor support is in beta|invariant checks)")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_kl_beside_a_prediction_in_float64(name):
+    """It has the digits that its dtype promises, whatever it is made of, and where nothing is fused."""
+    prediction, x = torch.rand(4, 5, device=DEVICE, dtype=torch.float64), torch.ones(4, 5, device=DEVICE)
+    mu, logvar = (torch.randn(4, 3, device=DEVICE).requires_grad_() for _ in range(2))
+    wide_mu, wide = mu.detach().double(), logvar.detach().double()
+    expected = 0.5 * (wide_mu.square() + wide.exp() - wide - 1).sum()
+    options = {"likelihood": "poisson"} | OPTIONS[name]
+    targets = (x,) if name == "optimal" else (x, x.to_sparse_csr())
+    for target, around in itertools.product(targets, (contextlib.nullcontext, forward_ad.dual_level)):
+        with around():
+            kl = fastelbo.loss(prediction, target, mu, logvar, **options).kl
+        assert kl.dtype == torch.float64 and relative(kl, expected) < 1e-14
+        by_mu, by_logvar = gradients(kl, mu, logvar)
+        assert by_mu.dtype == by_logvar.dtype == torch.float32
+        assert relative(by_mu, wide_mu) < 1e-7 and relative(by_logvar, 0.5 * wide.expm1()) < 1e-6

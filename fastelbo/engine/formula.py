@@ -155,6 +155,7 @@ def divergence(call: KLCall, noise: Tensor | None, *tensors: Tensor):
         z = gaussian.sample(latents.posterior, *posterior, noise, call.dtype)
     if kind is None:
         return z, None, None, None
+    posterior, prior = ([t.to(call.dtype) for t in given] for given in (posterior, prior))  # a prediction's, maybe
     if weight is not None:  # what does not count may be NaN
         weight = weight.to(call.dtype)
         uncounted = (weight == 0).unsqueeze(-1) if latents.is_categorical else weight == 0
