@@ -96,6 +96,34 @@ def test_bits_of_what_is_not_masked(device):
     torch.testing.assert_close(monitor.bits_per_dimension, expected / math.log(2), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("reduction", ("sum", "batchmean", "mean", "none"))
+@pytest.mark.parametrize("name", ("weights", "labels", "width", "several samples", "optimal"))
+def test_a_batch_of_nothing(name, reduction, device):
+    """It adds samples, and neither nats nor elements, though a mean over it is NaN."""
+    monitor, latents = Monitor(), torch.randn(4, 2, device=device)
+    x, options = torch.rand(4, 6, device=device), {"likelihood": "mse", "weight": torch.ones(4, 1, device=device)}
+    prediction, nothing = torch.rand_like(x), {"weight": torch.zeros(4, 1, device=device)}
+    if name == "labels":
+        x, prediction = torch.tensor([0, 1, 2, 0], device=device), torch.randn(4, 3, device=device)
+        options, nothing = {"likelihood": "categorical"}, {"x": torch.full_like(x, -100)}
+    elif name == "width":
+        nothing = {"x": x[:, :0], "prediction": prediction[:, :0]}
+    elif name == "optimal":
+        options["likelihood"] = fastelbo.likelihoods.Gaussian("optimal")
+    found = []
+    for changed in ({}, nothing, {}):
+        given = {"x": x, "prediction": prediction} | options | changed
+        target, p = given.pop("x"), given.pop("prediction")
+        if name == "several samples":
+            decode = lambda z, p=p: p.repeat(z.shape[0] // len(p), 1)  # noqa: E731
+            fastelbo.elbo(decode, target, latents, latents, bound=ELBO(2), **given, reduction=reduction, monitor=monitor)
+        else:
+            fastelbo.loss(p, target, latents, latents, **given, reduction=reduction, monitor=monitor)
+        found.append((monitor.recon, monitor.bits_per_dimension))
+    torch.testing.assert_close(found[1], (found[0][0] / 2, found[0][1]))
+    torch.testing.assert_close(found[2], (found[0][0] * 2 / 3, found[0][1]))
+
+
 def test_reset(device):
     monitor, seen = Monitor(), list(batches(device))
     for recon_x, x, mu, logvar in seen:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -125,7 +126,14 @@ def record_reconstruction(monitor, objective: Objective, tensors: Sequence, para
     given, x, weight, _ = call.split(tensors)
     batch, elements = x.shape[0], objective.likelihood.count(given[0], x, call.shaped(weight, given[0], x), call.dtype)
     factors = {"sum": 1.0, "none": 1.0, "batchmean": batch, "mean": elements}
-    monitor.record(batch, recon.detach().sum() * factors[call.reduction], elements, statistics)
+    total = recon.detach().sum() * factors[call.reduction]
+    if call.reduction == "mean":  # of nothing it is NaN, and the sum 0
+        is_nothing = elements == 0
+        if isinstance(is_nothing, Tensor):
+            total = total.masked_fill(is_nothing, 0.0)
+        elif is_nothing:
+            total = torch.zeros_like(total)
+    monitor.record(batch, total, elements, statistics)
 
 
 class Loss(Function):
