@@ -9,7 +9,7 @@ the step lies, and neither compiles anew nor waits for the device. Or keep beta 
 """
 
 from dataclasses import dataclass
-from math import cos, inf, isfinite, pi
+from math import cos, inf, pi
 
 import torch
 from torch import Tensor
@@ -128,7 +128,7 @@ def _ramp(steps: float, start: float, stop: float, delay: float, shape: str) -> 
 def _finite(name: str, value: float) -> float:
     """A whole number as an integer, so that arithmetic with integer tensors stays exact."""
     number = check_real(name, value)
-    if not isfinite(number):
+    if not -inf < number < inf:  # torch.compile does not take `isfinite` of a number that it made a symbol of
         raise ValueError(f"{name} must be finite, got {number}")
     return int(number) if number.is_integer() else number
 

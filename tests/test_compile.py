@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastelbo
 import likelihood_cases
 from conftest import INTERPRETED, once
-from fastelbo import Weighting
+from fastelbo import ELBO, IWAE, Weighting
 from fastelbo.likelihoods import BernoulliLogits, DiscretizedLogistic, DiscretizedLogisticMixture, Gaussian, find_likelihood
 from support import LIKELIHOODS, gradients, make_inputs, options
 
@@ -206,6 +206,33 @@ def test_dynamic_batches_compile_twice(device):
         recon_x, x, mu, logvar = make_inputs("mse", (batch, 9), (batch, 3), device=device)
         assert_same(call, compiled, (recon_x, mu, logvar), recon_x, x, mu, logvar, beta)
     assert compiled.compilations == 2
+
+
+WITH_SMALLER = {
+    "weight": lambda w: {"weight": w},
+    "several samples": lambda w: {"weight": w, "weighting": None, "bound": ELBO(2)},
+    "importance weights": lambda w: {"weight": w, "weighting": None, "bound": IWAE(2)},
+    "kl_weight": lambda w: {"kl_weight": w[..., :3]},
+    "prior": lambda w: {"prior": (w[..., :3], w[..., :3])},
+}
+
+
+@once
+@pytest.mark.parametrize("name", WITH_SMALLER)
+def test_what_broadcasts_where_all_sizes_are_dynamic(name, device):
+    """A size of 1 is a number there, others are symbols, or numbers once something settles them."""
+    x, mu, decoder = torch.randn(4, 6, device=device), torch.randn(4, 3, device=device), nn.Linear(3, 6, device=device)
+
+    def call(x, mu, w):
+        given = {"weighting": Weighting(free_bits=0.1), **WITH_SMALLER[name](w)}
+        eps = torch.ones_like(mu).expand(2, *mu.shape) if "bound" in given else torch.ones_like(mu)
+        return fastelbo.elbo(decoder, x, mu, mu, likelihood="mse", eps=eps, **given).loss
+
+    for shape in ((6,), (1, 6), (4, 1)) if "weight" in WITH_SMALLER[name](x) else ((6,), (1, 6)):
+        torch.compiler.reset()
+        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+        w = torch.rand(shape, device=device) + 0.1
+        torch.testing.assert_close(compiled(x, mu, w), call(x, mu, w))
 
 
 def by_loss(inputs, eps, net):

@@ -159,6 +159,22 @@ def test_compiled_step_compiles_once(name, device):
     assert in_graph.frame_count == between.frame_count == 1
 
 
+@once
+def test_made_in_compiled_code():
+    """Of numbers that are constants there, and of symbols."""
+
+    def call(steps, stop, step):
+        ramp, cycle = schedules.linear(steps, 0.0, stop, delay=1), schedules.cyclical(period=steps, ratio=0.5, stop=stop)
+        return ramp(step) + 10 * cycle(step) + schedules.cosine(10)(step)
+
+    for dynamic in (False, True):
+        torch.compiler.reset()
+        compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        for steps, stop in ((8, 0.5), (7.5, 2.0)):
+            for step in (torch.tensor(3), torch.tensor([0.5, 30.0])):
+                torch.testing.assert_close(compiled(steps, stop, step), call(steps, stop, step))
+
+
 BAD = [
     (lambda: schedules.linear(0), ValueError, "steps must be positive, got 0"),
     (lambda: schedules.linear("10"), TypeError, "steps must be a number, got str"),

@@ -127,8 +127,10 @@ def check_smaller(name: str, value, other_name: str, other: Tensor) -> None:
 
 
 def broadcasts(value: Tensor, shape: torch.Size) -> bool:
-    """Whether it does, to a shape. `expand` says so by an error, which torch.compile does not let be caught."""
-    return value.dim() <= len(shape) and all(n in (1, m) for n, m in zip(reversed(value.shape), reversed(shape), strict=False))
+    """Whether it does, to a shape. `expand` says so by an error, which torch.compile does not let be caught; and `n in (1, m)`
+    is false to it of a size that is dynamic."""
+    sizes = zip(reversed(value.shape), reversed(shape), strict=False)
+    return value.dim() <= len(shape) and all(n == 1 or n == m for n, m in sizes)
 
 
 def check_broadcasts(name: str, value: Tensor, other_name: str, shape: torch.Size) -> None:

@@ -67,7 +67,7 @@ class Batch(NamedTuple):
         if not isinstance(value, Tensor) or value.dim() <= rank - dims:
             return value
         shape = [1] * (rank - value.dim()) + list(value.shape)
-        if len(shape) > rank or any(n not in (1, size) for n, size in zip(shape, self.sizes, strict=False)):
+        if len(shape) > rank or any(n != 1 and n != size for n, size in zip(shape, self.sizes, strict=False)):
             return value  # an error further in
         return value.reshape(shape).expand(*self.sizes, *shape[dims:]).flatten(0, dims - 1)
 
