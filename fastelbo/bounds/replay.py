@@ -133,13 +133,15 @@ CHANGED = (
 )
 
 
-def check_alike_again(before: Tensor, again: Tensor) -> None:
-    """Raise where a second run ended in other values than the first one did. On a GPU that would take a sync."""
+def check_alike_again(before: Tensor, again: Tensor, dtype: torch.dtype) -> None:
+    """Raise where a second run, of predictions in `dtype`, ended in other values than the first one did. On a GPU that would
+    take a sync."""
     if before.device.type != "cpu" or not before.numel():
         return
     largest = before.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
-    # What rounding may change; terms may cancel, so that a small value has no more digits than a large one.
-    tolerance = torch.finfo(before.dtype).eps ** 0.5 * (1 + largest)
+    # What rounding may change: a layer may compute otherwise without gradients. Terms may cancel, so that a small value has no
+    # more digits than a large one.
+    tolerance = torch.finfo(dtype).eps ** 0.5 * (1 + largest)
     if not torch.allclose(again, before, rtol=0.0, atol=tolerance, equal_nan=True):
         raise RuntimeError(
             "the decoder of fastelbo.elbo returned other values in backward, which runs it again, than in the call: it uses"

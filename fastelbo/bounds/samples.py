@@ -348,8 +348,8 @@ class Samples(torch.autograd.Function):
         with replay.again(), modules.statistics_held(), torch.enable_grad():
             for where in call.bound.chunks:
                 held = None if call.bound.estimator == "standard" else Held(None if scale is None else scale[where].flatten())
-                again, found = _differentiated(call, aliases, where, factors[where], held, replay.generator, leaves, wrt)
-                check_alike_again(rows[where], again)
+                again, dtype, found = _differentiated(call, aliases, where, factors[where], held, replay.generator, leaves, wrt)
+                check_alike_again(rows[where], again, dtype)
                 totals = [_sum(*pair) for pair in zip(totals, found, strict=True)]
                 del found
         found = iter([t if t is None else t.to(value.dtype) for t, value in zip(totals, wrt, strict=True)])
@@ -363,8 +363,8 @@ def _alias(value, need: bool):
 
 def _differentiated(
     call: Call, given: Given, where: slice, factors, held, generator, leaves, wrt
-) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """Decode a chunk again. Its rows, and gradients of its part of the objective by all of `wrt`."""
+) -> tuple[Tensor, torch.dtype, Sequence[Tensor | None]]:
+    """Decode a chunk again. Its rows, the prediction's dtype, and gradients of its part of the objective by all of `wrt`."""
     z, log_q, log_p = sample(call, given, where, generator, held)
     z, edge = _with_edge(z)
     prediction = decoded(call, z)
@@ -374,10 +374,10 @@ def _differentiated(
             "the decoder of fastelbo.elbo uses a tensor now that its first sample did not use, or one that was computed before"
             " and kept: it must use the same at every call, or chunk=n_samples be passed, which runs it once"
         )
-    rows, _, _ = score(call, given, where, prediction, log_q, log_p, factors)
-    if not rows.requires_grad:
-        return rows, [None] * len(wrt)
-    return rows.detach(), torch.autograd.grad(rows, wrt, factors, allow_unused=True)
+    rows, _, (_, first) = score(call, given, where, prediction, log_q, log_p, factors)
+    wants = rows.requires_grad
+    found = torch.autograd.grad(rows, wrt, factors, allow_unused=True) if wants else [None] * len(wrt)
+    return rows.detach(), first.dtype, found
 
 
 def _sum(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
