@@ -23,7 +23,7 @@ from fastelbo.likelihoods import (
     find_likelihood,
 )
 from likelihood_cases import CASES, SHAPE, recon_x, reduce
-from support import assert_no_worse, gradcheck, gradgradcheck, gradients
+from support import assert_no_worse, gradcheck, gradgradcheck, gradients, relative
 
 
 def recon(parameters, x, likelihood, reduction="sum", **options):
@@ -373,6 +373,32 @@ def test_a_zero_without_a_sign_or_with_one(dtype, device):
 def test_an_infinite_scale_is_an_infinite_loss(likelihood, device):
     mean, x = torch.zeros(1, 2, device=device), torch.ones(1, 2, device=device)
     assert recon((mean, torch.tensor([[1.0, math.inf]], device=device)), x, likelihood).item() == math.inf
+
+
+@pytest.mark.parametrize("compiled", (False, True) if BACKEND == "torch" else (False,))
+@pytest.mark.parametrize("kind", (Gaussian, Laplace))
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [(s, torch.float64) for s in (1e-200, 1e-17, 1e17, 1e200, 1.5e308)]
+    + [(s, torch.float32) for s in (1e-25, 1e-17, 1e17, 1e30)],
+)
+def test_fixed_scales_of_any_size(scale, dtype, kind, compiled, device):
+    """Their squares may be no numbers."""
+    distances = torch.tensor([[-0.5, 0.0, 0.25], [0.25, -0.125, 0.5]], dtype=torch.float64)
+    mean = (scale * distances).to(device, dtype).requires_grad_()
+    call = lambda m: fastelbo.nll(m, torch.zeros_like(m), likelihood=kind(scale=scale), reduction="none")  # noqa: E731
+    if compiled:
+        torch.compiler.reset()
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
+    got = call(mean)
+    if kind is Gaussian:
+        values, slopes = 0.5 * distances.square() + 0.5 * math.log(2 * math.pi), distances
+    else:
+        values, slopes = distances.abs() + math.log(2), distances.sign()
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+    assert relative(got.cpu(), (values + math.log(scale)).sum(1)) < tolerance
+    (gradient,) = gradients(got.sum(), mean)
+    assert relative(gradient.cpu().double() * scale, slopes) < tolerance
 
 
 def test_a_tiny_rate_takes_the_upstream_factor_first(device):

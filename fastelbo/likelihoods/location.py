@@ -146,6 +146,7 @@ class Located(Scaled):
 
 
 OPTIMAL = "optimal"
+LEAST, MOST = 1e-18, 1e18  # between which the square of a fixed scale is a number of float32, and so is its reciprocal
 
 
 @record
@@ -178,6 +179,10 @@ class Gaussian(Located):
         is_optimal = isinstance(scale, str) and scale == OPTIMAL
         return scale if is_optimal else super().check_scale(name, scale, f"a number or {OPTIMAL!r}")
 
+    def is_plain(self, parameters):
+        """That kernel divides by the square of a fixed scale; the other one twice by the scale."""
+        return super().is_plain(parameters) and (self.scale == OPTIMAL or LEAST < self.fixed < MOST)
+
     @property
     def inner(self):
         return MSE(target_scale=self.target_scale) if self.scale == OPTIMAL else None
@@ -194,7 +199,7 @@ class Gaussian(Located):
         mean, *scale = parameters
         if not scale:
             constant = math.log(self.fixed) + HALF_LOG_2PI
-            if is_behind_dynamo():
+            if is_behind_dynamo() and LEAST < self.fixed < MOST:
                 return CompiledSquares.apply(mean, x) * (0.5 / self.fixed**2) + constant
             return 0.5 * ((x - mean) / self.fixed).square() + constant
         log_scale, inverse = self.log_and_inverse(scale[0])
@@ -202,8 +207,11 @@ class Gaussian(Located):
 
     def one_pass(self, parameters, x, wants_value, out, spare):
         if len(parameters) == 1:
-            squares, precision = squared(parameters[0], x, wants_value, out[0], spare), 0.5 / self.fixed**2
-            return OnePass(squares, precision, math.log(self.fixed) + HALF_LOG_2PI, (2 * precision,))
+            fixed = self.fixed
+            if not LEAST < fixed < MOST:
+                return None
+            squares, precision = squared(parameters[0], x, wants_value, out[0], spare), 0.5 / fixed**2
+            return OnePass(squares, precision, math.log(fixed) + HALF_LOG_2PI, (2 * precision,))
         (mean, given), (to_mean, to_given), slope = parameters, out, 1.0
         if (scale := self.spread(given, spare)) is None:
             return None
@@ -255,7 +263,7 @@ class Laplace(Located):
         mean, *given = parameters
         if not given:
             distances = absolute(mean, x, wants_value, out[0], spare)
-            return OnePass(distances, 1 / self.scale, math.log(2 * self.scale), (1 / self.scale,))
+            return OnePass(distances, 1 / self.scale, math.log(self.scale) + math.log(2), (1 / self.scale,))
         (given,), (to_mean, to_given), slope = given, out, 1.0
         if (scale := self.spread(given, spare)) is None:
             return None
