@@ -440,3 +440,14 @@ def test_meta_tensors_have_gradients(reduction):
     for _ in range(2):
         fastelbo.loss(*tensors, reduction=reduction).loss.sum().backward()
     assert all(t.grad is None if t is tensors[1] else t.grad.shape == t.shape for t in tensors)
+
+
+def test_meta_tensors_of_several_samples():
+    x, mu, logvar = (torch.empty(4, n, device="meta", requires_grad=n == 3) for n in (6, 3, 3))
+    decoder = torch.nn.Linear(3, 6, device="meta")
+    for bound in (fastelbo.ELBO(2), fastelbo.IWAE(3)):
+        terms = fastelbo.elbo(decoder, x, mu, logvar, likelihood="mse", bound=bound)
+        assert [(t.device.type, t.shape) for t in terms] == [("meta", ())] * 3
+        grads = torch.autograd.grad(terms.loss, (mu, logvar, decoder.weight))
+        assert [g.shape for g in grads] == [(4, 3), (4, 3), (6, 3)]
+    assert fastelbo.log_likelihood(decoder, x, mu, logvar, likelihood="gaussian", n_samples=3)[0].shape == (4,)

@@ -14,12 +14,17 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from .graph import graph_nodes
 
 
+def autocast_kinds(kind: str) -> set[str]:
+    """The kinds of devices whose autocast counts beside tensors on this one; meta tensors have none."""
+    return {kind, "cpu"} if torch.amp.is_autocast_available(kind) else {"cpu"}
+
+
 @contextlib.contextmanager
 def autocast_without_cache(kind: str) -> Iterator[None]:
     """Autocast as it is, but each use of a weight casts it: a cast that is kept belongs to the graph of the run that made it,
     and one that was made without a graph would have none for whoever comes next."""
     with contextlib.ExitStack() as stack:
-        for device in {kind, "cpu"}:
+        for device in autocast_kinds(kind):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False))
         yield
@@ -33,7 +38,8 @@ class Replay:
         self.cpu_state = torch.get_rng_state()
         self.devices, self.states = get_device_states(like)
         self.generator, self.state = generator, None if generator is None else generator.get_state()
-        self.autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in {self.kind, "cpu"}}
+        kinds = autocast_kinds(self.kind)
+        self.autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
