@@ -38,6 +38,8 @@ from calls import (
 )
 from conftest import DEVICE, INTERPRETED
 from fastelbo import Weighting
+from likelihood_cases import CASES as LIKELIHOODS
+from likelihood_cases import recon_x
 
 # --- tracers and transforms
 
@@ -122,6 +124,20 @@ def test_fake_and_meta_tensors(warm):
         tensors = [t.detach().to("meta").requires_grad_(t.requires_grad) for t in by_loss(make())[1]]
         loss = by_loss(make())[0](*tensors)
         assert (loss.device.type, loss.shape) == ("meta", ())
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_tensors_without_values(name):
+    """Nobody looks at them, whatever the likelihood is: fake ones outside of their mode, and those on meta."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    parameters, x = LIKELIHOODS[name].make()
+    for convert in (mode.from_tensor, lambda t: t.to("meta")):
+        given = [convert(p.detach()).requires_grad_() for p in parameters]
+        found = fastelbo.nll(recon_x(given), convert(x), likelihood=LIKELIHOODS[name].likelihood, reduction="none")
+        assert found.shape == x.shape[:1]
+        assert [g.shape for g in torch.autograd.grad(found.sum(), given)] == [p.shape for p in parameters]
+        with torch.no_grad():
+            assert fastelbo.nll(recon_x(given), convert(x), likelihood=LIKELIHOODS[name].likelihood).shape == ()
 
 
 def test_forward_mode_in_turns():

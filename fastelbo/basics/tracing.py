@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+from torch._subclasses import FakeTensor
 
 _compiler, _forward_ad = torch.compiler, torch.autograd.forward_ad
 _is_dynamo_compiling, _dispatch_modes, _is_in_transform = (
@@ -48,6 +49,11 @@ def is_traced(*values) -> bool:
 def is_seen(value: Tensor, *others: Tensor | None) -> bool:
     """Whether values are looked at: of eager calls on a CPU."""
     return value.device.type == "cpu" and not is_traced(value, *others)
+
+
+def has_values(tensors: Sequence[Tensor]) -> bool:
+    """Whether there are any to look at without a sync: of tensors on a CPU, none of them a fake one outside of its mode."""
+    return all(t.device.type == "cpu" and not isinstance(t, FakeTensor) for t in tensors)
 
 
 def is_transformed() -> bool:

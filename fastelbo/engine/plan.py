@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from ..basics.arguments import check_noise
 from ..basics.layout import layout_of
 from ..basics.sparse import is_sparse
-from ..basics.tracing import is_surrounded, is_wrapper, needs_formula
+from ..basics.tracing import has_values, is_surrounded, is_wrapper, needs_formula
 from ..latents.posterior import CLASSES, LOGVAR, Latents, as_logits
 from ..latents.weighting import Weighting
 from ..likelihoods import Likelihood
@@ -111,7 +111,7 @@ class LossPath:
         # Gradients that are seldom wanted, and tensors that are not what they seem.
         seldom = grad_mode and any(isinstance(t, Tensor) and t.requires_grad for t in (x, weight, *factors))
         strange = any(t.is_neg() or is_wrapper(t) for t in tensors) or any(map(is_wrapper, factors))
-        self.backend = None if seldom or strange else backend_for(x.device)
+        self.backend = None if seldom or strange or x.is_meta else backend_for(x.device)
         if self.backend is not None and self.backend is not torch_backend and call.likelihood.kernel is None:
             self.backend = torch_backend
 
@@ -177,7 +177,7 @@ class LossPlan:
         self.backend = path.backend if first.numel() and all(t.numel() for t in latents) else None
         self.support = support_to_check(likelihood, first, x)
         self.silent = silent_range(self.support, likelihood.target_scale, x)
-        self.looks = x.device.type == "cpu" and (self.support is not None or any(likelihood.ranges))
+        self.looks = has_values(tensors) and (self.support is not None or any(likelihood.ranges))
         self.options, self.scaling = likelihood.constants(parameters, x), likelihood.scaling(x)
         in_rows = likelihood.dim is not None or likelihood.by_rows
         self.layout = torch.contiguous_format if in_rows else layout_of(first)
