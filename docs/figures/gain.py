@@ -15,7 +15,7 @@ KEPT = report.RESULTS.parents[1] / "docs" / "_static"
 
 def speedups() -> tuple[str, dict[str, tuple[float, float]]]:
     """Where it was measured, and by likelihood: times as fast as the eager naive loss, and as the compiled one."""
-    run = report.load(report.RESULTS / "intel-r-xeon-r-processor.json")
+    run = report.load(report.RESULTS / "amd-epyc.json")
     rows = [row for row in run.rows if row.plain and (row.case.subject, row.case.shape) == ("loss", SHAPE)]
     threads = rows[0].threads  # the fewest
     found = {row.case.likelihood: (row.speedup("eager"), row.speedup("compiled")) for row in rows if row.threads == threads}
