@@ -193,7 +193,7 @@ class LossPlan:
         self.is_whole = self.is_elementwise and same and small
         on_cpu = self.backend is torch_backend and x.device.type == "cpu"
         has_sum = likelihood.sum_by_torch is not None and not by_values and not call.per_sample and call.parameters == 1
-        few = likelihood.few(path.wants) if weight is None else likelihood.few_weighted
+        few = likelihood.few if weight is None else likelihood.few_weighted
         self.is_by_autograd = on_cpu and has_sum and self.is_whole and first.numel() <= few
         self.kl_plan = None
         if self.is_by_autograd and call.latents == 2:
