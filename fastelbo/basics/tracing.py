@@ -90,6 +90,13 @@ def needs_formula(upstreams: Sequence[Tensor | None]) -> bool:
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
+def behind_upstream(upstream: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The tensors, in the backward pass of a Function for the compiler. What does not depend on the upstream, it would write in
+    forward, by a loop of its own, to read it again."""
+    nothing = upstream - upstream
+    return [t + nothing for t in tensors]
+
+
 def never_compiled(function: Callable) -> Callable:
     """Keeps torch.compile out of a function and of all that it calls.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..basics.sparse import Nonzeros
-from ..basics.tracing import is_behind_dynamo
+from ..basics.tracing import behind_upstream, is_behind_dynamo
 from ..latents import categorical, gaussian
 from ..latents.posterior import LOGVAR, Latents
 from ..latents.weighting import counts_of
@@ -112,14 +112,11 @@ class _CompiledWeights(torch.autograd.Function):
     def backward(ctx, upstream):
         weight, target, *parameters = ctx.saved_tensors
         first, needs = parameters[0], ctx.needs_input_grad[3:]
-        # What does not depend on the upstream, the compiler would write in forward, to read it again.
-        nothing = upstream - upstream
-        if nothing.dim() != first.dim():
-            nothing = nothing.unsqueeze(ctx.likelihood.dim)
+        aligned = upstream if upstream.dim() == first.dim() else upstream.unsqueeze(ctx.likelihood.dim)
         with torch.enable_grad():  # by elements, since a NaN among those that a parameter goes with would be in their sum
             leaves = [
-                (p.detach() + nothing).expand(first.shape).requires_grad_(need)
-                for p, need in zip(parameters, needs, strict=True)
+                p.expand(first.shape).requires_grad_(need)
+                for p, need in zip(behind_upstream(aligned, *(p.detach() for p in parameters)), needs, strict=True)
             ]
             values = ctx.likelihood.nll(leaves, target)
         found = iter(torch.autograd.grad(values, [v for v in leaves if v.requires_grad], upstream * weight))

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..basics.numerics import log1p, log_ratio_to_tanh, log_ratio_to_tanh_and_derivative, nan_unless, softplus
 from ..basics.records import canonical, record
 from ..basics.scalars import as_tensor, check_real
-from ..basics.tracing import is_behind_dynamo, is_seen
+from ..basics.tracing import behind_upstream, is_behind_dynamo, is_seen
 from .base import ONE, SUM, Likelihood, OnePass, check_given_once
 from .values import BITS, UNIT
 
@@ -219,8 +219,7 @@ class BernoulliLogits(Likelihood):
 
 
 class _CompiledLogits(torch.autograd.Function):
-    """The same for the compiler, by one logarithm. No two terms cancel. What does not depend on the upstream, it would write in
-    forward, to read it again."""
+    """The same for the compiler, by one logarithm. No two terms cancel."""
 
     @staticmethod
     def forward(ctx, logit, x, weight):
@@ -240,8 +239,7 @@ class _CompiledLogits(torch.autograd.Function):
         weight, by_weight = ctx.weight if tensor is None else tensor, None
         if weight is None:
             return upstream / (1 + torch.exp(-logit)) - upstream * x, -upstream * logit, None
-        nothing = upstream - upstream
-        logit, x = logit + nothing, x + nothing
+        logit, x = behind_upstream(upstream, logit, x)
         e = torch.exp(-logit.abs())
         share = upstream / (1 + e)
         by_logit = share * ((1 - x) * torch.where(logit > 0, 1.0, e) - weight * x * torch.where(logit > 0, e, 1.0))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..basics.records import record
-from ..basics.tracing import is_behind_dynamo
+from ..basics.tracing import behind_upstream, is_behind_dynamo
 from .base import SUM, Likelihood, OnePass
 
 
@@ -61,8 +61,7 @@ def squared(y: Tensor, x: Tensor, wants_value: bool, difference: Tensor | None, 
 
 
 class CompiledSquares(torch.autograd.Function):
-    """Squares of differences for the compiler. What does not depend on the upstream, it would write in forward, by a loop
-    of its own, to read it again."""
+    """Squares of differences for the compiler."""
 
     @staticmethod
     def forward(ctx, y, x):
@@ -72,7 +71,8 @@ class CompiledSquares(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         y, x = ctx.saved_tensors
-        slope = 2 * upstream * (y + (upstream - upstream) - x)
+        (y,) = behind_upstream(upstream, y)
+        slope = 2 * upstream * (y - x)
         return slope, -slope
 
 
@@ -95,5 +95,6 @@ class CompiledDistances(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         y, x = ctx.saved_tensors
-        slope = upstream * torch.sign(y + (upstream - upstream) - x)
+        (y,) = behind_upstream(upstream, y)
+        slope = upstream * torch.sign(y - x)
         return slope, -slope
