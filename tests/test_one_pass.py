@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fastelbo
 from conftest import BACKEND
@@ -110,24 +111,53 @@ def test_mixtures(channels, each, dim, place, monkeypatch):
     loss(parameters, x, likelihood, "sum", None)
 
 
+@pytest.mark.usefixtures("by_functions")
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
-@pytest.mark.parametrize("scale", (0.0, 0.1, 1.0, 30.0))
-def test_one_logarithm_for_four_logits(scale, layout, monkeypatch):
-    """The sum keeps its digits, that of confident ones too, and a NaN in any of the four."""
-    logits = (scale * torch.randn(4, 8, 32, 48)).to(memory_format=layout)
+@pytest.mark.parametrize("shape", ((4, 8, 32, 48), (3, 5, 33, 47)), ids=str)
+@pytest.mark.parametrize("scale", (0.0, 0.1, 1.0, 4.0, 30.0))
+def test_one_logarithm_for_many_logits(scale, shape, layout, monkeypatch):
+    """The sum keeps its digits, that of confident ones too, and a NaN in any of them."""
+    logits = (scale * torch.randn(shape)).to(memory_format=layout)
     x = (logits > 0).float()  # so that nothing beside logarithms is added up
     logits.requires_grad_()
     expected, wide = truth([logits], x, "bernoulli_logits", "sum", None)
     with monkeypatch.context() as patch:
         patch.setattr(BernoulliLogits, "one_pass", None)
         got = loss([logits], x, "bernoulli_logits", "sum", None)
-    torch.testing.assert_close(got.double(), expected.detach(), rtol=3e-7, atol=0)
+    torch.testing.assert_close(got.double(), expected.detach(), rtol=5e-7, atol=0)
     (slope,), (by_formula,) = gradients(got, logits), gradients(expected, *wide)
     torch.testing.assert_close(slope.double(), by_formula, rtol=0, atol=1.5e-7)
     for place in range(0, logits.numel(), logits.numel() // 4):
         spoilt = logits.detach().clone()
         spoilt.as_strided((spoilt.numel(),), (1,))[place] = torch.nan
         assert loss([spoilt], x, "bernoulli_logits", "sum", None).isnan()
+
+
+@pytest.mark.usefixtures("by_functions")
+@pytest.mark.parametrize("x", (0.0, 1.0))
+@pytest.mark.parametrize("logit", (0.0, 0.4, 1.7, 2.7, 2.8, 3.4, 9.0, 16.0, 30.0, 88.0, 200.0))
+def test_logits_that_are_all_alike(logit, x):
+    """Roundings of probabilities add up then. Where the loss is below 1/16 each, nothing is lost; above, as little as Torch's
+    own sum loses of zeros."""
+    likely = logit if x else -logit
+    for given, rtol in ((likely, 6e-7 if logit > 2.7 else 3e-6), (-likely, 6e-7)):
+        logits = torch.full((1, 2**14 + 64), given)
+        got = fastelbo.nll(logits, torch.full_like(logits, x), likelihood="bernoulli_logits")
+        truth = F.softplus(torch.tensor(-given if x else given, dtype=torch.float64)) * logits.numel()
+        torch.testing.assert_close(got.double(), truth, rtol=rtol, atol=1e-38)
+
+
+def test_infinite_logits():
+    """A loss that is infinite, and those that the naive code has as NaN."""
+    logits, x = torch.zeros(2**14 + 64), torch.zeros(2**14 + 64)
+    for place, logit in enumerate((torch.inf, -torch.inf)):
+        for target in (0.0, 1.0, 0.5):
+            given, wanted = logits.clone(), x.clone()
+            given[place], wanted[place] = logit, target
+            got = fastelbo.nll(given[None], wanted[None], likelihood="bernoulli_logits")
+            expected = F.binary_cross_entropy_with_logits(given, wanted, reduction="sum")
+            assert not got.isfinite()
+            assert got == expected or got.isnan() or expected.isnan()
 
 
 def long_rows(*batch):

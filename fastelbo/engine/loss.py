@@ -79,9 +79,12 @@ def planned_terms(
 
 def _by_autograd(plan: LossPlan, tensors: Sequence[Tensor], factors: Factors):
     """Likewise, where Torch has a function for the reconstruction that costs less than ours; None where it has not."""
-    n = plan.count
-    weight = None if plan.weight_shape is None else tensors[n + 1]
-    recon = plan.likelihood.sum_by_torch(tensors[:n], tensors[n], weight)
+    n, dtype, likelihood = plan.count, plan.dtype, plan.likelihood
+    given, x, weight = tensors[:n], tensors[n], None if plan.weight_shape is None else tensors[n + 1]
+    if not plan.is_whole:
+        given = [p.to(dtype) for p in given]
+        x, weight = likelihood.target(given[0], x, dtype), None if weight is None else weight.to(dtype)
+    recon = likelihood.sum_by_torch(given, x, weight)
     if recon is None:
         return None
     if plan.divisor != 1:

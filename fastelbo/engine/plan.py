@@ -193,8 +193,8 @@ class LossPlan:
         self.is_whole = self.is_elementwise and same and small
         on_cpu = self.backend is torch_backend and x.device.type == "cpu"
         has_sum = likelihood.sum_by_torch is not None and not by_values and not call.per_sample and call.parameters == 1
-        few = likelihood.few if weight is None else likelihood.few_weighted
-        self.is_by_autograd = on_cpu and has_sum and self.is_whole and first.numel() <= few
+        few = min(BLOCK if self.is_whole else SMALL, likelihood.few(call.weighted))
+        self.is_by_autograd = on_cpu and has_sum and self.is_elementwise and first.numel() <= few
         self.kl_plan = None
         if self.is_by_autograd and call.latents == 2:
             self.kl_plan = latents_plan(KLCall(Latents(LOGVAR), dtype, "sum", call.kl_reduction), latents, None)
@@ -332,10 +332,11 @@ class LatentsPlan:
         self.layout = self.noise_layout = torch.contiguous_format
         if not self.is_categorical:
             self.layout, self.noise_layout = layout_of(mu), layout_of(tensors[1])
-        # To the Torch backend: one block, in the dtype of the arithmetic; a small sample alone costs autograd less than it.
-        self.is_whole = mu.numel() <= (KEPT if self.wants else SMALL) and all(t.dtype == call.dtype for t in tensors[:2])
+        # To the Torch backend: few latents, of which forward keeps more; a small sample alone costs autograd less than it.
+        self.is_whole = mu.numel() <= (KEPT if self.wants else SMALL)
         is_sample = self.backend is torch_backend and call.kind is None and self.is_simple
-        self.is_by_autograd = is_sample and self.is_whole and mu.numel() <= SMALL
+        same = all(t.dtype == call.dtype for t in tensors[:2])
+        self.is_by_autograd = is_sample and same and mu.numel() <= SMALL
         dense = self.dense(tensors)
         self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))
         self.has_normals = noise is not None or self.backend is torch_backend  # which may be a seed where it is given

@@ -180,10 +180,11 @@ class Likelihood(metaclass=Record):
     """`sum_by_torch(parameters, x, weight)`: the sum of `nll`, each times its weight unless that is None, by a function of
     Torch's own, which autograd differentiates: of one parameter, on a CPU, up to `few` elements. It returns None where it would
     lose digits that `one_pass` keeps, and where it is not finite, since a weight of 0 may hide that. None: Torch has none."""
-    few: ClassVar[int] = 2**18
-    """Elements, of one block at most, up to which `sum_by_torch` costs less than what takes fewer passes."""
-    few_weighted: ClassVar[int] = 0
-    """Likewise of a sum with weights, which Torch's function takes; 0: it takes none."""
+
+    def few(self, weighted: bool) -> int:
+        """Elements, of one block at most, up to which `sum_by_torch` costs less than what takes fewer passes; 0 with weights
+        that Torch's function does not take."""
+        return 0 if weighted else 2**18
 
     # --- a target that is mostly zeros
 

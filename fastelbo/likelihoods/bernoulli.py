@@ -14,7 +14,7 @@ from .base import ONE, SUM, Likelihood, OnePass, check_given_once
 from .values import BITS, UNIT
 
 QUITE_FEW, FEW = 2**13, 2**14  # elements, up to which calls cost more than passes
-SMALL_TERM = 2**-5  # nats
+SMALL_TERM = 2**-4  # nats
 
 DENOMINATOR = 9.999999960041972e-13  # 1e-12 in float32, which Torch clamps by in every dtype
 
@@ -27,7 +27,6 @@ class Bernoulli(Likelihood):
     """
 
     name = kernel = kernel_at_zero = "bernoulli"
-    few = few_weighted = 2**12  # since Torch's logarithms are not vectorized there
     ranges = (UNIT,)
 
     def support(self, first, x):
@@ -45,6 +44,9 @@ class Bernoulli(Likelihood):
             with torch.autocast(kind, enabled=False):  # which refuses this function on a GPU, even for float32
                 return F.binary_cross_entropy(p, x, reduction="none") + invalid
         return F.binary_cross_entropy(p, x, reduction="none") + invalid
+
+    def few(self, weighted):
+        return 2**12  # since Torch's logarithms are not vectorized there
 
     def sum_by_torch(self, parameters, x, weight):
         try:
@@ -108,7 +110,6 @@ class BernoulliLogits(Likelihood):
     pos_weight: float | None = None
     name = kernel = "bernoulli_logits"
     kernel_at_zero = "bernoulli_logits_at_zero"
-    few = few_weighted = 2**20  # fewer and larger operators than those of a block; on two threads up to a half more in speed
     parameters = ("logits", "pos_weight")
 
     def __post_init__(self):
@@ -144,11 +145,26 @@ class BernoulliLogits(Likelihood):
             return F.binary_cross_entropy_with_logits(logits, x, reduction="none")
         return (1 - x) * softplus(logits) + x * softplus(-logits) * weight
 
+    def few(self, weighted):
+        if weighted or self.pos_weight is not None:
+            return 2**20
+        return 2**16 if torch.get_num_threads() == 1 else 2**17  # more than one costs each operator a start
+
     def sum_by_torch(self, parameters, x, weight):
-        positives = None if self.pos_weight is None else as_tensor(self.pos_weight, x.dtype)
-        total = torch.binary_cross_entropy_with_logits(parameters[0], x, weight, positives, SUM)
-        # It loses what is small beside a logit, and so the digits of a sum that is all small. NaN is not above it.
-        return total if total.item() > SMALL_TERM * x.numel() else None
+        (logit,), positives = parameters, None if self.pos_weight is None else as_tensor(self.pos_weight, x.dtype)
+        total = torch.binary_cross_entropy_with_logits(logit, x, weight, positives, SUM)
+        if total.item() > SMALL_TERM * x.numel():
+            return total
+        # It loses what is small beside a logit, and so the digits of a sum that is all small; with weights of positives also
+        # those of its gradient, which is right without.
+        if positives is not None:
+            return None
+        with torch.no_grad():
+            if weight is None:
+                total.copy_(_linear(logit, x, None).sum() + _sum_of_logs(logit, None))
+            else:
+                total.copy_(self.one_pass(parameters, x, True, (None,), (None,) * 3).values.mul_(weight).sum())
+        return total if math.isfinite(total.item()) else None
 
     def at_zero(self, parameters):
         return softplus(parameters[0])
@@ -171,7 +187,7 @@ class BernoulliLogits(Likelihood):
         (logit,), (gradient,), values = parameters, out, None
         if wants_value and logit.numel() <= FEW:
             # The same in fewer calls: softplus(y, -1) is -log1p(exp(-y)).
-            values = torch.clamp_min(logit, 0).addcmul_(logit, x, value=-1).sub_(F.softplus(torch.abs(logit), -1))
+            values = _linear(logit, x, None).sub_(F.softplus(torch.abs(logit), -1))
         elif wants_value:
             positive = torch.clamp_min(logit, 0, out=spare[0])  # `_softplus_in_parts`, without the call
             remainder = torch.sub(logit, positive, alpha=2, out=spare[1]).sigmoid_().neg_().log1p_()
@@ -181,20 +197,18 @@ class BernoulliLogits(Likelihood):
         return OnePass(values)
 
     def sum_in_one_pass(self, parameters, x, wants_value, out, spare):
-        n = x.numel()
-        if not wants_value or n <= FEW or n % 4 or len(parameters) > 1 or self.pos_weight is not None:
+        (logit, *more), (gradient, *_), n = parameters, out, x.numel()
+        if not wants_value or n <= FEW or more or self.pos_weight is not None or not is_seen(logit):
             return self.one_pass(parameters, x, wants_value, out, spare)
-        (logit,), (gradient,) = parameters, out
-        positive = torch.clamp_min(logit, 0, out=spare[0])
-        rest = torch.sub(logit, positive, alpha=2, out=spare[1]).exp_()  # exp(-|l|)
-        # One logarithm for four: log1p(a) + log1p(b) = log1p(a + b + a b), in which nothing cancels.
-        a, b = rest.as_strided((2, n // 2), (n // 2, 1)).unbind()
-        a, b = a.addcmul_(a, b).add_(b).view(2, -1).unbind()
-        values = positive.addcmul_(logit, x, value=-1)
-        values.as_strided(a.shape, (1,)).add_(a.addcmul_(a, b).add_(b).log1p_())
+        # As in `one_pass`, but that log1p(exp(-|l|)) is -log(q), q = max(p, 1 - p): one logarithm for 64, of their product.
+        p = torch.sigmoid(logit, out=spare[2] if gradient is None else gradient)
+        q = torch.sub(ONE, p, out=spare[1])
+        q = _in_rows(torch.maximum(p, q, out=q), math.gcd(n, 64))
+        linear = _linear(logit, x, spare[0]).sum()
         if gradient is not None:
-            torch.sigmoid(logit, out=gradient).sub_(x)
-        return OnePass(values)
+            gradient.sub_(x)
+        total = linear - q.prod(0).log_().sum()
+        return OnePass(total if total.item() > SMALL_TERM * n else linear + _sum_of_logs(logit, spare[1]))
 
     def _weighted_in_one_pass(self, parameters, x, wants_value, out, spare):
         # (1 - x) softplus(l) + w x softplus(-l), of which each is a maximum and log1p(exp(-|l|)): no two terms cancel.
@@ -313,6 +327,27 @@ def _continuous_in_one_pass(logit: Tensor, x: Tensor, wants_value: bool, gradien
         return None
     positive, remainder = _softplus_in_parts(logit, spare)
     return positive.addcmul_(logit, x, value=-1).sub_(remainder).sub_(log_ratio)
+
+
+def _linear(logit: Tensor, x: Tensor, buffer: Tensor | None) -> Tensor:
+    """max(l, 0) - x l."""
+    return torch.clamp_min(logit, 0, out=buffer).addcmul_(logit, x, value=-1)
+
+
+def _sum_of_logs(logit: Tensor, buffer: Tensor | None) -> Tensor:
+    """The sum of log(1 + exp(-|l|)), with the digits of what is far below 1."""
+    # One logarithm for eight. It is -log(1 - p), p = sigmoid(-|l|), and 1 - (1 - p) (1 - q) = p + q - p q.
+    rest, rows = torch.abs(logit, out=buffer).neg_().sigmoid_(), math.gcd(logit.numel(), 8)
+    while rows > 1:
+        one, other = _in_rows(rest, 2).unbind()
+        rest, rows = one.addcmul_(one, other, value=-1).add_(other), rows // 2
+    return rest.neg_().log1p_().sum().neg_()
+
+
+def _in_rows(values: Tensor, rows: int) -> Tensor:
+    """The same memory, in whichever order, as a matrix."""
+    columns = values.numel() // rows
+    return values.as_strided((rows, columns), (columns, 1))
 
 
 def _softplus_in_parts(logit: Tensor, spare) -> tuple[Tensor, Tensor]:
