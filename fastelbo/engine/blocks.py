@@ -29,11 +29,6 @@ def added_up(parts: list[tuple], like: Tensor, weight: float, per_sample: bool, 
     return total.mul_(weight).to(dtype)
 
 
-def as_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value.to(dtype)`, which takes long to find that it has nothing to do."""
-    return value if value.dtype is dtype else value.to(dtype)
-
-
 def converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return value if value.dtype == dtype else scratch(name, value, dtype).copy_(value)
 

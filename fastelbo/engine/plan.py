@@ -164,7 +164,7 @@ class LossPlan:
         parameters, x, weight, latents = call.split(tensors)
         likelihood, first = call.likelihood, parameters[0]
         self.path, self.call, self.loss_launches, self.latents_launches, self.fits = path, call, None, None, _unlike
-        self.upstreams = 0, _unlike
+        self.upstreams, self.kl_plan = (0, _unlike), None
         self.likelihood, self.dtype, self.per_sample = likelihood, call.dtype, call.per_sample
         self.count, self.latents = call.parameters, call.latents
         self.rows = first.shape[0] if call.per_sample else 1
@@ -195,7 +195,6 @@ class LossPlan:
         has_sum = likelihood.sum_by_torch is not None and not by_values and not call.per_sample and call.parameters == 1
         few = min(BLOCK if self.is_whole else SMALL, likelihood.few(call.weighted))
         self.is_by_autograd = on_cpu and has_sum and self.is_elementwise and first.numel() <= few
-        self.kl_plan = None
         if self.is_by_autograd and call.latents == 2:
             self.kl_plan = latents_plan(KLCall(Latents(LOGVAR), dtype, "sum", call.kl_reduction), latents, None)
 

@@ -18,7 +18,7 @@ from ..basics.tracing import is_seen
 from ..latents.gaussian import Slope, kl_elements, kl_in_one_pass, sample_in_one_pass
 from ..likelihoods.base import HALF
 from . import categorical, formula, sparse_reconstruction
-from .blocks import KEPT, SMALL, added_up, as_dtype, converted, cut_alike, scratch
+from .blocks import KEPT, SMALL, added_up, converted, cut_alike, scratch
 from .reconstruction import multiplied, reconstruct
 
 
@@ -114,14 +114,15 @@ def latents_forward(plan, tensors, noise, stateless=False):
         return None, *formula.with_free_bits(plan.call, mu, kl, None, None, None, plan.floor)
     if plan.is_whole and (not per_sample or mu.dim() == 2):
         of_z = torch.promote_types(mu.dtype, logvar.dtype)
-        mu, logvar, noise = as_dtype(mu, dtype), as_dtype(logvar, dtype), as_dtype(noise, dtype)
+        if not mu.dtype == logvar.dtype == noise.dtype == dtype:
+            mu, logvar, noise = mu.to(dtype), logvar.to(dtype), noise.to(dtype)
         shift, slope, kl = torch.mul(logvar, HALF).exp_().mul_(noise), None, None
         if kind is not None:
             slope = torch.expm1(logvar)
             kl = torch.sub(slope, logvar).addcmul_(mu, mu).sum(-1 if per_sample else None)
             kl.mul_(HALF if plan.kl_scale == 1 else 0.5 * plan.kl_scale)
         z = shift + mu  # addcmul would round otherwise than the naive code
-        return as_dtype(z, of_z), kl, None, None, (shift, slope)
+        return z if of_z == dtype else z.to(of_z), kl, None, None, (shift, slope)
     z, parts = torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype)), []
     for rows, m, lv, eps, out in cut_alike(per_sample, mu, logvar, noise, z):
         m, lv, eps = converted("mu", m, dtype), converted("logvar", lv, dtype), converted("noise", eps, dtype)
@@ -167,7 +168,7 @@ class Slopes(NamedTuple):
 def _any_latents(plan, tensors, noise):
     """`latents_forward` of any posterior and prior, with the derivatives that backward needs."""
     call, dtype = plan.call, plan.dtype
-    wide = [as_dtype(t, dtype) for t in tensors]
+    wide = [t if t.dtype is dtype else t.to(dtype) for t in tensors]  # `to` takes long to find that it has nothing to do
     weight = wide.pop() if call.latents.weighted else None
     kl, z, slopes, of_z = None, None, [], None
     if noise is not None:
@@ -214,7 +215,7 @@ def _of_slopes(plan, tensors, needs, grad_z, grad_kl, kept):
         if needs[1]:
             moved = torch.mul(tensor, wide)
             found[1] = moved.mul_(number) if found[1] is None else found[1].add_(moved, alpha=number)
-    return [g if g is None else as_dtype(g, t.dtype) for g, t in zip(found, tensors, strict=True)]
+    return [g if g is None or g.dtype is t.dtype else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
 
 
 sparse_forward, sparse_backward = sparse_reconstruction.forward, sparse_reconstruction.backward
@@ -244,7 +245,8 @@ def _divergence(mu, logvar, weight, per_sample, dtype, keeps):
     """KL(N(mu, exp(logvar)) || N(0, 1)), reduced; and of few latents twice its derivative by each of `logvar`: of more, if it
     is kept."""
     if mu.numel() <= (KEPT if keeps else SMALL) and (not per_sample or mu.dim() == 2):
-        mu, logvar = as_dtype(mu, dtype), as_dtype(logvar, dtype)
+        if not mu.dtype == logvar.dtype == dtype:
+            mu, logvar = mu.to(dtype), logvar.to(dtype)
         slope = torch.expm1(logvar)
         kl = torch.sub(slope, logvar).addcmul_(mu, mu).sum(-1 if per_sample else None)
         return kl.mul_(HALF) if weight == 1 else kl.mul_(0.5 * weight), slope
@@ -284,17 +286,18 @@ def _kl_sum(mu, logvar, per_sample):
 
 def _of_kept(grad_z, mu, logvar, shift, slope, factor, weight, dtype):
     """Likewise, from what forward kept of few elements: what the noise moved them by, and the KL's derivative, twice."""
-    to_mu = wide = grad_z if grad_z is None else as_dtype(grad_z, dtype)
+    if not mu.dtype == logvar.dtype == dtype:
+        grad_z = grad_z if grad_z is None else grad_z.to(dtype)
+        to_mu, to_logvar = _of_kept(grad_z, mu.to(dtype), logvar.to(dtype), shift, slope, factor, weight, dtype)
+        return to_mu.to(mu.dtype), to_logvar.to(logvar.dtype)
     if factor is None:
-        to_mu, to_logvar = grad_z.clone(), torch.mul(shift, wide).mul_(HALF)
-    else:
-        factor = factor.unsqueeze(1) if factor.dim() == 1 else factor
-        factor = factor * weight if weight != 1 else factor
-        to_logvar = torch.mul(slope, factor * HALF)
-        to_mu = torch.mul(as_dtype(mu, dtype), factor) if wide is None else torch.addcmul(wide, as_dtype(mu, dtype), factor)
-        if wide is not None:
-            to_logvar.addcmul_(shift, wide, value=0.5)
-    return as_dtype(to_mu, mu.dtype), as_dtype(to_logvar, logvar.dtype)
+        return grad_z.clone(), torch.mul(shift, grad_z).mul_(HALF)
+    factor = factor.unsqueeze(1) if factor.dim() == 1 else factor
+    factor = factor * weight if weight != 1 else factor
+    to_logvar = torch.mul(slope, factor * HALF)
+    if grad_z is None:
+        return torch.mul(mu, factor), to_logvar
+    return torch.addcmul(grad_z, mu, factor), to_logvar.addcmul_(shift, grad_z, value=0.5)
 
 
 def _latent_gradients(grad_z, mu, logvar, noise, factor, weight, dtype, slope=None):
@@ -306,9 +309,11 @@ def _latent_gradients(grad_z, mu, logvar, noise, factor, weight, dtype, slope=No
         factor = factor * weight if weight != 1 else factor
         half = factor * HALF
     if slope is not None or (mu.numel() <= SMALL and not (per_sample and mu.dim() != 2) and grad_z is None):
-        slope = torch.expm1(as_dtype(logvar, dtype)) if slope is None else slope
-        to_mu = torch.mul(as_dtype(mu, dtype), factor)
-        return as_dtype(to_mu, mu.dtype), as_dtype(slope.mul_(half), logvar.dtype)
+        same = mu.dtype == logvar.dtype == dtype
+        slope = torch.expm1(logvar if same else logvar.to(dtype)) if slope is None else slope
+        if same:
+            return torch.mul(mu, factor), slope.mul_(half)
+        return torch.mul(mu.to(dtype), factor).to(mu.dtype), slope.mul_(half).to(logvar.dtype)
     grad_mu, grad_logvar = torch.empty_like(mu), torch.empty_like(logvar)
     for rows, m, lv, dz, eps, dm, dlv in cut_alike(per_sample, mu, logvar, grad_z, noise, grad_mu, grad_logvar):
         m, lv = converted("mu", m, dtype), converted("logvar", lv, dtype)

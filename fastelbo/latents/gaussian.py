@@ -20,12 +20,18 @@ MINUS_HALF = torch.tensor(-0.5, device="cpu")  # for eager calls: see ONE in `li
 
 
 def clamped(second: Tensor, posterior: Posterior, dtype: torch.dtype) -> Tensor:
+    """Within its bounds, and NaN where a deviation or a variance is negative."""
+    second = bounded(second, posterior, dtype)
+    return not_negative(second) if posterior.parameter in ("std", "var") else second
+
+
+def bounded(second: Tensor, posterior: Posterior, dtype: torch.dtype) -> Tensor:
     second = second.to(dtype)
     if posterior.clamp is not None:
         low, high = posterior.clamp
         # As torch.clamp, but that the gradient by NaN is not zero.
         second = torch.where(second < low, low, torch.where(second > high, high, second))
-    return not_negative(second) if posterior.parameter in ("std", "var") else second
+    return second
 
 
 def not_negative(raw: Tensor) -> Tensor:
@@ -67,9 +73,10 @@ def kl_elements(latents: Latents, mu: Tensor, second: Tensor, *prior: Tensor | N
     """KL(N(mu, sigma^2) || prior) of each element, in nats."""
     posterior, kind = latents.posterior, latents.prior
     dtype = result_dtype(mu, second, *(p for p in prior if p is not None))
-    mu, raw, parameter = mu.to(dtype), clamped(second, posterior, dtype), posterior.parameter
-    if kind is None:
-        return 0.5 * (mu.square() + excess(raw, parameter))
+    mu, parameter = mu.to(dtype), posterior.parameter
+    if kind is None:  # whose logarithm is NaN of what is negative
+        return 0.5 * (mu.square() + excess(bounded(second, posterior, dtype), parameter))
+    raw = clamped(second, posterior, dtype)
     prior_mu, prior_raw = (p.to(dtype) for p in prior)
     if kind in ("std", "var"):
         prior_raw = not_negative(prior_raw)
