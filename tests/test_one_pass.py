@@ -111,29 +111,28 @@ def test_mixtures(channels, each, dim, place, monkeypatch):
     loss(parameters, x, likelihood, "sum", None)
 
 
-@pytest.mark.usefixtures("by_functions")
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
-@pytest.mark.parametrize("shape", ((4, 8, 32, 48), (3, 5, 33, 47)), ids=str)
+@pytest.mark.parametrize("shape", ((4, 8, 32, 48), (5, 5, 33, 47)), ids=str)
 @pytest.mark.parametrize("scale", (0.0, 0.1, 1.0, 4.0, 30.0))
-def test_one_logarithm_for_many_logits(scale, shape, layout, monkeypatch):
+@pytest.mark.parametrize("reduction", ("sum", "none"))
+def test_one_logarithm_for_many_logits(reduction, scale, shape, layout, monkeypatch):
     """The sum keeps its digits, that of confident ones too, and a NaN in any of them."""
     logits = (scale * torch.randn(shape)).to(memory_format=layout)
     x = (logits > 0).float()  # so that nothing beside logarithms is added up
     logits.requires_grad_()
-    expected, wide = truth([logits], x, "bernoulli_logits", "sum", None)
+    expected, wide = truth([logits], x, "bernoulli_logits", reduction, None)
     with monkeypatch.context() as patch:
         patch.setattr(BernoulliLogits, "one_pass", None)
-        got = loss([logits], x, "bernoulli_logits", "sum", None)
+        got = loss([logits], x, "bernoulli_logits", reduction, None)
     torch.testing.assert_close(got.double(), expected.detach(), rtol=5e-7, atol=0)
-    (slope,), (by_formula,) = gradients(got, logits), gradients(expected, *wide)
+    (slope,), (by_formula,) = gradients(got.sum(), logits), gradients(expected.sum(), *wide)
     torch.testing.assert_close(slope.double(), by_formula, rtol=0, atol=1.5e-7)
     for place in range(0, logits.numel(), logits.numel() // 4):
         spoilt = logits.detach().clone()
         spoilt.as_strided((spoilt.numel(),), (1,))[place] = torch.nan
-        assert loss([spoilt], x, "bernoulli_logits", "sum", None).isnan()
+        assert loss([spoilt], x, "bernoulli_logits", reduction, None).isnan().sum() == 1
 
 
-@pytest.mark.usefixtures("by_functions")
 @pytest.mark.parametrize("x", (0.0, 1.0))
 @pytest.mark.parametrize("logit", (0.0, 0.4, 1.7, 2.7, 2.8, 3.4, 9.0, 16.0, 30.0, 88.0, 200.0))
 def test_logits_that_are_all_alike(logit, x):
@@ -141,7 +140,7 @@ def test_logits_that_are_all_alike(logit, x):
     own sum loses of zeros."""
     likely = logit if x else -logit
     for given, rtol in ((likely, 6e-7 if logit > 2.7 else 3e-6), (-likely, 6e-7)):
-        logits = torch.full((1, 2**14 + 64), given)
+        logits = torch.full((1, 2**15 + 64), given)
         got = fastelbo.nll(logits, torch.full_like(logits, x), likelihood="bernoulli_logits")
         truth = F.softplus(torch.tensor(-given if x else given, dtype=torch.float64)) * logits.numel()
         torch.testing.assert_close(got.double(), truth, rtol=rtol, atol=1e-38)
@@ -149,7 +148,7 @@ def test_logits_that_are_all_alike(logit, x):
 
 def test_infinite_logits():
     """A loss that is infinite, and those that the naive code has as NaN."""
-    logits, x = torch.zeros(2**14 + 64), torch.zeros(2**14 + 64)
+    logits, x = torch.zeros(2**15 + 64), torch.zeros(2**15 + 64)
     for place, logit in enumerate((torch.inf, -torch.inf)):
         for target in (0.0, 1.0, 0.5):
             given, wanted = logits.clone(), x.clone()

@@ -63,16 +63,18 @@ def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
     element, as large as the tensor of `out`, or summed.
     """
     likelihood, found, given, own, block = plan.likelihood, None, parameters, out, None
-    is_sparse, in_sum = isinstance(x, Nonzeros), None
-    if weight is None and not per_sample:
-        in_sum = likelihood.sparse_sum_in_one_pass if is_sparse else likelihood.sum_in_one_pass
-    one_pass = in_sum or (likelihood.sparse_one_pass if is_sparse else likelihood.one_pass)
+    is_sparse, rows = isinstance(x, Nonzeros), ()
+    one_pass = likelihood.sparse_one_pass if is_sparse else likelihood.one_pass
+    if weight is None and is_sparse and not per_sample:
+        one_pass = likelihood.sparse_sum_in_one_pass or one_pass
+    elif weight is None and not is_sparse and likelihood.sums_in_one_pass is not None:
+        one_pass, rows = likelihood.sums_in_one_pass, (x.shape[0] if per_sample else 1,)
     # Something weighted by 0 may be NaN, which only the sum tells, and that only where looking costs no sync.
     if one_pass is not None and (weight is None or (wants_sum and x.device.type == "cpu")):
         if likelihood.links is not None:
             block = link_block(likelihood.links, given, own, lambda name, like: scratch(name, like, plan.dtype))
             parameters, out = block.parameters, block.out
-        found = one_pass(parameters, x, wants_sum, out, spare(parameters[0], plan.dtype))
+        found = one_pass(parameters, x, wants_sum, out, spare(parameters[0], plan.dtype), *rows)
     total = None
     if found is not None and wants_sum:
         values, scale, constant, _ = found

@@ -77,7 +77,7 @@ class Likelihood(metaclass=Record):
             cls.name = cls.__name__
         if "nll" in cls.__dict__:
             for name in (
-                "one_pass", "sum_in_one_pass", "sum_by_torch", "kernel", "at_zero", "kernel_at_zero", "sparse_sum_in_one_pass",
+                "one_pass", "sums_in_one_pass", "sum_by_torch", "kernel", "at_zero", "kernel_at_zero", "sparse_sum_in_one_pass",
             ):  # fmt: skip
                 setattr(cls, name, cls.__dict__.get(name))
 
@@ -172,9 +172,9 @@ class Likelihood(metaclass=Record):
     for that but cannot without a sync (`is_seen`). None: there is no such form, and autograd differentiates `nll`.
     """
 
-    sum_in_one_pass: ClassVar[Callable[..., OnePass | None] | None] = None
-    """`one_pass` where nothing but the sum of all values is wanted: these may be fewer, and lie in any shape. None: it is
-    `one_pass`."""
+    sums_in_one_pass: ClassVar[Callable[..., OnePass | None] | None] = None
+    """`sums_in_one_pass(parameters, x, wants_value, out, spare, rows)`: `one_pass` where of the values nothing but the sum of
+    each of so many rows is wanted: there may be fewer, `[rows, any]`. A row lies in one piece. None: it is `one_pass`."""
 
     sum_by_torch: ClassVar[Callable[..., Tensor | None] | None] = None
     """`sum_by_torch(parameters, x, weight)`: the sum of `nll`, each times its weight unless that is None, by a function of
@@ -229,7 +229,7 @@ class Likelihood(metaclass=Record):
         return found
 
     sparse_sum_in_one_pass: ClassVar[Callable[..., OnePass | None] | None] = None
-    """Likewise, as `sum_in_one_pass` is to `one_pass`."""
+    """Likewise, where nothing but the sum of all values is wanted: these may be fewer, and lie in any shape."""
 
     # --- parameters that are transformed first
 

@@ -161,7 +161,7 @@ class BernoulliLogits(Likelihood):
             return None
         with torch.no_grad():
             if weight is None:
-                total.copy_(_linear(logit, x, None).sum() + _sum_of_logs(logit, None))
+                total.copy_(_linear(logit, x, None).sum() + _sums_of_logs(logit, 1, None).sum())
             else:
                 total.copy_(self.one_pass(parameters, x, True, (None,), (None,) * 3).values.mul_(weight).sum())
         return total if math.isfinite(total.item()) else None
@@ -196,19 +196,21 @@ class BernoulliLogits(Likelihood):
             torch.sigmoid(logit, out=gradient).sub_(x)
         return OnePass(values)
 
-    def sum_in_one_pass(self, parameters, x, wants_value, out, spare):
+    def sums_in_one_pass(self, parameters, x, wants_value, out, spare, rows):
         (logit, *more), (gradient, *_), n = parameters, out, x.numel()
-        if not wants_value or n <= FEW or more or self.pos_weight is not None or not is_seen(logit):
+        if not wants_value or n <= 2 * FEW or more or self.pos_weight is not None or not is_seen(logit):
             return self.one_pass(parameters, x, wants_value, out, spare)
         # As in `one_pass`, but that log1p(exp(-|l|)) is -log(q), q = max(p, 1 - p): one logarithm for 64, of their product.
         p = torch.sigmoid(logit, out=spare[2] if gradient is None else gradient)
         q = torch.sub(ONE, p, out=spare[1])
-        q = _in_rows(torch.maximum(p, q, out=q), math.gcd(n, 64))
-        linear = _linear(logit, x, spare[0]).sum()
+        q = _in_parts(torch.maximum(p, q, out=q), rows, 64)
+        linear = _in_parts(_linear(logit, x, spare[0]), rows, 1).sum((1, 2))
         if gradient is not None:
             gradient.sub_(x)
-        total = linear - q.prod(0).log_().sum()
-        return OnePass(total if total.item() > SMALL_TERM * n else linear + _sum_of_logs(logit, spare[1]))
+        total = linear - q.prod(1).log_().sum(1)
+        if not total.min().item() * rows > SMALL_TERM * n:
+            total = linear + _sums_of_logs(logit, rows, spare[1])
+        return OnePass(total.unsqueeze(1))
 
     def _weighted_in_one_pass(self, parameters, x, wants_value, out, spare):
         # (1 - x) softplus(l) + w x softplus(-l), of which each is a maximum and log1p(exp(-|l|)): no two terms cancel.
@@ -334,20 +336,24 @@ def _linear(logit: Tensor, x: Tensor, buffer: Tensor | None) -> Tensor:
     return torch.clamp_min(logit, 0, out=buffer).addcmul_(logit, x, value=-1)
 
 
-def _sum_of_logs(logit: Tensor, buffer: Tensor | None) -> Tensor:
-    """The sum of log(1 + exp(-|l|)), with the digits of what is far below 1."""
-    # One logarithm for eight. It is -log(1 - p), p = sigmoid(-|l|), and 1 - (1 - p) (1 - q) = p + q - p q.
-    rest, rows = torch.abs(logit, out=buffer).neg_().sigmoid_(), math.gcd(logit.numel(), 8)
-    while rows > 1:
-        one, other = _in_rows(rest, 2).unbind()
-        rest, rows = one.addcmul_(one, other, value=-1).add_(other), rows // 2
-    return rest.neg_().log1p_().sum().neg_()
+def _sums_of_logs(logit: Tensor, rows: int, buffer: Tensor | None) -> Tensor:
+    """The sums of log(1 + exp(-|l|)) of so many rows, with the digits of what is far below 1."""
+    # One logarithm for up to eight. It is -log(1 - p), p = sigmoid(-|l|), and 1 - (1 - p) (1 - q) = p + q - p q.
+    rest = _in_parts(torch.abs(logit, out=buffer).neg_().sigmoid_(), rows, 8)
+    while rest.shape[1] > 1:
+        one, other = rest.chunk(2, 1)
+        rest = one.addcmul_(one, other, value=-1).add_(other)
+    return rest.neg_().log1p_().sum((1, 2)).neg_()
 
 
-def _in_rows(values: Tensor, rows: int) -> Tensor:
-    """The same memory, in whichever order, as a matrix."""
-    columns = values.numel() // rows
-    return values.as_strided((rows, columns), (columns, 1))
+def _in_parts(values: Tensor, rows: int, most: int) -> Tensor:
+    """The same memory, `[rows, parts, columns]`: parts are a power of two up to `most`, of 64 columns or more."""
+    size = values.numel() // rows
+    parts = math.gcd(size, most)
+    while parts > 1 and size < 64 * parts:
+        parts //= 2
+    columns = size // parts
+    return values.as_strided((rows, parts, columns), (size, columns, 1))
 
 
 def _softplus_in_parts(logit: Tensor, spare) -> tuple[Tensor, Tensor]:
