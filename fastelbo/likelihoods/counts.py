@@ -39,11 +39,16 @@ class NegativeBinomial(Linked):
         return zeros_nll(*self.link(parameters))
 
     def one_pass(self, parameters, x, wants_value, out, spare):
+        return self.sums_in_one_pass(parameters, x, wants_value, out, spare, rows=0)  # values, and no sum
+
+    def sums_in_one_pass(self, parameters, x, wants_value, out, spare, rows):
         (mean, theta), (to_mean, to_theta) = parameters, out
         index, count = _above_zero(x)
         if not _is_common(mean, theta, count):
             return None
         values = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
+        if wants_value and rows == 1:  # what the others add to the sum needs no place among the values
+            values = values.sum()
         _add_beyond_zero(mean, theta, count, index, values if wants_value else None, to_mean, to_theta)
         return OnePass(values, slopes=(1.0, 1.0))
 
@@ -271,30 +276,29 @@ CHUNK = 2**17  # elements
 
 def _add_beyond_zero(mean, theta, count, index, values, to_mean, to_theta, of=None) -> None:
     """Add what a negative binomial's -log p(x) is more than -log p(0), and the derivatives: of the elements in `index`, whose
-    counts come and which the others are zeros beside, or of all if it is None. `of` computes it: `_beyond_zero_of`, or another
-    one."""
+    counts come and which the others are zeros beside, or of all if it is None. `values` may be their sum. `of` computes it:
+    `_beyond_zero_of`, or another one."""
     of, shape = of or _beyond_zero_of, mean.shape
+
+    def add(total, part):
+        if not total.dim():
+            total.add_(part.sum())
+        elif index is None:
+            total.add_(part)
+        else:
+            total.view(-1).index_add_(0, index, part)
+
     if index is None:  # some rows at a time, since a dozen tensors of their size are needed
         height = max(1, CHUNK // max(1, mean[0].numel()))
         for i in range(0, shape[0], height):
             rows = slice(i, i + height)
             own = theta[rows] if theta.dim() == len(shape) and theta.shape[0] == shape[0] else theta
-            to_values, by_mean, by_theta = (t if t is None else t[rows] for t in (values, to_mean, to_theta))
-            of(mean[rows], own, count[rows], to_values, by_mean, by_theta, lambda total, part: total.add_(part))
+            to_values, by_mean, by_theta = (t if t is None or not t.dim() else t[rows] for t in (values, to_mean, to_theta))
+            of(mean[rows], own, count[rows], to_values, by_mean, by_theta, add)
         return
-    own = theta.shape
-    while own[:1] == (1,):
-        own = own[1:]
-    if theta.numel() == 1:
-        t = theta.reshape(())
-    elif own == shape[len(shape) - len(own) :]:
-        t = theta.reshape(-1).index_select(0, index if theta.numel() == mean.numel() else index % theta.numel())
-    else:
-        t = theta.expand(shape).reshape(-1).index_select(0, index)
-    of(
-        mean.view(-1).index_select(0, index), t, count, values, to_mean, to_theta,
-        lambda total, part: total.view(-1).index_add_(0, index, part),
-    )  # fmt: skip
+    # To repeat it is less work than to take indices modulo its size.
+    t = theta.reshape(()) if theta.numel() == 1 else theta.expand(shape).reshape(-1).index_select(0, index)
+    of(mean.view(-1).index_select(0, index), t, count, values, to_mean, to_theta, add)
 
 
 def _beyond_zero_of(mean, theta, count, values, to_mean, to_theta, add) -> None:
