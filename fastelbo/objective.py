@@ -15,7 +15,7 @@ from .bounds.records import ELBO, ONE_SAMPLE, check_bound
 from .bounds.samples import many_samples
 from .diagnostics import Monitor
 from .engine.call import TENSORS, Factors, Objective, with_numbers
-from .engine.compiled import in_graph
+from .engine.compiled import in_graph, may_be_in_graph
 from .engine.divergence import Statistics, divergence_terms, kl_of, times
 from .engine.latents import run, sample
 from .engine.loss import ELBOTerms, composed_terms, planned_terms, record_reconstruction, traced_terms
@@ -31,6 +31,7 @@ Reduction = str | tuple[str, str] | PerSample
 Prior = tuple[Tensor, Tensor] | Tensor | Distribution
 
 
+@may_be_in_graph
 def loss(
     recon_x: Tensor | tuple[Tensor | float, ...] | Distribution,
     x: Tensor,
@@ -120,7 +121,7 @@ def loss(
             "recon_x": recon_x, "x": x, "mu": mu, "logvar": logvar, "beta": beta, "kl": kl, "prior": prior, "weight": weight,
             "recon_weight": recon_weight, "kl_weight": kl_weight,
         }  # fmt: skip
-        found = in_graph(loss, values, likelihood=likelihood, posterior=posterior, weighting=weighting, reduction=reduction)
+        found = in_graph("loss", values, likelihood=likelihood, posterior=posterior, weighting=weighting, reduction=reduction)
         if found is not None:
             return found
     if isinstance(reduction, PerSample):
@@ -262,7 +263,7 @@ def elbo(
     if surrounded and bound is None and weighting is None and monitor is None and generator is None:
         if is_dynamo_compiling() and isinstance(reduction, str) and not is_of_each(beta):
             values: dict[str, Any] = {"x": x, "mu": mu, "logvar": logvar, "prior": prior, "eps": eps, "kl_weight": kl_weight}
-            found = in_graph(_before_decoder, values, posterior=posterior, reduction=reduction)
+            found = in_graph("_before_decoder", values, posterior=posterior, reduction=reduction)
             if found is not None:
                 z, kl = found
                 prediction = decoder(z)
@@ -270,7 +271,7 @@ def elbo(
                     likelihood, prediction = of_distribution("decoder(z)", prediction, likelihood)
                 values = {"prediction": prediction, "x": x, "beta": beta, "weight": weight, "kl": kl}
                 values["recon_weight"] = recon_weight
-                found = in_graph(_behind_decoder, values, likelihood=likelihood, reduction=reduction)
+                found = in_graph("_behind_decoder", values, likelihood=likelihood, reduction=reduction)
                 return _behind_decoder(**values, likelihood=likelihood, reduction=reduction) if found is None else found
     objective = (Objective.of if surrounded else find_objective)(likelihood, posterior, reduction)
     if bound is not None and (bound := check_bound(bound)) is not ONE_SAMPLE:
@@ -311,6 +312,7 @@ def elbo(
     return _with_kl("decoder(z)", objective, given, x, weight, kl, (beta, recon_weight), weighted, monitor, statistics)
 
 
+@may_be_in_graph
 def _before_decoder(
     x: Any, mu: Any, logvar: Any, prior: Any, eps: Any, kl_weight: Any, *, posterior: Any, reduction: str
 ) -> tuple[Tensor, Tensor]:
@@ -320,6 +322,7 @@ def _before_decoder(
     return z, kl
 
 
+@may_be_in_graph
 def _behind_decoder(
     prediction: Any, x: Any, beta: Any, weight: Any, kl: Tensor, recon_weight: Any, *, likelihood: Any, reduction: str
 ) -> ELBOTerms:

@@ -19,7 +19,7 @@ from .basics.arguments import (
 )
 from .basics.tracing import is_surrounded
 from .engine.call import ONE, REDUCTIONS_OF_KL, Objective, check_kl, with_numbers
-from .engine.compiled import in_graph
+from .engine.compiled import in_graph, may_be_in_graph
 from .engine.divergence import weighted_kl, weighted_sample
 from .engine.latents import latents_terms, run, sample
 from .engine.log_ratio import draw_rows, log_density, log_ratio
@@ -32,6 +32,7 @@ from .likelihoods import Likelihood
 from .likelihoods.distributions import of_distribution
 
 
+@may_be_in_graph
 def nll(
     recon_x: Tensor | tuple[Tensor | float, ...] | Distribution,
     x: Tensor,
@@ -64,7 +65,7 @@ def nll(
         likelihood, recon_x = of_distribution("recon_x", recon_x, likelihood)
     if is_dynamo_compiling():
         values = {"recon_x": recon_x, "x": x, "weight": weight}
-        found = in_graph(nll, values, likelihood=likelihood, reduction=reduction)
+        found = in_graph("nll", values, likelihood=likelihood, reduction=reduction)
         if found is not None:
             return found
     if isinstance(reduction, PerSample):
@@ -90,6 +91,7 @@ class SampleKL(NamedTuple):
     kl: Tensor
 
 
+@may_be_in_graph
 def reparameterize(
     mu: Tensor | Distribution,
     logvar: Tensor | None = None,
@@ -119,12 +121,13 @@ def reparameterize(
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or both `eps` and `generator` came.
     """
     if is_dynamo_compiling() and generator is None:
-        found = in_graph(reparameterize, {"mu": mu, "logvar": logvar, "eps": eps}, posterior=posterior)
+        found = in_graph("reparameterize", {"mu": mu, "logvar": logvar, "eps": eps}, posterior=posterior)
         if found is not None:
             return found
     return sample(mu, logvar, posterior, None, None, eps, generator)[0]
 
 
+@may_be_in_graph
 def sample_kl(
     mu: Tensor | Distribution,
     logvar: Tensor | None = None,
@@ -159,7 +162,7 @@ def sample_kl(
     """
     if is_dynamo_compiling() and generator is None:
         values = {"mu": mu, "logvar": logvar, "prior": prior, "eps": eps, "kl_weight": kl_weight}
-        found = in_graph(sample_kl, values, posterior=posterior, weighting=weighting, reduction=reduction)
+        found = in_graph("sample_kl", values, posterior=posterior, weighting=weighting, reduction=reduction)
         if found is not None:
             return found
     if isinstance(reduction, PerSample):
@@ -174,6 +177,7 @@ def sample_kl(
     return tuple.__new__(SampleKL, sample(mu, logvar, posterior, prior, reduction, eps, generator, None, kl_weight))
 
 
+@may_be_in_graph
 def kl_divergence(
     mu: Tensor | Distribution,
     logvar: Tensor | None = None,
@@ -236,7 +240,7 @@ def kl_divergence(
     surrounded = is_surrounded()
     if surrounded and is_dynamo_compiling():
         values = {"mu": mu, "logvar": logvar, "prior": prior, "kl_weight": kl_weight}
-        found = in_graph(kl_divergence, values, posterior=posterior, weighting=weighting, reduction=reduction)
+        found = in_graph("kl_divergence", values, posterior=posterior, weighting=weighting, reduction=reduction)
         if found is not None:
             return found
     if weighting is not None and weighting is not ALL:

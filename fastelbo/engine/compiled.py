@@ -22,36 +22,38 @@ _functions: dict[str, Callable] = {}
 _kinds: dict[str, Record] = {}
 
 
-def in_graph(function: Callable, values: dict[str, Any], **options) -> Any:
-    """What `function(**values, **options)` returns; None where it cannot be one call, or raises. Dynamo must be tracing.
+def may_be_in_graph(function: Callable) -> Callable:
+    """What `in_graph` may call by its name."""
+    _functions[function.__name__] = function
+    return function
+
+
+def in_graph(name: str, values: dict[str, Any], **options) -> Any:
+    """What the function of this name returns for all of these arguments; None where it cannot be one call, or raises. Dynamo
+    must be tracing.
 
     What raises is to be traced after all, so that the user gets that error and not one of Dynamo's.
     """
     # What is looked up here, Dynamo guards: each name takes time before each run.
-    for value in values.values():
-        if isinstance(value, Distribution):
-            return None
-    described: dict[str, Any] = {}
-    for key, option in options.items():
-        described[key] = option
-        if option is not None and (fields := _fields(type(option))) is not PLAIN:
-            if fields is None:
-                return None
-            described[key] = {KIND: type(option).__name__, **{field: getattr(option, field) for field in fields}}
-    return _call(_name_of(function), **values, **described)
+    found = _found(name, [type(value) for value in values.values()], {key: type(option) for key, option in options.items()})
+    if found is None:
+        return None
+    call, records = found
+    for key, fields in records:
+        options[key] = {field: getattr(options[key], field, None) for field in fields}
+    return _call(call, **values, **options)
 
 
-KIND = "kind"
-PLAIN = "plain"
+KIND = "kind of "  # before the name of a record's class, among the names of its fields
 
 
-def _call(name: str, **arguments):
+def _call(call: str, **arguments):
     for key, value in arguments.items():
         if isinstance(value, dict):  # a record, of which a graph can hold the fields
-            fields = dict(value)
-            arguments[key] = _kinds[fields.pop(KIND)](**fields)
+            kind, *names = value
+            arguments[key] = _kinds[kind.removeprefix(KIND)](**{name: value[name] for name in names})
     try:
-        return _functions[name](**arguments)
+        return _functions[call.partition(",")[0]](**arguments)
     except (TypeError, ValueError):
         if is_compiling():
             return None
@@ -59,27 +61,27 @@ def _call(name: str, **arguments):
 
 
 @constant_when_compiled
-def _name_of(function: Callable) -> str:
-    """By which `_call` finds it. The code's version is in it, and so in the graph, by which Torch finds what it has compiled
-    and kept on disk. The compiler has to be there already, since this brings it."""
-    name = f"{function.__name__}, {_version()}"
-    if name not in _functions:
-        _functions[name] = function
-        torch.compiler.allow_in_graph(_call)
-        # Or a graph with this function in it would not be kept on disk. What stands here does not count there in each case.
-        torch._inductor.config.unsafe_marked_cacheable_functions[f"{__name__}.{_call.__name__}"] = _version()
-    return name
+def _found(name: str, values: list[type], options: dict[str, type]):
+    """By which name `_call` finds the function, and of each option that is a record its name and fields, which a graph can hold
+    in its place; None where the call has something that no graph can hold.
 
-
-@constant_when_compiled
-def _fields(kind: type) -> tuple[str, ...] | str | None:
-    """Those of a record of this library's, which its class's name stands for; PLAIN for what a graph holds as it is."""
-    if kind in (str, tuple, list):
-        return PLAIN
-    if not isinstance(kind, Record) or not kind.__module__.startswith(__name__.partition(".")[0] + "."):
+    The code's version is in the name, and so in the graph, by which Torch finds what it has compiled and kept on disk. The
+    compiler has to be there already, since this brings it.
+    """
+    records = []
+    for key, kind in options.items():
+        if kind in (str, tuple, list, type(None)):
+            continue
+        if not isinstance(kind, Record) or not kind.__module__.startswith(__name__.partition(".")[0] + "."):
+            return None
+        _kinds[kind.__name__] = kind
+        records.append((key, (KIND + kind.__name__, *kind.field_names)))
+    if any(issubclass(kind, Distribution) for kind in values):
         return None
-    _kinds[kind.__name__] = kind
-    return kind.field_names
+    torch.compiler.allow_in_graph(_call)
+    # Or a graph with this function in it would not be kept on disk. What stands here does not count there in each case.
+    torch._inductor.config.unsafe_marked_cacheable_functions[f"{__name__}.{_call.__name__}"] = _version()
+    return f"{name}, {_version()}", tuple(records)
 
 
 @functools.cache
