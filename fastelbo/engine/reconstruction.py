@@ -19,7 +19,7 @@ def reconstruct(plan, tensors, divisor, factor, wants, wants_sum):
     if tensors[0].shape[0] != x.shape[0]:
         return _of_samples(plan, tensors, divisor, factor, wants, wants_sum)
     if factor is not None:
-        by = factor.unsqueeze(1) if plan.per_sample else factor
+        by = factor.unsqueeze(1) if isinstance(factor, Tensor) and factor.dim() else factor
         by = by / divisor if divides else by
     if plan.is_whole:
         weight = tensors[n + 1] if plan.weight_shape is not None else None
@@ -37,18 +37,24 @@ def _of_samples(plan, tensors, divisor, factor, wants, wants_sum):
     """Likewise, of several samples of all of x, one after the other."""
     n, batch = plan.count, tensors[plan.count].shape[0]
     samples = list(zip(*(p.split(batch) for p in tensors[:n]), strict=True))
-    factors = [None] * len(samples) if factor is None else factor.split(batch)
+    factors = factor.split(batch) if isinstance(factor, Tensor) else [factor] * len(samples)
     found = [reconstruct(plan, (*p, *tensors[n:]), divisor, f, wants, wants_sum) for p, f in zip(samples, factors, strict=True)]
     sums, gradients = zip(*found, strict=True)
     joined = None if factor is None else [g if g[0] is None else torch.cat(g) for g in zip(*gradients, strict=True)]
     return torch.cat(sums) if wants_sum else None, joined
 
 
-def multiplied(gradients, factor, dtype):
-    """Whether gradients of the factor 1 became those of another one, in place, as `reconstruct`, too, multiplies last.
+def multiplied(gradients, factor, first, dtype):
+    """Whether gradients of the factor 1 became those of another one, or of one a row, in place, as `reconstruct`, too,
+    multiplies last. `first`: the first parameter.
 
     Not if they were rounded to fewer bits than `dtype` has, nor if something is not finite, as a derivative may overflow whose
-    product does not. With a divisor it is one rounding more, which shows in what is below the least normal number."""
+    product does not; nor by one a row where rows are added up already. With a divisor it is one rounding more, which shows in
+    what is below the least normal number."""
+    if isinstance(factor, Tensor):
+        if any(g is not None and g.shape != first.shape for g in gradients):
+            return False
+        factor = factor.reshape(-1, *[1] * (first.dim() - 1))
     found = [g for g in gradients if g is not None]
     if any(g.dtype is not dtype for g in found):
         return False

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..basics.sparse import Rows
 from .blocks import added_up, block_size, converted, scratch
+from .guess import are_equal
 from .reconstruction import _block, multiplied
 
 
@@ -18,7 +19,7 @@ def forward(plan, parameters, x: Rows, weight, divisor, known):
     used = None
     # Elsewhere than on a CPU nothing could look at the guess in backward without a sync.
     if True in plan.stores and x.values.device.type == "cpu":
-        used = known if known is not None else plan.guess.known[1] if plan.per_sample else plan.guess.number
+        used = plan.guess.looked_at if known is None else known
     recon, stored = _reconstruct(plan, parameters, x, weight, divisor, used, plan.stores, True)
     return recon, stored, used
 
@@ -27,10 +28,10 @@ def backward(plan, parameters, x: Rows, weight, divisor, upstream, stored, used,
     """The gradients that are needed, and the upstream factor, for the next forward to guess."""
     is_number = not plan.per_sample and upstream.device.type == "cpu"
     seen = upstream.item() if is_number else upstream
-    if used is None or not (seen == used if is_number else torch.equal(seen, used)):  # a NaN equals nothing
+    if used is None or not are_equal(seen, used):
         if not is_number:
             seen = seen.to(plan.dtype, copy=True)  # whoever passed it in may write to it
-        if not (is_number and used == 1 and multiplied(stored, seen, plan.dtype)):
+        if not (type(used) is float and used == 1 and multiplied(stored, seen, parameters[0], plan.dtype)):
             _, stored = _reconstruct(plan, parameters, x, weight, divisor, seen, needs, False)
     return stored, seen
 

@@ -19,6 +19,7 @@ from ..latents.gaussian import Slope, kl_elements, kl_in_one_pass, sample_in_one
 from ..likelihoods.base import HALF
 from . import categorical, formula, sparse_reconstruction
 from .blocks import KEPT, SMALL, added_up, converted, cut_alike, scratch
+from .guess import are_equal
 from .reconstruction import multiplied, reconstruct
 
 
@@ -45,7 +46,7 @@ def loss_forward(plan, factors, tensors, divisor, known, wants, stateless=False)
     x = tensors[n]
     # Elsewhere than on a CPU nothing could look at the guess in backward without a sync: it computes the gradient there.
     if True in wants and x.device.type == "cpu":
-        used = known if known is not None else plan.guess.known[1] if plan.per_sample else plan.guess.number
+        used = plan.guess.looked_at if known is None else known
     recon, stored = reconstruct(plan, tensors, divisor, used, wants, True)
     latents = plan.latents
     if latents == 0:
@@ -79,10 +80,10 @@ def loss_backward(plan, factors, tensors, divisor, upstreams, stored, sums, used
         is_number = not plan.per_sample and seen.device.type == "cpu"
         if is_number:
             seen = seen.item()
-        if used is None or not (seen == used if is_number else torch.equal(seen, used)):  # a NaN equals nothing
+        if used is None or not are_equal(seen, used):
             if not is_number:
                 seen = seen.to(plan.dtype, copy=True)  # whoever passed it in may write to it
-            if not (is_number and used == 1 and multiplied(stored[:n], seen, plan.dtype)):
+            if not (type(used) is float and used == 1 and multiplied(stored[:n], seen, tensors[0], plan.dtype)):
                 _, stored = reconstruct(plan, tensors, divisor, seen, wants, False)
         grads[:n] = stored[:n]
     if True in needs[n:] and not (grad_loss is None and grad_kl is None):
