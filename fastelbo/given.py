@@ -30,7 +30,7 @@ def checked_recon_weight(recon_weight: Any, x: Any) -> float | Tensor:
 def check_target(x: Any, mu: Tensor, reduction: str) -> None:
     """A target for these latents."""
     if isinstance(x, Tensor) and x.dtype in REALS and x.layout == torch.strided and x.device == mu.device:
-        if x.shape[:1] == mu.shape[:1] and not x.is_nested:
+        if not x.is_nested and x.shape[:1] == mu.shape[:1]:
             return
     check_data("x", x)
     check_device("x", x, "mu", mu)

@@ -43,7 +43,9 @@ class Schedule:
         """
         if isinstance(step, Tensor):
             return self._of_tensor(step)
-        since = max(check_real("step", step, "a number or a tensor") - self.delay, 0.0)
+        number = check_real("step", step, "a number or a tensor")
+        # Of an integer none of torch.compile's symbols has to become a float, of which it takes no remainder.
+        since = max((step if isinstance(step, int) else number) - self.delay, 0)
         if self.period != inf:
             since = self.rise if since >= self.cycles * self.period else since % self.period
         share = min(since / self.rise, 1.0)

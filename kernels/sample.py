@@ -53,7 +53,7 @@ def sample_bwd_kernel(
     )  # fmt: skip
 
 
-def draw_noise(like: torch.Tensor, layout: torch.memory_format, generator: torch.Generator | None) -> torch.Tensor:
+def draw_noise(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     """The seed of a stream of normals: a 0-d int64 tensor on the device, of 63 bits from Torch's generator, without a sync."""
     return allocator(like.device)((), (), torch.int64).random_(generator=generator)
 

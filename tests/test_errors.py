@@ -379,6 +379,11 @@ PLACES = {
         lambda z: (rand(8, 6), make(rand(8, 6))), *LATENTS, n_samples=2, chunk=2, likelihood="gaussian"
     ),
     "x of samples": lambda make: fastelbo.elbo(lambda z: rand(8, 6), make(GOOD["x"]), Z, Z, bound=fastelbo.ELBO(2, chunk=2)),
+    "x of elbo": lambda make: fastelbo.elbo(lambda z: GOOD["x"], make(GOOD["x"]), Z, Z),
+    "recon_x of sequences": lambda make: fastelbo.loss(
+        **{**GOOD, "recon_x": make(GOOD["recon_x"])}, reduction=fastelbo.PerSample(batch_dims=1)
+    ),
+    "recon_weight": lambda make: fastelbo.loss(**GOOD, recon_weight=make(torch.ones(2, 2, device=DEVICE))),
     "flow(z)[0]": lambda make: fastelbo.sample_log_ratio(Z, Z, flow=lambda z: (make(z), z.sum(1))),
     "flow(z)[1]": lambda make: fastelbo.sample_log_ratio(Z, Z, flow=lambda z: (z, make(z.sum(1)))),
 }

@@ -77,3 +77,32 @@ def test_triton_forced_on_a_cpu_without_its_interpreter():
 def test_unknown_backend():
     result = python(RUN, FASTELBO_BACKEND="cuda")
     assert "FASTELBO_BACKEND is 'cuda'; expected 'torch' or 'triton'" in result.stderr
+
+
+EVERYTHING = """
+torch.set_default_dtype(torch.float32)
+torch.manual_seed(0)
+p, x = torch.rand(3, 2500, requires_grad=True), torch.rand(3, 2500)
+three = [torch.rand(3, 40, requires_grad=True) for _ in range(3)]
+counts = torch.randint(0, 3, (3, 40)).float()
+mu, logvar = [torch.randn(5, 3, requires_grad=True) for _ in range(2)]
+for dtype in (torch.float32, torch.float64, torch.float16):
+    torch.set_default_dtype(dtype)
+    terms = [fastelbo.nll(p, x, reduction=reduction) for reduction in ("sum", "none")]
+    terms.append(fastelbo.nll(tuple(three), counts, likelihood="zero_inflated_negative_binomial"))
+    torch.manual_seed(0)
+    terms += [fastelbo.reparameterize(mu, logvar), fastelbo.kl_divergence(mu, logvar.exp(), posterior="var")]
+    sum(t.sum() for t in terms).backward()
+print([t.grad.sum().item() for t in (p, *three, mu, logvar)])
+"""
+
+
+@pytest.mark.parametrize("mode", ("float64", "float16", "bfloat16", "inference"))
+def test_what_surrounds_the_import_changes_nothing(mode):
+    """What is made at import time has a dtype of its own, and may be saved for backward."""
+    around = f"torch.set_default_dtype(torch.{mode})\nimport fastelbo\n"
+    if mode == "inference":
+        around = "with torch.inference_mode():\n    import fastelbo\n"
+    found = [python("import torch\n" + first + EVERYTHING) for first in ("import fastelbo\n", around)]
+    assert not any(run.returncode for run in found), found[1].stderr
+    assert found[0].stdout == found[1].stdout

@@ -95,13 +95,30 @@ def test_noise_is_one_stream_however_it_is_cut(device):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the values of torch.randn_like are the Torch backend's")
-@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
-def test_the_naive_codes_own_z(layout, device):
-    mu, logvar = (torch.randn(3, 4, 5, 6, device=device).to(memory_format=layout) for _ in range(2))
+@pytest.mark.parametrize("of", (fastelbo.reparameterize, lambda *latents: fastelbo.sample_kl(*latents).z), ids=("z", "with KL"))
+@pytest.mark.parametrize("size", (6, 3000), ids=("few", "many"))
+@pytest.mark.parametrize(
+    "lie",
+    {
+        "contiguous": lambda t: t,
+        "channels last": lambda t: t.to(memory_format=torch.channels_last),
+        "transposed": lambda t: t.transpose(0, 1),
+        "halves": lambda t: t.chunk(2, 1)[0],
+        "halves of channels last": lambda t: t.to(memory_format=torch.channels_last).chunk(2, 1)[1],
+        "every other": lambda t: t[:, :, ::2],
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_the_naive_codes_own_z(lie, size, of, device):
+    """However the latents lie."""
+    mu, logvar = (lie[1](torch.randn(3, 4, 5, size, device=device)) for _ in range(2))
     torch.manual_seed(11)
-    z = fastelbo.reparameterize(mu, logvar)
+    z = of(mu, logvar)
     torch.manual_seed(11)
     assert torch.equal(z, fastelbo.reference.reparameterize(mu, logvar))
+    generator = torch.Generator(device).manual_seed(11)
+    if of is fastelbo.reparameterize:
+        assert torch.equal(of(mu, logvar, generator=generator), z)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32, torch.float64), ids=str)

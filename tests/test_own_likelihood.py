@@ -344,6 +344,43 @@ def test_a_formula_in_place_of_another_has_no_kernel():
     assert Own.kernel is Own.one_pass is None and Gaussian.kernel
 
 
+def closed_over(s):
+    """One that uses a tensor of which the call knows nothing."""
+
+    class Closed(Likelihood):
+        at_zero = Likelihood.nll_of_zeros
+
+        def nll(self, parameters, x):
+            return 0.5 * ((x - parameters[0]) * torch.exp(-s)) ** 2 + s
+
+    return Closed()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.parametrize("is_sparse", (False, True))
+@pytest.mark.parametrize("trains", (False, True))
+def test_a_tensor_that_the_call_does_not_know_would_get_no_gradient(trains, is_sparse, device):
+    y, x = torch.randn(6, 7, device=device, requires_grad=trains), torch.randn(6, 7, device=device).relu()
+    s = torch.tensor(0.5, device=device, requires_grad=True)
+    truth = (0.5 * ((x.double() - y.double()) * math.exp(-0.5)) ** 2 + 0.5).sum().detach()
+    x = x.to_sparse_csr() if is_sparse else x
+    for _ in range(2):  # not once only
+        with pytest.raises(ValueError, match=r"Closed.* requires grad and is none of its parameters.* the tuple recon_x"):
+            fastelbo.nll(y, x, likelihood=closed_over(s))
+    with torch.no_grad():
+        torch.testing.assert_close(fastelbo.nll(y, x, likelihood=closed_over(s)).double(), truth)
+    torch.testing.assert_close(fastelbo.nll(y, x, likelihood=closed_over(s.detach())).double(), truth)
+
+
+def test_a_target_of_its_own():
+    """Blocks and kernels scale it as they read it, and would know nothing of that."""
+    with pytest.raises(TypeError, match=r"LogNormal.target must not be defined: transform x in nll"):
+
+        class LogNormal(Gaussian):
+            def target(self, first, x, dtype):
+                return super().target(first, x, dtype).log()
+
+
 @pytest.mark.skipif(BACKEND != "triton", reason="of kernels")
 class TestDeviceFunctions:
     @pytest.mark.parametrize(

@@ -160,6 +160,18 @@ def test_compiled_step_compiles_once(name, device):
 
 
 @once
+@pytest.mark.parametrize("period", (4, 3.5))
+def test_compiled_integer_step(period):
+    """Which becomes a symbol at the second step."""
+    torch.compiler.reset()
+    schedule = schedules.cyclical(period)
+    scaled = torch.compile(lambda x, step: x * schedule(step))
+    steps = range(9) if period == 4 else (1,)  # of a remainder of floats the compiler's own code is wrong
+    for step in steps:
+        assert scaled(torch.ones(3), step).tolist() == pytest.approx([schedule(step)] * 3)
+
+
+@once
 def test_made_in_compiled_code():
     """Of numbers that are constants there, and of symbols."""
 

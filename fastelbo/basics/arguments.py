@@ -186,9 +186,9 @@ def factor_of(reduction: str, value: Tensor) -> float:
 def check_number(name: str, value, like: Tensor) -> float | Tensor:
     """A real number as a float, a real 0-d tensor as it is; as a float, too, if it lies on the CPU and wants no gradient."""
     if isinstance(value, Tensor):
+        check_reals(name, value)
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
-        check_reals(name, value)
         if value.device.type != "cpu" and value.device != like.device:
             raise ValueError(f"{name} must be on {like.device} or on the CPU, got {value.device}")
         if value.device.type == "cpu" and not value.requires_grad and not is_traced(value):

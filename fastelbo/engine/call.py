@@ -69,7 +69,7 @@ def with_numbers(name: str, given: Sequence, likelihood: Likelihood) -> tuple:
             if value != value:
                 raise ValueError(f"{name}[{i}] must be a tensor or a number, got nan")
             if i < len(likelihood.ranges) and (allowed := likelihood.ranges[i]) is not None and not allowed.holds(value):
-                raise ValueError(f"{name}[{i}] must {allowed.words} for the likelihood {likelihood.name!r}, got {value:g}")
+                raise ValueError(f"{name}[{i}] must {allowed.words} for the likelihood {likelihood.name!r}, got {value}")
             if isinstance(value, float):
                 value = torch.full((), value, dtype=dtype, device=first.device)
             else:  # a symbol, which `full` would fix

@@ -49,22 +49,20 @@ class Guess:
 
     def remember(self, factor: Tensor | float) -> None:
         """Guess `factor` next time. Not while a graph is captured: each replay would write the tensor again."""
-        if type(factor) is float or factor.is_cpu:
-            # Of one that changes from call to call nothing is known, and what was stored with 1 needs only to be multiplied.
-            self.looked_at, self.seen = factor if are_equal(factor, self.seen) else 1.0, factor
         if type(factor) is float:
-            return
-        if self.gpu is None:
-            self.known = 0, factor
+            # Of one that changes from call to call nothing is known, and what was stored with 1 needs only to be multiplied.
+            self.looked_at = factor if factor == self.seen else 1.0
+            self.seen = factor
+        elif self.gpu is None:
+            self.looked_at = factor if factor.is_cpu and are_equal(factor, self.seen) else 1.0
+            self.known, self.seen = (0, factor), factor
         elif not _is_capturing():
             self.known = _raw_stream(self.gpu), factor
 
 
-def are_equal(factor: float | Tensor, other: float | Tensor) -> bool:
-    """Whether these are the same, on a CPU. A NaN equals nothing."""
-    if type(factor) is float or type(other) is float:
-        return type(factor) is type(other) and factor == other
-    return torch.equal(factor, other)
+def are_equal(factors: Tensor, others: float | Tensor) -> bool:
+    """Whether these are the factors of rows, on a CPU. A NaN equals nothing."""
+    return type(others) is not float and torch.equal(factors, others)
 
 
 def _ones(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:

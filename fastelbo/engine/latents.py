@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..basics.arguments import check_generator, check_noise
-from ..basics.layout import layout_of
 from ..basics.tracing import is_surrounded, is_traced, never_compiled
 from ..likelihoods.base import HALF
 from . import formula, traced
@@ -104,7 +103,7 @@ def sample(
     elif eps is None and plan.backend is not None:
         if generator is not None:
             check_generator(generator, tensors[0])
-        noise = plan.backend.draw_noise(tensors[1], plan.noise_layout, generator)
+        noise = plan.backend.draw_noise(tensors[1], generator)
     else:
         noise = draw(tensors[0], tensors[1], eps, generator)
     if plan.is_by_autograd and noise.dtype == plan.dtype:
@@ -121,4 +120,4 @@ def draw(mu: Tensor, second: Tensor, eps: Tensor | None, generator: torch.Genera
         check_generator(generator, mu)
     if is_traced(mu, second):
         return traced.draw(mu, second, generator)
-    return backend_for(mu.device).draw_noise(second, layout_of(second), generator)
+    return backend_for(mu.device).draw_noise(second, generator)

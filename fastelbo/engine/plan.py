@@ -25,6 +25,7 @@ from ..basics.tracing import has_values, is_surrounded, is_wrapper, needs_formul
 from ..latents.posterior import CLASSES, LOGVAR, Latents, as_logits
 from ..latents.weighting import Weighting
 from ..likelihoods import Likelihood
+from ..likelihoods.base import check_closed
 from ..likelihoods.values import Range, silent_range, support_to_check
 from . import torch_backend
 from .backend import backend_for
@@ -270,9 +271,7 @@ def loss_plan(
             return plan
         if is_sparse(tensors[parameters]):  # or looking for its strides raises, which takes as long as some operators
             return None
-        key = (
-            *start, *map(type, tensors), *map(_of_shapes, tensors), *map(_is_neg, tensors), *map(_stride, tensors),
-        )  # fmt: skip
+        key = *start, *map(type, tensors), *map(_of_shapes, tensors), *map(_is_neg, tensors), *map(_stride, tensors)
         plan = _plans.get(key)
     except (AttributeError, TypeError, RuntimeError):  # not tensors, or none with strides
         check_loss(name, objective, tensors, parameters, weighted, latents)
@@ -283,6 +282,8 @@ def loss_plan(
         call = check_loss(name, objective, tensors, parameters, weighted, latents)
         types = *start, *map(type, tensors), *map(_of_types, tensors), *map(_is_neg, tensors)
         path = _paths.get(types) or keep(_paths, types, LossPath(call, tensors, factors, grad_mode))
+        if grad_mode and path.backend is not None and call.likelihood.is_own:
+            check_closed(name, call.likelihood, tensors[:parameters], tensors[parameters])
         return keep(_plans, key, LossPlan(path, call, tensors))
     _again(start, plan, tensors)  # not of a shape that may never come again, of which no memory is to stay
     return plan
@@ -304,8 +305,8 @@ class LatentsPlan:
     """What is known of a sample or a KL before its values are."""
 
     __slots__ = (
-        "backend", "call", "dtype", "dtypes", "fits", "floor", "has_normals", "is_by_autograd", "is_categorical", "is_dense",
-        "is_mean_of_weights", "is_plain", "is_simple", "is_whole", "kl_scale", "latents_launches", "layout", "noise_layout",
+        "backend", "call", "dtype", "dtypes", "fits", "floor", "has_normals", "is_by_autograd", "is_categorical",
+        "is_dense", "is_mean_of_weights", "is_plain", "is_simple", "is_whole", "kl_scale", "latents_launches", "layout",
         "per_sample", "strides", "upstreams", "wants",
     )  # fmt: skip
 
@@ -328,9 +329,7 @@ class LatentsPlan:
             self.backend = None
         if self.backend is torch_backend and call.groups is not None and noise is not None:
             self.backend = None  # which has no sample beside free bits
-        self.layout = self.noise_layout = torch.contiguous_format
-        if not self.is_categorical:
-            self.layout, self.noise_layout = layout_of(mu), layout_of(tensors[1])
+        self.layout = torch.contiguous_format if self.is_categorical else layout_of(mu)
         # To the Torch backend: few latents, of which forward keeps more; a small sample alone costs autograd less than it.
         self.is_whole = mu.numel() <= (KEPT if self.wants else SMALL)
         is_sample = self.backend is torch_backend and call.kind is None and self.is_simple

@@ -44,19 +44,21 @@ def _of_samples(plan, tensors, divisor, factor, wants, wants_sum):
     return torch.cat(sums) if wants_sum else None, joined
 
 
-def multiplied(gradients, factor, first, dtype):
+def multiplied(plan, gradients, factor, first):
     """Whether gradients of the factor 1 became those of another one, or of one a row, in place, as `reconstruct`, too,
     multiplies last. `first`: the first parameter.
 
-    Not if they were rounded to fewer bits than `dtype` has, nor if something is not finite, as a derivative may overflow whose
-    product does not; nor by one a row where rows are added up already. With a divisor it is one rounding more, which shows in
-    what is below the least normal number."""
+    Not if they were rounded to fewer bits than the arithmetic has, nor if something is not finite, as a derivative may overflow
+    whose product does not; nor by one a row where rows are added up already, or where autograd multiplies first, so that it
+    would be another rounding. With a divisor it is one more, which shows in what is below the least normal number."""
+    if plan.likelihood.one_pass is None:
+        return False
     if isinstance(factor, Tensor):
         if any(g is not None and g.shape != first.shape for g in gradients):
             return False
         factor = factor.reshape(-1, *[1] * (first.dim() - 1))
     found = [g for g in gradients if g is not None]
-    if any(g.dtype is not dtype for g in found):
+    if any(g.dtype is not plan.dtype for g in found):
         return False
     return all(math.isfinite(g.mul_(factor).sum().item()) for g in found)
 
@@ -99,6 +101,9 @@ def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
             continue
         if weight is not None:
             gradient.mul_(weight if weight.dim() == gradient.dim() else weight.unsqueeze(likelihood.dim))
+        if isinstance(by, Tensor) and by.dim() and abs(math.frexp(slope)[0]) != 0.5:
+            gradient.mul_(as_tensor(slope))  # first, or it would be another rounding than that of `multiplied`
+            slope = 1.0
         factor = by if slope == 1 else by * slope
         if isinstance(factor, Tensor) or factor != 1:
             gradient.mul_(factor if isinstance(factor, Tensor) else as_tensor(factor))

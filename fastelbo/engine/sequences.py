@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
-from ..basics.arguments import check_count
+from ..basics.arguments import check_count, check_dense
 from ..basics.records import Record, canonical, record
 from ..basics.sparse import check_data, is_sparse
 from ..latents.posterior import check_latents
@@ -55,6 +55,8 @@ class Batch(NamedTuple):
         """With one batch dimension, which is this one."""
         if not isinstance(value, Tensor):
             return value  # an error further in
+        if value.is_nested:  # which has no shape
+            check_dense(name, value)
         behind = dim + len(self.sizes)
         if tuple(value.shape[dim:behind]) != self.sizes:
             where = "have behind n_samples" if dim else "begin with"

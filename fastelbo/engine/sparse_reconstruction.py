@@ -28,10 +28,10 @@ def backward(plan, parameters, x: Rows, weight, divisor, upstream, stored, used,
     """The gradients that are needed, and the upstream factor, for the next forward to guess."""
     is_number = not plan.per_sample and upstream.device.type == "cpu"
     seen = upstream.item() if is_number else upstream
-    if used is None or not are_equal(seen, used):
+    if used is None or not (seen == used if is_number else are_equal(seen, used)):
         if not is_number:
             seen = seen.to(plan.dtype, copy=True)  # whoever passed it in may write to it
-        if not (type(used) is float and used == 1 and multiplied(stored, seen, parameters[0], plan.dtype)):
+        if not (type(used) is float and used == 1 and multiplied(plan, stored, seen, parameters[0])):
             _, stored = _reconstruct(plan, parameters, x, weight, divisor, seen, needs, False)
     return stored, seen
 

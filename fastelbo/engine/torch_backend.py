@@ -23,11 +23,9 @@ from .guess import are_equal
 from .reconstruction import multiplied, reconstruct
 
 
-def draw_noise(like: Tensor, layout: torch.memory_format, generator: torch.Generator | None) -> Tensor:
-    """Standard normals of the shape and dtype of `like`: the ones that `torch.randn_like` would give in that layout."""
-    if generator is None:
-        return torch.randn_like(like, memory_format=layout)
-    return torch.empty_like(like, memory_format=layout).normal_(generator=generator)
+def draw_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normals of the shape, strides and dtype of `like`: the ones that `torch.randn_like` gives."""
+    return torch.randn_like(like) if generator is None else torch.empty_like(like).normal_(generator=generator)
 
 
 def loss_forward(plan, factors, tensors, divisor, known, wants, stateless=False):
@@ -80,10 +78,10 @@ def loss_backward(plan, factors, tensors, divisor, upstreams, stored, sums, used
         is_number = not plan.per_sample and seen.device.type == "cpu"
         if is_number:
             seen = seen.item()
-        if used is None or not are_equal(seen, used):
+        if used is None or not (seen == used if is_number else are_equal(seen, used)):
             if not is_number:
                 seen = seen.to(plan.dtype, copy=True)  # whoever passed it in may write to it
-            if not (type(used) is float and used == 1 and multiplied(stored[:n], seen, tensors[0], plan.dtype)):
+            if not (type(used) is float and used == 1 and multiplied(plan, stored[:n], seen, tensors[0])):
                 _, stored = reconstruct(plan, tensors, divisor, seen, wants, False)
         grads[:n] = stored[:n]
     if True in needs[n:] and not (grad_loss is None and grad_kl is None):

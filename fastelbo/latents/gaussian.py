@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ..basics.arguments import result_dtype
 from ..basics.numerics import excess_of_logvar, excess_of_std, excess_of_var, nan_unless
+from ..basics.scalars import as_tensor
 from .posterior import Latents, Posterior
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
-MINUS_HALF = torch.tensor(-0.5, device="cpu")  # for eager calls: see ONE in `likelihoods/base.py`
+MINUS_HALF = as_tensor(-0.5, torch.float32)  # for eager calls: see ONE in `likelihoods/base.py`
 
 
 def clamped(second: Tensor, posterior: Posterior, dtype: torch.dtype) -> Tensor:

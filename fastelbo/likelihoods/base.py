@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..basics.arguments import check_alike, check_device, check_prediction, check_smaller
 from ..basics.records import Record, canonical, record
-from ..basics.scalars import check_integer, check_real
+from ..basics.scalars import as_tensor, check_integer, check_real
 from ..basics.sparse import Nonzeros
 from .values import Range
 
 # Torch makes a tensor of a number at every operation, which costs as much as the operation on a small input; and it has no
 # `rsub` that writes to given memory. Being 0-d, these go with every dtype and device.
-ONE, HALF = torch.tensor(1.0, device="cpu"), torch.tensor(0.5, device="cpu")
+ONE, HALF = as_tensor(1.0, torch.float32), as_tensor(0.5, torch.float32)
 
 SUM: Any = 2  # the reduction "sum", as Torch's functions take it below `torch.nn.functional`, whose Python costs 2 us
 
@@ -67,6 +67,8 @@ class Likelihood(metaclass=Record):
     kernel: ClassVar[str | None] = None
     """Its device function in `kernels/likelihoods.py`, or elsewhere as "module:function", which is imported when a kernel first
     needs it; of one with a `dim`, the module of `kernels`; None: there is none."""
+    is_own: ClassVar[bool] = False
+    """Whether it is none of this package's."""
     compiled_excess: ClassVar[int] = 0
     """Passes over the first parameter that its formula and the gradient take, once `torch.compile` has fused them, beyond those
     of a kernel, which reads each tensor twice and writes each gradient: counted in Inductor's code."""
@@ -75,6 +77,9 @@ class Likelihood(metaclass=Record):
         """A formula of one's own has none of its parent's other forms."""
         if not hasattr(cls, "name"):
             cls.name = cls.__name__
+        cls.is_own = cls.__module__.partition(".")[0] != __name__.partition(".")[0]
+        if cls.is_own and "target" in cls.__dict__:
+            raise TypeError(f"{cls.__name__}.target must not be defined: transform x in nll, and give `scaling` what is linear")
         if "nll" in cls.__dict__:
             for name in (
                 "one_pass", "sums_in_one_pass", "sum_by_torch", "kernel", "at_zero", "kernel_at_zero", "sparse_sum_in_one_pass",
@@ -281,6 +286,21 @@ class Likelihood(metaclass=Record):
 def _zeros_like(first: Tensor) -> Tensor:
     """In the memory of one."""
     return first.new_zeros(()).expand(first.shape)
+
+
+def check_closed(name: str, likelihood: Likelihood, parameters: Sequence[Tensor], x: Tensor | None) -> None:
+    """Raise where the formula uses a tensor that wants a gradient and is none of the parameters, which errors call `name`: it
+    would get none. `x`: the target; None: zeros do."""
+    first, dtype = parameters[0], torch.promote_types(parameters[0].dtype, torch.float32)
+    rows = [p[:1] if p.dim() == first.dim() and p.shape[0] == first.shape[0] else p for p in parameters]
+    given = [p.detach().to(dtype) for p in rows]
+    with torch.enable_grad():
+        target = _zeros_like(given[0]) if x is None else likelihood.target(given[0], x.detach()[:1], dtype)
+        if likelihood.nll(given, target).requires_grad:
+            raise ValueError(
+                f"nll of the likelihood {likelihood.name!r} uses a tensor that requires grad and is none of its parameters, so"
+                f" it would get no gradient: pass it in the tuple {name}, and name it in `parameters`; or detach it"
+            )
 
 
 def check_given_once(likelihood: Likelihood, field: str, parameters: Sequence[Tensor]) -> None:

@@ -141,9 +141,9 @@ class BernoulliLogits(Likelihood):
         weight = given[0] if given else self.pos_weight
         if is_behind_dynamo():
             return _CompiledLogits.apply(logits, x, weight)
-        if weight is None:
-            return F.binary_cross_entropy_with_logits(logits, x, reduction="none")
-        return (1 - x) * softplus(logits) + x * softplus(-logits) * weight
+        # Torch's own function loses what is small beside a logit.
+        of_one = x * softplus(-logits)
+        return (1 - x) * softplus(logits) + (of_one if weight is None else of_one * weight)
 
     def few(self, weighted):
         if weighted or self.pos_weight is not None:
