@@ -104,5 +104,6 @@ def test_what_surrounds_the_import_changes_nothing(mode):
     if mode == "inference":
         around = "with torch.inference_mode():\n    import fastelbo\n"
     found = [python("import torch\n" + first + EVERYTHING) for first in ("import fastelbo\n", around)]
-    assert not any(run.returncode for run in found), found[1].stderr
+    for run in found:
+        assert not run.returncode, run.stderr
     assert found[0].stdout == found[1].stdout

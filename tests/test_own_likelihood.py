@@ -348,7 +348,8 @@ def closed_over(s):
     """One that uses a tensor of which the call knows nothing."""
 
     class Closed(Likelihood):
-        at_zero = Likelihood.nll_of_zeros
+        def at_zero(self, parameters):
+            return 0.5 * (parameters[0] * torch.exp(-s)) ** 2 + s
 
         def nll(self, parameters, x):
             return 0.5 * ((x - parameters[0]) * torch.exp(-s)) ** 2 + s

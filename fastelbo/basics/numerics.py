@@ -121,7 +121,7 @@ def with_derivative(function: Callable[[Tensor], Tensor], derivative: Callable[[
 
 # What a variance is more than its logarithm, less 1: of a Gaussian's KL from N(0, 1), twice what is not the mean's. Its minimum
 # of 0 is where the variance is 1, and there the derivatives of its terms cancel. From the logarithm, the deviation and the
-# variance itself, which are NaN, as their derivatives are, of what is negative:
+# variance itself; the last two are NaN, as their derivatives are, of what is negative:
 excess_of_logvar = with_derivative(lambda x: torch.expm1(x) - x, torch.expm1)
 excess_of_std = with_derivative(
     lambda x: (x - 1) * (x + 1) - 2 * torch.log(x), lambda x: torch.where(x >= 0, 2 * ((x - 1) * (x + 1) / x), torch.nan)

@@ -29,7 +29,7 @@ def may_be_in_graph(function: Callable) -> Callable:
 
 
 def in_graph(name: str, values: dict[str, Any], **options) -> Any:
-    """What the function of this name returns for all of these arguments; None where it cannot be one call, or raises. Dynamo
+    """What the function of this name returns for these arguments; None where it cannot be one call, or raises. Dynamo
     must be tracing.
 
     What raises is to be traced after all, so that the user gets that error and not one of Dynamo's.
@@ -38,22 +38,22 @@ def in_graph(name: str, values: dict[str, Any], **options) -> Any:
     found = _found(name, [type(value) for value in values.values()], {key: type(option) for key, option in options.items()})
     if found is None:
         return None
-    call, records = found
-    for key, fields in records:
+    address, records = found
+    for key, fields in records:  # of which the first is none, and tells the class
         options[key] = {field: getattr(options[key], field, None) for field in fields}
-    return _call(call, **values, **options)
+    return _call(address, **values, **options)
 
 
 KIND = "kind of "  # before the name of a record's class, among the names of its fields
 
 
-def _call(call: str, **arguments):
+def _call(address: str, **arguments):
     for key, value in arguments.items():
         if isinstance(value, dict):  # a record, of which a graph can hold the fields
             kind, *names = value
             arguments[key] = _kinds[kind.removeprefix(KIND)](**{name: value[name] for name in names})
     try:
-        return _functions[call.partition(",")[0]](**arguments)
+        return _functions[address.partition(",")[0]](**arguments)
     except (TypeError, ValueError):
         if is_compiling():
             return None
@@ -62,10 +62,10 @@ def _call(call: str, **arguments):
 
 @constant_when_compiled
 def _found(name: str, values: list[type], options: dict[str, type]):
-    """By which name `_call` finds the function, and of each option that is a record its name and fields, which a graph can hold
-    in its place; None where the call has something that no graph can hold.
+    """The address by which `_call` finds the function, and of each option that is a record its key with its class and fields,
+    which a graph can hold in its place; None where the call has something that no graph can hold.
 
-    The code's version is in the name, and so in the graph, by which Torch finds what it has compiled and kept on disk. The
+    The code's version is in the address, and so in the graph, by which Torch finds what it has compiled and kept on disk. The
     compiler has to be there already, since this brings it.
     """
     records = []

@@ -19,15 +19,14 @@ class Guess:
     """The factor of calls that are alike. It is replaced and never written again, and is only used on the stream that wrote it,
     so no launch can see it change."""
 
-    __slots__ = "at_first", "gpu", "known", "looked_at", "seen"
+    __slots__ = "at_first", "gpu", "known", "number", "seen"
 
     def __init__(self, rows: int, dtype: torch.dtype, device: torch.device, like: "Guess | None" = None) -> None:
         """At first it is 1, or what it is for calls that are nearly alike."""
         self.at_first, self.gpu = (rows, dtype, device), device.index if device.type == "cuda" else None
         self.known: tuple[int, Tensor] | None = None if like is None else like.known
-        # Where it is looked at without a sync: a number, which stands for one of all rows, too, or one of each row.
-        self.looked_at: float | Tensor = 1.0 if like is None else like.looked_at
-        self.seen: float | Tensor = 1.0 if like is None else like.seen
+        self.number = 1.0 if like is None else like.number  # where it is looked at without a sync
+        self.seen = 1.0 if like is None else like.seen
         if self.known is None and device.type == "cpu":
             self.known = 0, _ones(*self.at_first)
 
@@ -51,18 +50,12 @@ class Guess:
         """Guess `factor` next time. Not while a graph is captured: each replay would write the tensor again."""
         if type(factor) is float:
             # Of one that changes from call to call nothing is known, and what was stored with 1 needs only to be multiplied.
-            self.looked_at = factor if factor == self.seen else 1.0
+            self.number = factor if factor == self.seen else 1.0
             self.seen = factor
         elif self.gpu is None:
-            self.looked_at = factor if factor.is_cpu and are_equal(factor, self.seen) else 1.0
-            self.known, self.seen = (0, factor), factor
+            self.known = 0, factor
         elif not _is_capturing():
             self.known = _raw_stream(self.gpu), factor
-
-
-def are_equal(factors: Tensor, others: float | Tensor) -> bool:
-    """Whether these are the factors of rows, on a CPU. A NaN equals nothing."""
-    return type(others) is not float and torch.equal(factors, others)
 
 
 def _ones(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -282,9 +282,10 @@ def loss_plan(
         call = check_loss(name, objective, tensors, parameters, weighted, latents)
         types = *start, *map(type, tensors), *map(_of_types, tensors), *map(_is_neg, tensors)
         path = _paths.get(types) or keep(_paths, types, LossPath(call, tensors, factors, grad_mode))
-        if grad_mode and path.backend is not None and call.likelihood.is_own:
-            check_closed(name, call.likelihood, tensors[:parameters], tensors[parameters])
-        return keep(_plans, key, LossPlan(path, call, tensors))
+        plan = LossPlan(path, call, tensors)
+        if grad_mode and plan.backend is not None and call.likelihood.is_own:
+            check_closed(name, call.likelihood, tensors[:parameters], tensors[parameters], call.dtype)
+        return keep(_plans, key, plan)
     _again(start, plan, tensors)  # not of a shape that may never come again, of which no memory is to stay
     return plan
 
@@ -331,9 +332,9 @@ class LatentsPlan:
             self.backend = None  # which has no sample beside free bits
         self.layout = torch.contiguous_format if self.is_categorical else layout_of(mu)
         # To the Torch backend: few latents, of which forward keeps more; a small sample alone costs autograd less than it.
-        self.is_whole = mu.numel() <= (KEPT if self.wants else SMALL)
-        is_sample = self.backend is torch_backend and call.kind is None and self.is_simple
         same = all(t.dtype == call.dtype for t in tensors[:2])
+        self.is_whole = mu.numel() <= (KEPT if self.wants and same else SMALL)
+        is_sample = self.backend is torch_backend and call.kind is None and self.is_simple
         self.is_by_autograd = is_sample and same and mu.numel() <= SMALL
         dense = self.dense(tensors)
         self.is_dense = all(a is b for a, b in zip(dense, tensors, strict=True))

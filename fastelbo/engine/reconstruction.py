@@ -19,7 +19,7 @@ def reconstruct(plan, tensors, divisor, factor, wants, wants_sum):
     if tensors[0].shape[0] != x.shape[0]:
         return _of_samples(plan, tensors, divisor, factor, wants, wants_sum)
     if factor is not None:
-        by = factor.unsqueeze(1) if isinstance(factor, Tensor) and factor.dim() else factor
+        by = factor.unsqueeze(1) if plan.per_sample else factor
         by = by / divisor if divides else by
     if plan.is_whole:
         weight = tensors[n + 1] if plan.weight_shape is not None else None
@@ -37,28 +37,20 @@ def _of_samples(plan, tensors, divisor, factor, wants, wants_sum):
     """Likewise, of several samples of all of x, one after the other."""
     n, batch = plan.count, tensors[plan.count].shape[0]
     samples = list(zip(*(p.split(batch) for p in tensors[:n]), strict=True))
-    factors = factor.split(batch) if isinstance(factor, Tensor) else [factor] * len(samples)
+    factors = [None] * len(samples) if factor is None else factor.split(batch)
     found = [reconstruct(plan, (*p, *tensors[n:]), divisor, f, wants, wants_sum) for p, f in zip(samples, factors, strict=True)]
     sums, gradients = zip(*found, strict=True)
     joined = None if factor is None else [g if g[0] is None else torch.cat(g) for g in zip(*gradients, strict=True)]
     return torch.cat(sums) if wants_sum else None, joined
 
 
-def multiplied(plan, gradients, factor, first):
-    """Whether gradients of the factor 1 became those of another one, or of one a row, in place, as `reconstruct`, too,
-    multiplies last. `first`: the first parameter.
+def multiplied(gradients, factor, dtype):
+    """Whether gradients of the factor 1 became those of another one, in place, as `reconstruct`, too, multiplies last.
 
-    Not if they were rounded to fewer bits than the arithmetic has, nor if something is not finite, as a derivative may overflow
-    whose product does not; nor by one a row where rows are added up already, or where autograd multiplies first, so that it
-    would be another rounding. With a divisor it is one more, which shows in what is below the least normal number."""
-    if plan.likelihood.one_pass is None:
-        return False
-    if isinstance(factor, Tensor):
-        if any(g is not None and g.shape != first.shape for g in gradients):
-            return False
-        factor = factor.reshape(-1, *[1] * (first.dim() - 1))
+    Not if they were rounded to fewer bits than `dtype` has, nor if something is not finite, as a derivative may overflow whose
+    product does not. With a divisor it is one rounding more, which shows in what is below the least normal number."""
     found = [g for g in gradients if g is not None]
-    if any(g.dtype is not plan.dtype for g in found):
+    if any(g.dtype is not dtype for g in found):
         return False
     return all(math.isfinite(g.mul_(factor).sum().item()) for g in found)
 
@@ -71,11 +63,11 @@ def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
     element, as large as the tensor of `out`, or summed.
     """
     likelihood, found, given, own, block = plan.likelihood, None, parameters, out, None
-    is_sparse, rows = isinstance(x, Nonzeros), ()
-    one_pass = likelihood.sparse_one_pass if is_sparse else likelihood.one_pass
-    if weight is None and is_sparse and not per_sample:
-        one_pass = likelihood.sparse_sum_in_one_pass or one_pass
-    elif weight is None and not is_sparse and likelihood.sums_in_one_pass is not None:
+    one_pass, rows = likelihood.one_pass, ()
+    if isinstance(x, Nonzeros):
+        in_sum = likelihood.sparse_sum_in_one_pass if weight is None and not per_sample else None
+        one_pass = in_sum or likelihood.sparse_one_pass
+    elif weight is None and likelihood.sums_in_one_pass is not None:
         one_pass, rows = likelihood.sums_in_one_pass, (x.shape[0] if per_sample else 1,)
     # Something weighted by 0 may be NaN, which only the sum tells, and that only where looking costs no sync.
     if one_pass is not None and (weight is None or (wants_sum and x.device.type == "cpu")):
@@ -101,9 +93,6 @@ def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
             continue
         if weight is not None:
             gradient.mul_(weight if weight.dim() == gradient.dim() else weight.unsqueeze(likelihood.dim))
-        if isinstance(by, Tensor) and by.dim() and abs(math.frexp(slope)[0]) != 0.5:
-            gradient.mul_(as_tensor(slope))  # first, or it would be another rounding than that of `multiplied`
-            slope = 1.0
         factor = by if slope == 1 else by * slope
         if isinstance(factor, Tensor) or factor != 1:
             gradient.mul_(factor if isinstance(factor, Tensor) else as_tensor(factor))

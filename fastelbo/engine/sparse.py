@@ -67,7 +67,7 @@ def _plan_of(name: str, objective: Objective, tensors: Sequence, parameters: int
         call = check_loss(name, objective, tensors, parameters, weighted, latents)
         found = SparsePlan(call, tensors, grad_mode)
         if grad_mode and found.backend is not None and call.likelihood.is_own:
-            check_closed(name, call.likelihood, tensors[:parameters], None)
+            check_closed(name, call.likelihood, tensors[:parameters], tensors[parameters], call.dtype)
         keep(_plans, key, found)
     return found
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..basics.sparse import Rows
 from .blocks import added_up, block_size, converted, scratch
-from .guess import are_equal
 from .reconstruction import _block, multiplied
 
 
@@ -19,7 +18,7 @@ def forward(plan, parameters, x: Rows, weight, divisor, known):
     used = None
     # Elsewhere than on a CPU nothing could look at the guess in backward without a sync.
     if True in plan.stores and x.values.device.type == "cpu":
-        used = plan.guess.looked_at if known is None else known
+        used = known if known is not None else plan.guess.known[1] if plan.per_sample else plan.guess.number
     recon, stored = _reconstruct(plan, parameters, x, weight, divisor, used, plan.stores, True)
     return recon, stored, used
 
@@ -28,10 +27,12 @@ def backward(plan, parameters, x: Rows, weight, divisor, upstream, stored, used,
     """The gradients that are needed, and the upstream factor, for the next forward to guess."""
     is_number = not plan.per_sample and upstream.device.type == "cpu"
     seen = upstream.item() if is_number else upstream
-    if used is None or not (seen == used if is_number else are_equal(seen, used)):
+    if used is not None and (seen == used if is_number else torch.equal(seen, used)):  # a NaN equals nothing
+        seen = used  # not what was passed in, to which its owner may write
+    else:
         if not is_number:
-            seen = seen.to(plan.dtype, copy=True)  # whoever passed it in may write to it
-        if not (type(used) is float and used == 1 and multiplied(plan, stored, seen, parameters[0])):
+            seen = seen.to(plan.dtype, copy=True)
+        if not (is_number and used == 1 and multiplied(stored, seen, plan.dtype)):
             _, stored = _reconstruct(plan, parameters, x, weight, divisor, seen, needs, False)
     return stored, seen
 

@@ -19,7 +19,6 @@ from ..latents.gaussian import Slope, kl_elements, kl_in_one_pass, sample_in_one
 from ..likelihoods.base import HALF
 from . import categorical, formula, sparse_reconstruction
 from .blocks import KEPT, SMALL, added_up, converted, cut_alike, scratch
-from .guess import are_equal
 from .reconstruction import multiplied, reconstruct
 
 
@@ -44,7 +43,7 @@ def loss_forward(plan, factors, tensors, divisor, known, wants, stateless=False)
     x = tensors[n]
     # Elsewhere than on a CPU nothing could look at the guess in backward without a sync: it computes the gradient there.
     if True in wants and x.device.type == "cpu":
-        used = plan.guess.looked_at if known is None else known
+        used = known if known is not None else plan.guess.known[1] if plan.per_sample else plan.guess.number
     recon, stored = reconstruct(plan, tensors, divisor, used, wants, True)
     latents = plan.latents
     if latents == 0:
@@ -78,10 +77,12 @@ def loss_backward(plan, factors, tensors, divisor, upstreams, stored, sums, used
         is_number = not plan.per_sample and seen.device.type == "cpu"
         if is_number:
             seen = seen.item()
-        if used is None or not (seen == used if is_number else are_equal(seen, used)):
+        if used is not None and (seen == used if is_number else torch.equal(seen, used)):  # a NaN equals nothing
+            seen = used  # not what was passed in, to which its owner may write
+        else:
             if not is_number:
-                seen = seen.to(plan.dtype, copy=True)  # whoever passed it in may write to it
-            if not (type(used) is float and used == 1 and multiplied(plan, stored[:n], seen, tensors[0])):
+                seen = seen.to(plan.dtype, copy=True)
+            if not (is_number and used == 1 and multiplied(stored[:n], seen, plan.dtype)):
                 _, stored = reconstruct(plan, tensors, divisor, seen, wants, False)
         grads[:n] = stored[:n]
     if True in needs[n:] and not (grad_loss is None and grad_kl is None):
@@ -243,8 +244,9 @@ def added(grad_loss: Tensor | None, own: Tensor | None, factor: float | Tensor) 
 def _divergence(mu, logvar, weight, per_sample, dtype, keeps):
     """KL(N(mu, exp(logvar)) || N(0, 1)), reduced; and of few latents twice its derivative by each of `logvar`: of more, if it
     is kept."""
-    if mu.numel() <= (KEPT if keeps else SMALL) and (not per_sample or mu.dim() == 2):
-        if not mu.dtype == logvar.dtype == dtype:
+    same = mu.dtype == logvar.dtype == dtype
+    if mu.numel() <= (KEPT if keeps and same else SMALL) and (not per_sample or mu.dim() == 2):
+        if not same:
             mu, logvar = mu.to(dtype), logvar.to(dtype)
         slope = torch.expm1(logvar)
         kl = torch.sub(slope, logvar).addcmul_(mu, mu).sum(-1 if per_sample else None)

@@ -27,6 +27,7 @@ def clamped(second: Tensor, posterior: Posterior, dtype: torch.dtype) -> Tensor:
 
 
 def bounded(second: Tensor, posterior: Posterior, dtype: torch.dtype) -> Tensor:
+    """Within its bounds."""
     second = second.to(dtype)
     if posterior.clamp is not None:
         low, high = posterior.clamp

@@ -68,7 +68,7 @@ class Likelihood(metaclass=Record):
     """Its device function in `kernels/likelihoods.py`, or elsewhere as "module:function", which is imported when a kernel first
     needs it; of one with a `dim`, the module of `kernels`; None: there is none."""
     is_own: ClassVar[bool] = False
-    """Whether it is none of this package's."""
+    """Whether its formula is defined outside of this package."""
     compiled_excess: ClassVar[int] = 0
     """Passes over the first parameter that its formula and the gradient take, once `torch.compile` has fused them, beyond those
     of a kernel, which reads each tensor twice and writes each gradient: counted in Inductor's code."""
@@ -77,8 +77,9 @@ class Likelihood(metaclass=Record):
         """A formula of one's own has none of its parent's other forms."""
         if not hasattr(cls, "name"):
             cls.name = cls.__name__
-        cls.is_own = cls.__module__.partition(".")[0] != __name__.partition(".")[0]
-        if cls.is_own and "target" in cls.__dict__:
+        is_outside = cls.__module__.partition(".")[0] != __name__.partition(".")[0]
+        cls.is_own = is_outside and (cls.is_own or "nll" in cls.__dict__)
+        if is_outside and "target" in cls.__dict__:
             raise TypeError(f"{cls.__name__}.target must not be defined: transform x in nll, and give `scaling` what is linear")
         if "nll" in cls.__dict__:
             for name in (
@@ -179,16 +180,18 @@ class Likelihood(metaclass=Record):
 
     sums_in_one_pass: ClassVar[Callable[..., OnePass | None] | None] = None
     """`sums_in_one_pass(parameters, x, wants_value, out, spare, rows)`: `one_pass` where of the values nothing but the sum of
-    each of so many rows is wanted: there may be fewer, `[rows, any]`. A row lies in one piece. None: it is `one_pass`."""
+    each of so many rows is wanted, of which each lies in one piece: there may be fewer, `[rows, any]`, or all of them, of their
+    own shape. None: it is `one_pass`."""
 
     sum_by_torch: ClassVar[Callable[..., Tensor | None] | None] = None
     """`sum_by_torch(parameters, x, weight)`: the sum of `nll`, each times its weight unless that is None, by a function of
-    Torch's own, which autograd differentiates: of one parameter, on a CPU, up to `few` elements. It returns None where it would
-    lose digits that `one_pass` keeps, and where it is not finite, since a weight of 0 may hide that. None: Torch has none."""
+    Torch's own, which autograd differentiates: of one parameter, on a CPU, up to `few` elements. It returns None where it
+    cannot keep the digits that `one_pass` keeps, and where it is not finite, since a weight of 0 may hide that. None: Torch has
+    none."""
 
     def few(self, weighted: bool) -> int:
-        """Elements, of one block at most, up to which `sum_by_torch` costs less than what takes fewer passes; 0 with weights
-        that Torch's function does not take."""
+        """Elements, of one block at most, up to which `sum_by_torch` costs less than what takes fewer passes; 0 if `weighted`
+        and Torch's function takes no weights. It may depend on the number of threads when a shape first comes."""
         return 0 if weighted else 2**18
 
     # --- a target that is mostly zeros
@@ -288,15 +291,19 @@ def _zeros_like(first: Tensor) -> Tensor:
     return first.new_zeros(()).expand(first.shape)
 
 
-def check_closed(name: str, likelihood: Likelihood, parameters: Sequence[Tensor], x: Tensor | None) -> None:
+def check_closed(name: str, likelihood: Likelihood, parameters: Sequence[Tensor], x: Tensor, dtype: torch.dtype) -> None:
     """Raise where the formula uses a tensor that wants a gradient and is none of the parameters, which errors call `name`: it
-    would get none. `x`: the target; None: zeros do."""
-    first, dtype = parameters[0], torch.promote_types(parameters[0].dtype, torch.float32)
+    would get none. One row is computed, where tensors of such a shape first come."""
+    first = parameters[0]
     rows = [p[:1] if p.dim() == first.dim() and p.shape[0] == first.shape[0] else p for p in parameters]
     given = [p.detach().to(dtype) for p in rows]
     with torch.enable_grad():
-        target = _zeros_like(given[0]) if x is None else likelihood.target(given[0], x.detach()[:1], dtype)
-        if likelihood.nll(given, target).requires_grad:
+        if x.layout == torch.strided:
+            found = [likelihood.nll(given, likelihood.target(given[0], x.detach()[:1], dtype))]
+        else:
+            assert likelihood.at_zero is not None
+            found = [likelihood.nll(given, _zeros_like(given[0])), likelihood.at_zero(given)]
+        if any(values.requires_grad for values in found):
             raise ValueError(
                 f"nll of the likelihood {likelihood.name!r} uses a tensor that requires grad and is none of its parameters, so"
                 f" it would get no gradient: pass it in the tuple {name}, and name it in `parameters`; or detach it"

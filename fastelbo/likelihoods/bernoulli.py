@@ -9,7 +9,7 @@ from torch import Tensor
 from ..basics.numerics import log1p, log_ratio_to_tanh, log_ratio_to_tanh_and_derivative, nan_unless, softplus
 from ..basics.records import canonical, record
 from ..basics.scalars import as_tensor, check_real
-from ..basics.tracing import behind_upstream, is_behind_dynamo, is_seen
+from ..basics.tracing import behind_upstream, is_behind_dynamo, is_seen, is_wrapper
 from .base import ONE, SUM, Likelihood, OnePass, check_given_once
 from .values import BITS, UNIT
 
@@ -141,7 +141,9 @@ class BernoulliLogits(Likelihood):
         weight = given[0] if given else self.pos_weight
         if is_behind_dynamo():
             return _CompiledLogits.apply(logits, x, weight)
-        # Torch's own function loses what is small beside a logit.
+        if weight is None and is_wrapper(logits):  # of Torch's functions that do it, DTensors have this one
+            return F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+        # That one loses what is small beside a logit.
         of_one = x * softplus(-logits)
         return (1 - x) * softplus(logits) + (of_one if weight is None else of_one * weight)
 
@@ -209,7 +211,11 @@ class BernoulliLogits(Likelihood):
             gradient.sub_(x)
         total = linear - q.prod(1).log_().sum(1)
         if not total.min().item() * rows > SMALL_TERM * n:
-            total = linear + _sums_of_logs(logit, rows, spare[1])
+            small = torch.nonzero(~(total * rows > SMALL_TERM * n)).squeeze(1)  # or NaN
+            own = logit if len(small) == rows else logit.view(rows, -1).index_select(0, small)
+            total.index_copy_(
+                0, small, linear.index_select(0, small) + _sums_of_logs(own, len(small), spare[1] if own is logit else None)
+            )
         return OnePass(total.unsqueeze(1))
 
     def _weighted_in_one_pass(self, parameters, x, wants_value, out, spare):

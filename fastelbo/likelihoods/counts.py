@@ -39,7 +39,7 @@ class NegativeBinomial(Linked):
         return zeros_nll(*self.link(parameters))
 
     def one_pass(self, parameters, x, wants_value, out, spare):
-        return self.sums_in_one_pass(parameters, x, wants_value, out, spare, rows=0)  # values, and no sum
+        return self.sums_in_one_pass(parameters, x, wants_value, out, spare, x.numel())
 
     def sums_in_one_pass(self, parameters, x, wants_value, out, spare, rows):
         (mean, theta), (to_mean, to_theta) = parameters, out
@@ -47,8 +47,9 @@ class NegativeBinomial(Linked):
         if not _is_common(mean, theta, count):
             return None
         values = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
-        if wants_value and rows == 1:  # what the others add to the sum needs no place among the values
-            values = values.sum()
+        # What few others add to one sum needs no place among the values. Of many, two sums would cancel.
+        if wants_value and rows == 1 and index is not None:
+            values = values.sum().view(1, 1)
         _add_beyond_zero(mean, theta, count, index, values if wants_value else None, to_mean, to_theta)
         return OnePass(values, slopes=(1.0, 1.0))
 
@@ -276,15 +277,15 @@ CHUNK = 2**17  # elements
 
 def _add_beyond_zero(mean, theta, count, index, values, to_mean, to_theta, of=None) -> None:
     """Add what a negative binomial's -log p(x) is more than -log p(0), and the derivatives: of the elements in `index`, whose
-    counts come and which the others are zeros beside, or of all if it is None. `values` may be their sum. `of` computes it:
-    `_beyond_zero_of`, or another one."""
+    counts come and which the others are zeros beside, or of all if it is None. `values` may be their sum, where there is an
+    index. `of` computes it: `_beyond_zero_of`, or another one."""
     of, shape = of or _beyond_zero_of, mean.shape
 
     def add(total, part):
-        if not total.dim():
-            total.add_(part.sum())
-        elif index is None:
+        if index is None:
             total.add_(part)
+        elif total.numel() < mean.numel():
+            total.add_(part.sum())
         else:
             total.view(-1).index_add_(0, index, part)
 
@@ -293,10 +294,10 @@ def _add_beyond_zero(mean, theta, count, index, values, to_mean, to_theta, of=No
         for i in range(0, shape[0], height):
             rows = slice(i, i + height)
             own = theta[rows] if theta.dim() == len(shape) and theta.shape[0] == shape[0] else theta
-            to_values, by_mean, by_theta = (t if t is None or not t.dim() else t[rows] for t in (values, to_mean, to_theta))
+            to_values, by_mean, by_theta = (t if t is None else t[rows] for t in (values, to_mean, to_theta))
             of(mean[rows], own, count[rows], to_values, by_mean, by_theta, add)
         return
-    # To repeat it is less work than to take indices modulo its size.
+    # To expand theta is less work than to take indices modulo its size.
     t = theta.reshape(()) if theta.numel() == 1 else theta.expand(shape).reshape(-1).index_select(0, index)
     of(mean.view(-1).index_select(0, index), t, count, values, to_mean, to_theta, add)
 
