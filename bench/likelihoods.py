@@ -70,6 +70,32 @@ def usual(name: str, *shape: int, weighted: bool = False, **options) -> Subject:
     return subject([recon_x], x, lambda y: (function(y, x, reduction="none") * mask).sum(), likelihood=name, weight=mask)
 
 
+def sure_decoder(*shape: int) -> Subject:
+    """Of bits that it knows, as of sprites on a ground: 0.002 nats each."""
+    x = (torch.rand(shape) > 0.5).float()
+    logits = (2 * x - 1) * (4 + 10 * torch.rand(shape))
+    return subject(
+        [logits], x, lambda y: F.binary_cross_entropy_with_logits(y, x, reduction="sum"), likelihood="bernoulli_logits"
+    )
+
+
+def rows(*shape: int) -> Subject:
+    """A loss of each datum, as importance weights need it."""
+    x, share = torch.rand(shape), torch.rand(shape[0])
+    leaves = tuple(t.requires_grad_() for t in (torch.randn(shape), *(0.5 * torch.randn(shape[0], 20) for _ in range(2))))
+
+    def naive() -> Tensor:
+        y, mu, logvar = leaves
+        recon = F.binary_cross_entropy_with_logits(y, x, reduction="none").flatten(1).sum(1)
+        return ((recon - 0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum(1)) * share).sum()
+
+    def fused() -> Tensor:
+        y, mu, logvar = leaves
+        return (fastelbo.loss(y, x, mu, logvar, likelihood="bernoulli_logits", reduction="none").loss * share).sum()
+
+    return Subject(leaves, naive, fused)
+
+
 def learned_scale(make: type, density: type, *scale: int) -> Subject:
     """As `torch.distributions` writes it."""
     x, mean, log_scale = torch.randn(128, 784), torch.randn(128, 784), 0.1 * torch.randn(scale)
@@ -349,6 +375,9 @@ def recommender(users: int = 200, items: int = 8000) -> Subject:
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     **{f"`{name}`, {shape[0]}x784": lambda name=name, shape=shape: usual(name, *shape)
        for name in ("bernoulli", "bernoulli_logits", "mse") for shape in ((1, 784), (128, 784))},
+    "`bernoulli_logits` of a sure decoder, 128x784": lambda: sure_decoder(128, 784),
+    "`bernoulli_logits` of a sure decoder, 64x64x64": lambda: sure_decoder(64, 64, 64),
+    "`bernoulli_logits`, a loss of each, 128x784": lambda: rows(128, 784),
     **{f"`sample_kl` + `loss`, `bernoulli_logits`, {b}x784": lambda b=b: step(b, 784) for b in (1, 128)},
     "`mse` with free bits of dimensions, 128x784": lambda: usual(
         "mse", 128, 784, naive_kl=free_bits, weighting=Weighting(0.5, "dimension")
