@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..basics.scalars import as_tensor
 from ..basics.sparse import Nonzeros
+from ..likelihoods.classes import whole_chunks
 from ..likelihoods.links import link_block
 from . import formula
 from .blocks import added_up, block_size, converted, cut_alike, scratch, spare
@@ -167,7 +168,7 @@ def _over_classes(plan, tensors, by, wants, wants_sum):
     if weight is not None:
         weight = weight.expand(likelihood.terms(logits, x))
     out, parts = torch.empty_like(logits) if wants[0] and by is not None else None, []
-    height = max(1, block_size() // max(1, logits[0].numel()))
+    height = whole_chunks(block_size() // max(1, logits[0].numel()))
     for i in range(0, logits.shape[0], height):
         rows = slice(i, i + height)
         block = [logits[rows], None if out is None else out[rows]]

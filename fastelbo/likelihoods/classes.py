@@ -16,6 +16,13 @@ from .values import NONNEGATIVE, Range
 # Elements of rows, for each thread, that stay in the cache of its core from one operator to the next.
 PART = 2**18
 
+
+def whole_chunks(rows: int) -> int:
+    """So many rows, or a few less that are dealt out evenly: Torch's softmax gives a thread 32 at a time."""
+    chunks = 32 * torch.get_num_threads()
+    return max(1, rows // chunks * chunks or rows)
+
+
 WEIGHTS = NONNEGATIVE._replace(silent=True)  # of logarithms; a negative one gives a finite loss
 
 
@@ -54,7 +61,7 @@ class Classes(Likelihood):
         if not is_seen(x):
             return None
         values = logits.new_empty(logits.shape[:dim] + logits.shape[dim:][1:])
-        height = max(1, PART * torch.get_num_threads() // max(1, logits[0].numel()))
+        height = whole_chunks(PART * torch.get_num_threads() // max(1, logits[0].numel()))
         for i in range(0, len(logits), height):
             rows = slice(i, i + height)
             t, g = x[rows], None if gradient is None else gradient[rows]
