@@ -272,7 +272,7 @@ def _inflated_zeros_in_one_pass(zeros, logits, to_logits, spare) -> tuple[Tensor
     return inflated, by_zeros.addcmul_(by_zeros, inflated, value=-1).div_(p), p
 
 
-CHUNK = 2**17  # elements
+CHUNK = 2**17  # elements for each thread
 
 
 def _add_beyond_zero(mean, theta, count, index, values, to_mean, to_theta, of=None) -> None:
@@ -290,7 +290,7 @@ def _add_beyond_zero(mean, theta, count, index, values, to_mean, to_theta, of=No
             total.view(-1).index_add_(0, index, part)
 
     if index is None:  # some rows at a time, since a dozen tensors of their size are needed
-        height = max(1, CHUNK // max(1, mean[0].numel()))
+        height = max(1, CHUNK * torch.get_num_threads() // max(1, mean[0].numel()))
         for i in range(0, shape[0], height):
             rows = slice(i, i + height)
             own = theta[rows] if theta.dim() == len(shape) and theta.shape[0] == shape[0] else theta
