@@ -20,7 +20,7 @@ COMPILED = BACKEND == "triton" and os.environ.get("TRITON_INTERPRET") != "1"
 once = pytest.mark.skipif(INTERPRETED, reason="the same for both backends, and Torch's is faster")
 
 
-if INTERPRETED:
+if INTERPRETED and not COMPILED:
     from interpreter import quicken
 
     quicken()
