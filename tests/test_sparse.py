@@ -565,3 +565,17 @@ def test_what_only_a_look_tells(height, monkeypatch):
         call(matrix(rows, [4, 3, 1], (1, 2, 1)), likelihood="bernoulli_logits")
     with raises(ValueError, "recon_x must not be negative"):
         fastelbo.nll(-torch.ones(WHOLE), matrix(rows, [4, 3, 1]), likelihood="poisson")
+
+
+@pytest.mark.parametrize("likelihood", ("negative_binomial", "poisson"))
+@pytest.mark.parametrize("count", (0.0, 3.0))
+def test_one_value_alone(count, likelihood):
+    """The only one that is stored, which may be a zero."""
+    parts = torch.tensor([0, 1, 1]), torch.tensor([2]), torch.tensor([count])
+    x = torch.sparse_csr_tensor(*parts, (2, 5)).to(DEVICE)
+    rate, theta = torch.rand(2, 2, 5, device=DEVICE).add(0.1).unbind()
+    given = (rate.requires_grad_(), theta) if likelihood == "negative_binomial" else rate.requires_grad_()
+    for reduction in ("sum", "none"):
+        got, expected = (fastelbo.nll(given, t, likelihood=likelihood, reduction=reduction) for t in (x, x.to_dense()))
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(v.sum(), rate)[0] for v in (got, expected)))

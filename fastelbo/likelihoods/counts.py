@@ -39,16 +39,19 @@ class NegativeBinomial(Linked):
         return zeros_nll(*self.link(parameters))
 
     def one_pass(self, parameters, x, wants_value, out, spare):
-        return self.sums_in_one_pass(parameters, x, wants_value, out, spare, x.numel())
+        return self._in_one_pass(parameters, x, wants_value, out, spare, False)
 
     def sums_in_one_pass(self, parameters, x, wants_value, out, spare, rows):
+        return self._in_one_pass(parameters, x, wants_value, out, spare, rows == 1)
+
+    def _in_one_pass(self, parameters, x, wants_value, out, spare, in_sum):
         (mean, theta), (to_mean, to_theta) = parameters, out
         index, count = _above_zero(x)
         if not _is_common(mean, theta, count):
             return None
         values = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
         # What few others add to one sum needs no place among the values. Of many, two sums would cancel.
-        if wants_value and rows == 1 and index is not None:
+        if wants_value and in_sum and index is not None:
             values = values.sum().view(1, 1)
         _add_beyond_zero(mean, theta, count, index, values if wants_value else None, to_mean, to_theta)
         return OnePass(values, slopes=(1.0, 1.0))
