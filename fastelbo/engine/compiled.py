@@ -39,19 +39,19 @@ def in_graph(name: str, values: dict[str, Any], **options) -> Any:
     if found is None:
         return None
     address, records = found
-    for key, fields in records:  # of which the first is none, and tells the class
-        options[key] = {field: getattr(options[key], field, None) for field in fields}
+    for key, kind, fields in records:
+        options[key] = {KIND: kind, **{field: getattr(options[key], field) for field in fields}}
     return _call(address, **values, **options)
 
 
-KIND = "kind of "  # before the name of a record's class, among the names of its fields
+KIND = "kind"
 
 
 def _call(address: str, **arguments):
     for key, value in arguments.items():
         if isinstance(value, dict):  # a record, of which a graph can hold the fields
-            kind, *names = value
-            arguments[key] = _kinds[kind.removeprefix(KIND)](**{name: value[name] for name in names})
+            fields = dict(value)
+            arguments[key] = _kinds[fields.pop(KIND)](**fields)
     try:
         return _functions[address.partition(",")[0]](**arguments)
     except (TypeError, ValueError):
@@ -62,8 +62,8 @@ def _call(address: str, **arguments):
 
 @constant_when_compiled
 def _found(name: str, values: list[type], options: dict[str, type]):
-    """The address by which `_call` finds the function, and of each option that is a record its key with its class and fields,
-    which a graph can hold in its place; None where the call has something that no graph can hold.
+    """The address by which `_call` finds the function, and of each option that is a record its key, class and fields, which a
+    graph can hold in its place; None where the call has something that no graph can hold.
 
     The code's version is in the address, and so in the graph, by which Torch finds what it has compiled and kept on disk. The
     compiler has to be there already, since this brings it.
@@ -75,7 +75,7 @@ def _found(name: str, values: list[type], options: dict[str, type]):
         if not isinstance(kind, Record) or not kind.__module__.startswith(__name__.partition(".")[0] + "."):
             return None
         _kinds[kind.__name__] = kind
-        records.append((key, (KIND + kind.__name__, *kind.field_names)))
+        records.append((key, kind.__name__, kind.field_names))
     if any(issubclass(kind, Distribution) for kind in values):
         return None
     torch.compiler.allow_in_graph(_call)
