@@ -124,7 +124,8 @@ def test_one_logarithm_for_many_logits(reduction, scale, shape, layout, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(BernoulliLogits, "one_pass", None)
         got = loss([logits], x, "bernoulli_logits", reduction, None)
-    torch.testing.assert_close(got.double(), expected.detach(), rtol=5e-7, atol=0)
+    rtol = 3e-7 if logits.numel() % 64 == 0 else 5e-7  # a logarithm each
+    torch.testing.assert_close(got.double(), expected.detach(), rtol=rtol, atol=0)
     (slope,), (by_formula,) = gradients(got.sum(), logits), gradients(expected.sum(), *wide)
     torch.testing.assert_close(slope.double(), by_formula, rtol=0, atol=1.5e-7)
     for place in range(0, logits.numel(), logits.numel() // 4):

@@ -113,8 +113,9 @@ def latents_forward(plan, tensors, noise, stateless=False):
             return None, kl, None, None, None if slope is None else (None, slope)
         return None, *formula.with_free_bits(plan.call, mu, kl, None, None, None, plan.floor)
     if plan.is_whole and (not per_sample or mu.dim() == 2):
-        of_z = torch.promote_types(mu.dtype, logvar.dtype)
+        of_z = None
         if not mu.dtype == logvar.dtype == noise.dtype == dtype:
+            of_z = torch.promote_types(mu.dtype, logvar.dtype)
             mu, logvar, noise = mu.to(dtype), logvar.to(dtype), noise.to(dtype)
         shift, slope, kl = torch.mul(logvar, HALF).exp_().mul_(noise), None, None
         if kind is not None:
@@ -122,7 +123,7 @@ def latents_forward(plan, tensors, noise, stateless=False):
             kl = torch.sub(slope, logvar).addcmul_(mu, mu).sum(-1 if per_sample else None)
             kl.mul_(HALF if plan.kl_scale == 1 else 0.5 * plan.kl_scale)
         z = shift + mu  # addcmul would round otherwise than the naive code
-        return z if of_z == dtype else z.to(of_z), kl, None, None, (shift, slope)
+        return z if of_z is None else z.to(of_z), kl, None, None, (shift, slope)
     z, parts = torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype)), []
     for rows, m, lv, eps, out in cut_alike(per_sample, mu, logvar, noise, z):
         m, lv, eps = converted("mu", m, dtype), converted("logvar", lv, dtype), converted("noise", eps, dtype)
