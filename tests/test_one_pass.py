@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import fastelbo
 from conftest import BACKEND
-from fastelbo.basics.numerics import log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative, ratio_and_derivatives
+from fastelbo.basics.gamma import log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative, ratio_and_derivatives
 from fastelbo.engine import blocks, formula
 from fastelbo.likelihoods import (
     BernoulliLogits,

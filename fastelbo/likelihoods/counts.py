@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..basics.numerics import fitting, log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative, softplus
+from ..basics.gamma import log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative
+from ..basics.numerics import fitting, softplus
 from ..basics.records import record
 from ..basics.tracing import is_seen
 from .base import ONE, Likelihood, OnePass

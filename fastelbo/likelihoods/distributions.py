@@ -12,8 +12,8 @@ import torch.distributions as D
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
+from ..basics.gamma import log_factorial, log_gamma_ratio
 from ..basics.layout import without_copies
-from ..basics.numerics import log_factorial, log_gamma_ratio
 from ..basics.records import record
 from ..basics.sparse import Nonzeros
 from ..basics.tracing import is_seen

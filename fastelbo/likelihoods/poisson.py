@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..basics.numerics import log_factorial, nan_unless
+from ..basics.gamma import log_factorial
+from ..basics.numerics import nan_unless
 from ..basics.records import record
 from ..basics.tracing import is_seen
 from .base import ONE, Likelihood, OnePass
