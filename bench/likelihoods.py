@@ -2,11 +2,9 @@
 the KL of 20 latents in both. Contenders take turns on the same inputs, and agree in value and gradients first."""
 
 import argparse
-import itertools
 import math
 import statistics
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +18,7 @@ import fastelbo
 from fastelbo import Weighting
 from fastelbo.likelihoods import BernoulliLogits, Categorical, DiscretizedLogisticMixture, Gaussian, Laplace, StudentT
 
-from .measure import settle, share_a_core
+from .measure import interleaved, settle
 
 KEPT = Path(__file__).parent / "results" / "likelihoods.md"
 EPS = 1e-8  # by which scvi-tools keeps its logarithms from 0
@@ -428,26 +426,16 @@ def check(subject: Subject) -> None:
 def ratio(subject: Subject, seconds: float) -> tuple[float, float]:
     """Microseconds of the naive call, and how many times as fast fastelbo is: medians of pairs in turns."""
 
-    def timed(call: Callable[[], Tensor], repeats: int) -> float:
-        start = time.perf_counter()
-        for _ in range(repeats):
+    def step(call: Callable[[], Tensor]) -> Callable[[], None]:
+        def run() -> None:
             for leaf in subject.leaves:
                 leaf.grad = None
             call().backward()
-        return (time.perf_counter() - start) / repeats
 
-    for call in (subject.naive, subject.fused):
-        timed(call, 3)
-    once = timed(subject.naive, 1)
-    repeats = max(1, math.ceil(0.003 / once))
-    pairs, end = [], time.perf_counter() + seconds
-    for tried in itertools.count():
-        if time.perf_counter() > end and (len(pairs) >= 5 or (pairs and tried > 50)):
-            break
-        order = (subject.naive, subject.fused)[:: 1 if len(pairs) % 2 else -1]
-        times = {call: timed(call, repeats) for call in order}
-        if not share_a_core():
-            pairs.append((times[subject.naive], times[subject.fused]))
+        return run
+
+    samples = interleaved({"naive": step(subject.naive), "fused": step(subject.fused)}, torch.device("cpu"), seconds)
+    pairs = list(zip(samples["naive"], samples["fused"], strict=True))
     return 1e6 * statistics.median(a for a, _ in pairs), statistics.median(a / b for a, b in pairs)
 
 
