@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import fastelbo
 from conftest import BACKEND
-from fastelbo.basics.gamma import log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative, ratio_and_derivatives
-from fastelbo.engine import blocks, formula
+from fastelbo.basics.gamma import log_factorial, log_gamma_ratio, log_gamma_ratio_in_parts, ratio_and_derivatives
+from fastelbo.engine import blocks, formula, reconstruction
 from fastelbo.likelihoods import (
     BernoulliLogits,
     DiscretizedLogisticMixture,
@@ -19,6 +19,7 @@ from fastelbo.likelihoods import (
     Laplace,
     StudentT,
     classes,
+    counts,
     find_likelihood,
 )
 from likelihood_cases import CASES, recon_x
@@ -91,6 +92,58 @@ def test_a_parameter_that_rows_share(likelihood, shape, size, monkeypatch):
     parameters = [(0.5 + torch.rand(s)).requires_grad_() for s in ((5, 6), shape)]
     expected, wide = truth(parameters, x, likelihood, "sum", None)
     same(loss(parameters, x, likelihood, "sum", None), expected, parameters, wide, 1)
+
+
+def mostly_zero(share, *shape):
+    return (1.0 + torch.poisson(3 * torch.rand(shape))) * (torch.rand(shape) < share)
+
+
+@pytest.mark.parametrize("reduction", ("sum", "none"))
+@pytest.mark.parametrize("share", (0.0, 0.05, 0.4, 1.0))
+@pytest.mark.parametrize("shape", ((12, 7), (1, 7), (7,), (12, 1), (1,), (), (30, 12, 7), (30, 1, 1), (30, 1, 7)), ids=str)
+@pytest.mark.parametrize("name", ("negative_binomial", "zero_inflated_negative_binomial"))
+def test_a_dispersion_that_counts_share(name, shape, share, reduction, monkeypatch):
+    """By indices of those above zero, and of all; by several blocks, of which the last has fewer rows."""
+    monkeypatch.setattr(blocks, "BLOCK", 12 * 7 * 8)
+    monkeypatch.setattr(blocks, "THREAD", 1)
+    x, full = mostly_zero(share, 30, 12, 7), (30, 12, 7)
+    parameters = [torch.randn(full).exp().requires_grad_(), torch.randn(shape).exp().requires_grad_()]
+    if name.startswith("zero"):
+        parameters.append((3 * torch.randn(full)).requires_grad_())
+    expected, wide = truth(parameters, x, name, reduction, None)
+    same(loss(parameters, x, name, reduction, None), expected, parameters, wide, x.numel())
+
+
+@pytest.mark.parametrize("name", ("negative_binomial", "zero_inflated_negative_binomial"))
+@pytest.mark.parametrize("kind", ("zeros where one looks", "zeros where none looks", "one zero", "nothing"))
+def test_counts_that_are_not_spread(name, kind, monkeypatch):
+    """A share that is guessed from few of them decides how, not what, nor how much memory that takes."""
+    taken, compute = [], counts._beyond_zero_of
+    monkeypatch.setattr(counts, "_beyond_zero_of", lambda *given: taken.append(given[2].numel()) or compute(*given))
+    monkeypatch.setattr(counts, "CHUNK", 64 * 128 // 8)
+    monkeypatch.setattr(reconstruction, "_by_formula", None)
+    x = torch.ones(64, 128)
+    looked_at = torch.zeros(64 * 128, dtype=torch.bool)
+    looked_at.unfold(0, 128, 2048).fill_(True)
+    if kind == "one zero":
+        x[40, 40] = 0
+    else:
+        zero = {"zeros where one looks": looked_at, "zeros where none looks": ~looked_at}.get(kind, torch.tensor(True))
+        x = x.masked_fill(zero.expand(64 * 128).view_as(x), 0.0)
+    parameters = [torch.rand(64, 128).add(0.1).requires_grad_(), torch.rand(128).add(0.1).requires_grad_()]
+    if name.startswith("zero"):
+        parameters.append(torch.randn(64, 128).requires_grad_())
+    expected, wide = truth(parameters, x, name, "sum", None)
+    same(loss(parameters, x, name, "sum", None), expected, parameters, wide, 1)
+    assert max(taken) <= x.numel() // 4
+
+
+def test_zeros_that_are_almost_impossible():
+    """Whose probabilities have a product that underflows."""
+    x, mean = mostly_zero(0.05, 16, 256), torch.full((16, 256), 25.0, requires_grad=True)
+    parameters = [mean, torch.full((256,), 1e3, requires_grad=True), torch.full((16, 256), -18.0, requires_grad=True)]
+    expected, wide = truth(parameters, x, "zero_inflated_negative_binomial", "sum", None)
+    same(loss(parameters, x, "zero_inflated_negative_binomial", "sum", None), expected, parameters, wide, 1)
 
 
 @pytest.mark.parametrize("place", ((), (3,), (2, 3)), ids=str)
@@ -423,7 +476,8 @@ def test_ratio_of_gamma_functions_and_derivative():
     """Against float64, over all that it is for; no digits are lost where they are far apart or close."""
     a = torch.logspace(-6, 7, 400)[:, None]
     n = torch.tensor([1.0, 2.0, 0.5, 7.0, 300.0, 1e5, 9e7])
-    ratio, derivative = log_gamma_ratio_and_derivative(a, n)
+    top, rest, derivative = log_gamma_ratio_in_parts(a, n)
+    ratio = rest.addcmul(n, top.log() - 1)
     wide = a.double().expand(400, 7).clone().requires_grad_()
     expected = log_gamma_ratio(wide, n.double())
     slopes = torch.digamma(wide + n.double()) - torch.digamma(wide)

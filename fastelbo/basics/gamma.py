@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .scalars import HALF, ONE, as_tensor
 from .tracing import is_behind_dynamo, is_seen
 
 
@@ -106,31 +107,42 @@ def _table(dtype: torch.dtype) -> Tensor:
         return torch.lgamma(torch.arange(1, 1026, dtype=torch.float64, device="cpu")).to(dtype)
 
 
-def log_gamma_ratio_and_derivative(a: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """lgamma(a + n) - lgamma(a) and its derivative by a, digamma(a + n) - digamma(a), with the digits of float32.
+def log_gamma_ratio_in_parts(a: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`(top, rest, derivative)` with the digits of float32: lgamma(a + n) - lgamma(a) is n (log(top) - 1) + rest, and its
+    derivative by `a` is digamma(a + n) - digamma(a).
 
-    Both from Stirling's series at a + 4 and a + n + 4, with what they share left out: three logarithms instead of two `lgamma`
-    and two `digamma`, which take four times as long. For `a` from 1e-6 on, and a + n up to 1e8, where a product of four
-    overflows.
+    From Stirling's series at a + 4 and a + n + 4, with what they share left out: three logarithms instead of two `lgamma` and
+    two `digamma`, which take four times as long, and the third may go into another one. For `a` from 1e-6 on, and a + n up to
+    1e8, where a product of four overflows.
     """
     lower, lower_product, lower_terms, lower_slopes = _shifted_stirling(a)
     upper, upper_product, upper_terms, upper_slopes = _shifted_stirling(a + n)
     log_ratio = torch.div(n, lower).log1p_()
     derivative = torch.sub(lower_slopes, upper_slopes, out=upper_slopes).add_(log_ratio)  # `a` may be smaller than n
-    ratio = log_ratio.mul_(lower.sub_(0.5)).add_(upper_terms.sub_(lower_terms)).sub_(upper_product.div_(lower_product).log_())
-    return ratio.addcmul_(n, upper.log_().sub_(1)), derivative
+    # log1p takes less time than log on a CPU, and the quotient is 1 or more.
+    steps = upper_product.div_(lower_product).sub_(ONE).log1p_()
+    rest = log_ratio.mul_(lower.sub_(0.5)).add_(upper_terms.sub_(lower_terms)).sub_(steps)
+    return upper, rest, derivative
+
+
+# Of both series, the first coefficients; as tensors, since a sum and a product are then one operation.
+_FIRST, _OF_TERMS, _OF_SLOPES = (as_tensor(c, torch.float32) for c in (1 / 12, -1 / 360, -1 / 120))
 
 
 def _shifted_stirling(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = z + 4; z (z + 1) (z + 2) (z + 3); what lgamma(y) is more than (y - 1/2) log(y) - y + log(2 pi) / 2; and what log(y)
     is more than digamma(z) (Abramowitz and Stegun 6.1.40, 6.3.5 and 6.3.18)."""
-    pair = torch.addcmul(3 * z, z, z)  # z (z + 3); and (z + 1) (z + 2) is 2 more
+    pair = torch.add(z, 3).mul_(z)  # and (z + 1) (z + 2) is 2 more
     product = torch.add(pair, 2).mul_(pair)
-    # 1/z + 1/(z+1) + 1/(z+2) + 1/(z+3) = (2 z + 3) (2 pair + 2) / product
-    fractions = torch.add(pair, 1).mul_(torch.add(z, 1.5)).mul_(4).div_(product)
-    y = z + 4
+    # 1/z + 1/(z+1) + 1/(z+2) + 1/(z+3) = 4 (z + 1.5) (pair + 1) / product
+    fractions = torch.add(z, 1.5)
+    fractions.addcmul_(fractions, pair)
+    y = torch.add(z, 4, out=pair)
     inverse = torch.reciprocal(y)
     square = inverse * inverse
-    terms = torch.mul(square, 1 / 1260).sub_(1 / 360).mul_(square).add_(1 / 12).mul_(inverse)
-    slopes = torch.mul(square, 1 / 252).sub_(1 / 120).mul_(square).add_(1 / 12).mul_(square).add_(inverse, alpha=0.5)
-    return y, product, terms, slopes.add_(fractions)
+    terms = torch.add(_OF_TERMS, square, alpha=1 / 1260)
+    terms = torch.addcmul(_FIRST, terms, square, out=terms).mul_(inverse)
+    slopes = torch.add(_OF_SLOPES, square, alpha=1 / 252)
+    slopes = torch.addcmul(_FIRST, slopes, square, out=square)
+    slopes = torch.addcmul(HALF, slopes, inverse, out=slopes).mul_(inverse).addcdiv_(fractions, product, value=4)
+    return y, product, terms, slopes

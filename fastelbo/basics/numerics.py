@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .scalars import ONE
 from .tracing import is_behind_dynamo, is_compiling, is_seen, is_transformed, never_compiled
 
 
@@ -59,6 +60,21 @@ class CompiledBound(torch.autograd.Function):
         share = 1 / (1 + e)
         inverse = torch.where(x > 0, e, 1.0) * share
         return (to_value - to_inverse * inverse) * (torch.where(x > 0, 1.0, e) * share)
+
+
+def sum_of_softplus(x: Tensor, p: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """The sum of log(1 + exp(x)), given p = sigmoid(x), to the last digit of 1 in each term: max(x, 0) - log(max(p, 1 - p))."""
+    q = torch.sub(ONE, p, out=buffer)
+    logs = sum_of_logs(torch.maximum(p, q, out=q), 64)
+    return torch.clamp_min(x, 0, out=q).sum().sub_(logs)
+
+
+def sum_of_logs(values: Tensor, together: int) -> Tensor:
+    """With one logarithm for the product of so many, which must not underflow."""
+    flat = values.view(-1)
+    n = flat.numel() // together * together
+    total = flat[:n].view(together, -1).prod(0).log_().sum()
+    return total if n == flat.numel() else total.add_(torch.log(flat[n:]).sum())
 
 
 def nan_unless(valid: Tensor, x: Tensor) -> Tensor:

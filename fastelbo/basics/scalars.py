@@ -39,3 +39,8 @@ def as_tensor(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
     """A number as a 0-d tensor, which goes with every floating dtype: Torch makes one of it at every operation."""
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+# Torch makes a tensor of a number at every operation, which costs as much as the operation on a small input; and it has no
+# `rsub` that writes to given memory. Being 0-d, these go with every dtype and device.
+ONE, HALF = as_tensor(1.0, torch.float32), as_tensor(0.5, torch.float32)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..basics.arguments import check_generator, check_noise
+from ..basics.scalars import HALF
 from ..basics.tracing import is_surrounded, is_traced, never_compiled
-from ..likelihoods.base import HALF
 from . import formula, traced
 from .backend import backend_for
 from .call import KLCall, check_kl

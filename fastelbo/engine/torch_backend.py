@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..basics.scalars import as_tensor
+from ..basics.scalars import HALF, as_tensor
 from ..basics.tracing import is_seen
 from ..latents.gaussian import Slope, kl_elements, kl_in_one_pass, sample_in_one_pass
-from ..likelihoods.base import HALF
 from . import categorical, formula, sparse_reconstruction
 from .blocks import KEPT, SMALL, added_up, converted, cut_alike, scratch
 from .reconstruction import multiplied, reconstruct

@@ -10,13 +10,9 @@ from torch import Tensor
 
 from ..basics.arguments import check_alike, check_device, check_prediction, check_smaller
 from ..basics.records import Record, canonical, record
-from ..basics.scalars import as_tensor, check_integer, check_real
+from ..basics.scalars import check_integer, check_real
 from ..basics.sparse import Nonzeros
 from .values import Range
-
-# Torch makes a tensor of a number at every operation, which costs as much as the operation on a small input; and it has no
-# `rsub` that writes to given memory. Being 0-d, these go with every dtype and device.
-ONE, HALF = as_tensor(1.0, torch.float32), as_tensor(0.5, torch.float32)
 
 SUM: Any = 2  # the reduction "sum", as Torch's functions take it below `torch.nn.functional`, whose Python costs 2 us
 
@@ -86,6 +82,7 @@ class Likelihood(metaclass=Record):
                 "one_pass", "sums_in_one_pass", "sum_by_torch", "kernel", "at_zero", "kernel_at_zero", "sparse_sum_in_one_pass",
             ):  # fmt: skip
                 setattr(cls, name, cls.__dict__.get(name))
+            cls.summed = cls.__dict__.get("summed", ())
 
     def __post_init__(self) -> None:
         canonical(self, "target_scale", check_real)
@@ -182,6 +179,10 @@ class Likelihood(metaclass=Record):
     """`sums_in_one_pass(parameters, x, wants_value, out, spare, rows)`: `one_pass` where of the values nothing but the sum of
     each of so many rows is wanted, of which each lies in one piece: there may be fewer, `[rows, any]`, or all of them, of their
     own shape. None: it is `one_pass`."""
+
+    summed: ClassVar[tuple[int, ...]] = ()
+    """The parameters by which `sums_in_one_pass` of one row gives derivatives that are summed, where they are smaller than the
+    first, and `out` has as little room."""
 
     sum_by_torch: ClassVar[Callable[..., Tensor | None] | None] = None
     """`sum_by_torch(parameters, x, weight)`: the sum of `nll`, each times its weight unless that is None, by a function of

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..basics.numerics import log1p, log_ratio_to_tanh, log_ratio_to_tanh_and_derivative, nan_unless, softplus
 from ..basics.records import canonical, record
-from ..basics.scalars import as_tensor, check_real
+from ..basics.scalars import ONE, as_tensor, check_real
 from ..basics.tracing import behind_upstream, is_behind_dynamo, is_seen, is_wrapper
-from .base import ONE, SUM, Likelihood, OnePass, check_given_once
+from .base import SUM, Likelihood, OnePass, check_given_once
 from .values import BITS, UNIT
 
 QUITE_FEW, FEW = 2**13, 2**14  # elements, up to which calls cost more than passes

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..basics.arguments import check_alike
 from ..basics.records import canonical, record
-from ..basics.scalars import check_integer
+from ..basics.scalars import ONE, check_integer
 from ..basics.tracing import is_behind_dynamo, is_seen
-from .base import ONE, Likelihood, OnePass, check_labelled_dim, check_own_dim
+from .base import Likelihood, OnePass, check_labelled_dim, check_own_dim
 from .values import NONNEGATIVE, Range
 
 # Elements of rows, for each thread, that stay in the cache of its core from one operator to the next.

@@ -1,13 +1,16 @@
 """Likelihoods of counts: negative binomial and its zero-inflated form."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from ..basics.gamma import log_factorial, log_gamma_ratio, log_gamma_ratio_and_derivative
-from ..basics.numerics import fitting, softplus
+from ..basics.gamma import log_factorial, log_gamma_ratio, log_gamma_ratio_in_parts
+from ..basics.numerics import fitting, softplus, sum_of_logs, sum_of_softplus
 from ..basics.records import record
+from ..basics.scalars import ONE
 from ..basics.tracing import is_seen
-from .base import ONE, Likelihood, OnePass
+from .base import Likelihood, OnePass
 from .links import Linked
 from .values import NONNEGATIVE, POSITIVE
 
@@ -27,6 +30,7 @@ class NegativeBinomial(Linked):
     inverse_dispersion: str = "identity"
     name = "negative_binomial"
     kernel, kernel_at_zero = "negative_binomial", "negative_binomial_at_zero"
+    summed = (1,)
     unlinked, unlinked_ranges = ("mean", "inverse_dispersion"), (NONNEGATIVE, POSITIVE)
 
     def support(self, first, x):
@@ -50,7 +54,8 @@ class NegativeBinomial(Linked):
         index, count = _above_zero(x)
         if not _is_common(mean, theta, count):
             return None
-        values = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
+        values, by_theta = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
+        _put_sums(by_theta, to_theta)
         # What few others add to one sum needs no place among the values. Of many, two sums would cancel.
         if wants_value and in_sum and index is not None:
             values = values.sum().view(1, 1)
@@ -61,7 +66,9 @@ class NegativeBinomial(Linked):
         (mean, theta), (to_mean, to_theta) = parameters, out
         if not _is_common(mean, theta, mean.new_zeros(())):
             return None
-        return OnePass(_zeros_in_one_pass(mean, theta, to_mean, to_theta, spare), slopes=(1.0, 1.0))
+        values, by_theta = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
+        _put_sums(by_theta, to_theta)
+        return OnePass(values, slopes=(1.0, 1.0))
 
 
 @record
@@ -76,6 +83,7 @@ class ZeroInflatedNegativeBinomial(Linked):
     inverse_dispersion: str = "identity"
     name = "zero_inflated_negative_binomial"
     kernel, kernel_at_zero = "zero_inflated_negative_binomial", "zero_inflated_negative_binomial_at_zero"
+    summed = (1,)
     unlinked, unlinked_ranges = ("mean", "inverse_dispersion", "zi_logits"), (NONNEGATIVE, POSITIVE, None)
 
     def support(self, first, x):
@@ -92,34 +100,50 @@ class ZeroInflatedNegativeBinomial(Linked):
         return _inflated_zeros_nll(zeros_nll(mean, theta), logits)
 
     def one_pass(self, parameters, x, wants_value, out, spare):
+        return self._in_one_pass(parameters, x, wants_value, out, spare, False)
+
+    def sums_in_one_pass(self, parameters, x, wants_value, out, spare, rows):
+        return self._in_one_pass(parameters, x, wants_value, out, spare, rows == 1)
+
+    def _in_one_pass(self, parameters, x, wants_value, out, spare, in_sum):
         (mean, theta, logits), (to_mean, to_theta, to_logits) = parameters, out
         if logits.shape != x.shape or not logits.is_contiguous():
             return None
-        index, count = _above_zero(x, 1.0)
-        if not _is_common(mean, theta, count) or (count.numel() and not count.min() >= EPS):
+        index, count, values = *_above_zero(x, 1.0), None
+        if not _is_common(mean, theta, count, EPS):
             return None
-        zeros = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
+        zeros, by_theta = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
         if index is None:
-            if to_logits is not None:
-                torch.sigmoid(logits, out=to_logits)
-            values = zeros.add_(softplus(logits)) if wants_value else None
-            _add_beyond_zero(mean, theta, x, None, values, to_mean, to_theta)
+            p = torch.sigmoid(logits, out=spare[2] if to_logits is None else to_logits)
+            _put_sums(by_theta, to_theta)
+            _add_beyond_zero(mean, theta, x, None, zeros if wants_value else None, to_mean, to_theta)
+            if wants_value and in_sum:
+                values = zeros.sum().add_(sum_of_softplus(logits, p, spare[0])).view(1, 1)
+            elif wants_value:
+                values = zeros.add_(softplus(logits))
             return OnePass(values, slopes=(1.0, 1.0, 1.0))
         parts = _inflated_zeros_in_one_pass(zeros, logits, to_logits, spare)
         if parts is None:
             return None
-        inflated, by_zeros, p = parts
+        inflated, by_zeros, p, least = parts
+        of_all, own = index.numel() > MANY * x.numel(), inflated.view(-1).index_select(0, index)
         if to_logits is not None:
-            to_logits.view(-1).index_copy_(0, index, inflated.view(-1).index_select(0, index))
-        values = p.log_().neg_() if wants_value else None
-        if values is not None:
-            found = softplus(logits.view(-1).index_select(0, index)).add_(zeros.view(-1).index_select(0, index))
-            values.view(-1).index_copy_(0, index, found)
+            to_logits.view(-1).scatter_(0, index, own)
         by_zeros.view(-1).index_fill_(0, index, 1)
-        for gradient in (to_mean, to_theta):
+        for gradient in (to_mean, by_theta):
             if gradient is not None:
                 gradient.mul_(by_zeros)
-        if index.numel() > MANY * x.numel():  # then of all, since a count of 0 adds nothing
+        if wants_value:
+            logits, zeros = (t.view(-1).index_select(0, index) for t in (logits, zeros))
+            if in_sum and not of_all:
+                p.view(-1).index_fill_(0, index, 1)
+                logs = sum_of_logs(p, 8 if least > 1e-4 else 1)
+                values = zeros.sum().add_(sum_of_softplus(logits, own)).sub_(logs).view(1, 1)
+            else:
+                values = p.log_().neg_()
+                values.view(-1).scatter_(0, index, softplus(logits).add_(zeros))
+        _put_sums(by_theta, to_theta)
+        if of_all:  # since a count of 0 adds nothing
             index, count = None, x
         _add_beyond_zero(mean, theta, count, index, values, to_mean, to_theta)
         return OnePass(values, slopes=(1.0, 1.0, 1.0))
@@ -128,14 +152,15 @@ class ZeroInflatedNegativeBinomial(Linked):
         (mean, theta, logits), (to_mean, to_theta, to_logits) = parameters, out
         if not logits.is_contiguous() or not _is_common(mean, theta, mean.new_zeros(())):
             return None
-        zeros = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
+        zeros, by_theta = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
         parts = _inflated_zeros_in_one_pass(zeros, logits, to_logits, spare)
         if parts is None:
             return None
-        _, by_zeros, p = parts
-        for gradient in (to_mean, to_theta):
+        _, by_zeros, p, _ = parts
+        for gradient in (to_mean, by_theta):
             if gradient is not None:
                 gradient.mul_(by_zeros)
+        _put_sums(by_theta, to_theta)
         return OnePass(p.log_().neg_() if wants_value else None, slopes=(1.0, 1.0, 1.0))
 
 
@@ -169,7 +194,7 @@ class NegativeBinomialLogits(Likelihood):
         if not is_seen(x) or x.dtype != torch.float32 or not (logits.is_contiguous() and x.is_contiguous()):
             return None
         index, count = _above_zero(x)
-        (lowest, highest), (least, most) = torch.aminmax(failures), _ends(count)
+        (lowest, highest), (least, most) = torch.aminmax(failures), _ends(count, 0.0)
         if not (lowest >= LEAST and highest + most < MOST and least >= 0):
             return None
         # Each softplus is a maximum and log1p(exp(-|l|)), so that no two terms cancel.
@@ -219,61 +244,73 @@ MANY = 0.25  # of the elements, from which on a form for all takes less time tha
 
 
 def _above_zero(x: Tensor, share: float = MANY) -> tuple[Tensor | None, Tensor]:
-    """Flat indices of what is not 0, and that; None and all, where it is more than this share. By way of bool, which takes less
-    time than comparing floats does."""
+    """Flat indices of what is not 0, and that; None and all, where it is more than about this share."""
     if not is_seen(x) or not x.is_contiguous():
         return None, x
-    above = x.view(-1).bool()
-    if torch.count_nonzero(above).item() >= share * x.numel():
+    flat, n = x.view(-1), x.numel()
+    some = flat.unfold(0, max(1, n // 64), max(1, n // 4))  # of four places
+    if torch.count_nonzero(some).item() >= share * some.numel() and (share < 1 or flat.min() > 0):
         return None, x
-    index = above.nonzero().squeeze(1)
-    return index, x.view(-1).index_select(0, index)
+    index = flat.bool().nonzero().squeeze(1)  # comparing floats takes more time than making bools of them
+    if index.numel() >= share * n:
+        return None, x
+    return index, flat.index_select(0, index)
 
 
 LEAST, MOST = 1e-6, 1e8  # of theta, and of theta and a count, for the faster form in float32
 
 
-def _is_common(mean: Tensor, theta: Tensor, count: Tensor) -> bool:
-    """Whether nothing is rare: no NaN, none below 0, nothing that the series are not for."""
+def _is_common(mean: Tensor, theta: Tensor, count: Tensor, fewest: float = 0.0) -> bool:
+    """Whether nothing is rare: no NaN, no mean below 0, no count below this one, nothing that the series are not for."""
     if not is_seen(count) or count.dtype != torch.float32 or not (mean.is_contiguous() and count.is_contiguous()):
         return False
-    (lowest_mean, highest_mean), (lowest, highest), (least, most) = map(_ends, (mean, theta, count))
-    return lowest_mean >= 0 and highest_mean < MOST and lowest >= LEAST and highest + most < MOST and least >= 0
+    (lowest_mean, highest_mean), (lowest, highest), (least, most) = (_ends(t, fewest) for t in (mean, theta, count))
+    return lowest_mean >= 0 and highest_mean < MOST and lowest >= LEAST and highest + most < MOST and least >= fewest
 
 
-def _ends(values: Tensor) -> tuple[float, float]:
-    """The lowest and the highest, NaN if one is; 0 of none."""
+def _ends(values: Tensor, of_none: float) -> tuple[float, float]:
+    """The lowest and the highest, NaN if one is."""
     if not values.numel():
-        return 0.0, 0.0
+        return of_none, of_none
     lowest, highest = torch.aminmax(values)
     return lowest.item(), highest.item()
 
 
-def _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare) -> Tensor:
-    """-log p(0) of a negative binomial, theta log1p(mean / theta), and its derivatives."""
-    above = theta + EPS
+def _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare) -> tuple[Tensor, Tensor | None]:
+    """-log p(0) of a negative binomial, theta log1p(mean / theta), and its derivatives: by the mean in `to_mean`, by theta as
+    what comes second, of each element, which is `to_theta` if that has room for it."""
+    above, by_theta = theta + EPS, None
     ratio = torch.div(mean, above, out=spare[0])
     values = torch.log1p(ratio, out=spare[1])
     if to_mean is not None or to_theta is not None:
         share = torch.add(mean, above, out=to_mean)
         torch.div(theta, share, out=share)
         if to_theta is not None:
-            torch.addcmul(values, share, ratio, value=-1, out=to_theta)
-    return values.mul_(theta)
+            own = to_theta if to_theta.shape == mean.shape else ratio
+            by_theta = torch.addcmul(values, share, ratio, value=-1, out=own)
+    return values.mul_(theta), by_theta
 
 
-def _inflated_zeros_in_one_pass(zeros, logits, to_logits, spare) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The share of extra zeros, the derivative of -log p(0) by `zeros`, and p(0); None where that is too small to divide by.
-    The derivative by `logits` goes to `to_logits`, if that is there."""
+def _put_sums(gradient: Tensor | None, to: Tensor | None) -> None:
+    """Of a parameter that elements share."""
+    if gradient is not None and to is not None and gradient is not to:
+        to.copy_(gradient.sum_to_size(to.shape))
+
+
+def _inflated_zeros_in_one_pass(zeros, logits, to_logits, spare) -> tuple[Tensor, Tensor, Tensor, float] | None:
+    """The share of extra zeros, the derivative of -log p(0) by `zeros`, p(0), and the least of these; None where that is too
+    small to divide by. The derivative by `logits` goes to `to_logits`, if that is there."""
     inflated = torch.sigmoid(logits, out=fitting(spare[2], logits))
-    by_zeros = torch.neg(zeros, out=spare[0]).exp_()
+    # exp2 takes a third of the time of exp, and one rounding more, as `zeros` has several.
+    by_zeros = torch.mul(zeros, -1 / math.log(2), out=spare[4]).exp2_()
     # inflated + (1 - inflated) exp(-zeros), of which neither term is negative.
     p = torch.lerp(by_zeros, ONE, inflated, out=spare[3])
-    if not p.min() > 1e-30:  # or NaN
+    least = p.min().item()
+    if not least > 1e-30:  # or NaN
         return None
     if to_logits is not None:
-        torch.div(inflated, p, out=to_logits).neg_().add_(inflated)
-    return inflated, by_zeros.addcmul_(by_zeros, inflated, value=-1).div_(p), p
+        torch.addcdiv(inflated, inflated, p, value=-1, out=to_logits)
+    return inflated, by_zeros.addcmul_(by_zeros, inflated, value=-1).div_(p), p, least
 
 
 CHUNK = 2**17  # elements for each thread
@@ -281,47 +318,58 @@ CHUNK = 2**17  # elements for each thread
 
 def _add_beyond_zero(mean, theta, count, index, values, to_mean, to_theta, of=None) -> None:
     """Add what a negative binomial's -log p(x) is more than -log p(0), and the derivatives: of the elements in `index`, whose
-    counts come and which the others are zeros beside, or of all if it is None. `values` may be their sum, where there is an
-    index. `of` computes it: `_beyond_zero_of`, or another one."""
-    of, shape = of or _beyond_zero_of, mean.shape
-
-    def add(total, part):
-        if index is None:
-            total.add_(part)
-        elif total.numel() < mean.numel():
-            total.add_(part.sum())
-        else:
-            total.view(-1).index_add_(0, index, part)
-
+    counts come and which the others are zeros beside, or of all if it is None. Where a place has less room, their sums. `of`
+    computes it: `_beyond_zero_of`, or another one."""
+    of, shape, places = of or _beyond_zero_of, mean.shape, (values, to_mean, to_theta)
+    wants = [place is not None for place in places]
     if index is None:  # some rows at a time, since a dozen tensors of their size are needed
         height = max(1, CHUNK * torch.get_num_threads() // max(1, mean[0].numel()))
         for i in range(0, shape[0], height):
             rows = slice(i, i + height)
-            own = theta[rows] if theta.dim() == len(shape) and theta.shape[0] == shape[0] else theta
-            to_values, by_mean, by_theta = (t if t is None else t[rows] for t in (values, to_mean, to_theta))
-            of(mean[rows], own, count[rows], to_values, by_mean, by_theta, add)
+            found = of(mean[rows], _of_rows(theta, rows, shape), count[rows], wants)
+            for place, part in zip(places, found, strict=True):
+                if place is not None:
+                    own = _of_rows(place, rows, shape)
+                    own.add_(part.sum_to_size(own.shape))
         return
-    # To expand theta is less work than to take indices modulo its size.
-    t = theta.reshape(()) if theta.numel() == 1 else theta.expand(shape).reshape(-1).index_select(0, index)
-    of(mean.view(-1).index_select(0, index), t, count, values, to_mean, to_theta, add)
+    within = None if theta.numel() in (1, mean.numel()) else _index_within(theta.shape, shape, index)
+    own = theta.reshape(()) if theta.numel() == 1 else theta.reshape(-1).index_select(0, index if within is None else within)
+    found = of(mean.view(-1).index_select(0, index), own, count, wants)
+    for place, part in zip(places, found, strict=True):
+        if place is not None and place.numel() == 1:
+            place.add_(part.sum())
+        elif place is not None:
+            place.view(-1).scatter_add_(0, index if place.numel() == mean.numel() else within, part)
 
 
-def _beyond_zero_of(mean, theta, count, values, to_mean, to_theta, add) -> None:
-    mean = mean + EPS
-    gamma, slope = log_gamma_ratio_and_derivative(theta, count)
-    if values is not None:
-        add(values, torch.div(theta, mean).log1p_().mul_(count).sub_(gamma).add_(log_factorial(count)))
-    by_sum = torch.div(count, mean + theta)
-    if to_mean is not None:
-        add(to_mean, torch.div(theta, mean).mul_(by_sum).neg_())
-    if to_theta is not None:
-        add(to_theta, by_sum.sub_(slope))
+def _of_rows(value: Tensor, rows: slice, shape: torch.Size) -> Tensor:
+    """Of a tensor that broadcasts to this shape."""
+    return value[rows] if value.dim() == len(shape) and value.shape[0] == shape[0] else value
 
 
-def _ways_of(_, failures, count, values, to_logits, to_failures, add) -> None:
+def _index_within(small: torch.Size, shape: torch.Size, index: Tensor) -> Tensor:
+    """Flat indices into the shape that broadcasts to the other one, which they are of."""
+    if small[0] == 1 and small[1:] == shape[1:]:
+        return index % small.numel()
+    places = torch.arange(small.numel(), device=index.device).view(small)
+    return places.expand(shape).reshape(-1).index_select(0, index)
+
+
+def _beyond_zero_of(mean, theta, count, wants) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    value, by_mean, mean = None, None, mean + EPS
+    top, rest, slope = log_gamma_ratio_in_parts(theta, count)
+    total = mean + theta
+    if wants[0]:
+        # log1p(theta / mean) is the logarithm of total / mean, and `top` goes into the same one.
+        value = torch.div(total, top.mul_(mean), out=top).log_().add_(ONE).mul_(count).sub_(rest).add_(log_factorial(count))
+    share = torch.div(count, total, out=total)
+    if wants[1]:
+        by_mean = torch.div(theta, mean, out=mean).mul_(share).neg_()
+    return value, by_mean, share.sub_(slope)
+
+
+def _ways_of(_, failures, count, wants) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Likewise, the number of ways to come by so many successes, by its logarithm, which depends on no logits."""
-    gamma, slope = log_gamma_ratio_and_derivative(failures, count)
-    if values is not None:
-        add(values, log_factorial(count).sub_(gamma))
-    if to_failures is not None:
-        add(to_failures, slope.neg_())
+    top, rest, slope = log_gamma_ratio_in_parts(failures, count)
+    value = top.log_().neg_().add_(ONE).mul_(count).sub_(rest).add_(log_factorial(count)) if wants[0] else None
+    return value, None, slope.neg_()

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..basics.numerics import SOFTPLUS_IS_LINEAR, CompiledBound, fitting, positive, softplus
 from ..basics.records import canonical, check_choice, record
-from ..basics.scalars import check_real
+from ..basics.scalars import ONE, check_real
 from ..basics.tracing import is_behind_dynamo, is_seen
-from .base import ONE, Likelihood, OnePass, check_given_once
+from .base import Likelihood, OnePass, check_given_once
 from .errors import MSE, CompiledDistances, CompiledSquares, absolute, squared
 from .values import POSITIVE
 

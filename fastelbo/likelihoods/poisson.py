@@ -6,8 +6,9 @@ from torch import Tensor
 from ..basics.gamma import log_factorial
 from ..basics.numerics import nan_unless
 from ..basics.records import record
+from ..basics.scalars import ONE
 from ..basics.tracing import is_seen
-from .base import ONE, Likelihood, OnePass
+from .base import Likelihood, OnePass
 from .links import Linked, linked
 from .values import NONNEGATIVE
 
