@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastelbo
-from conftest import DEVICE, INTERPRETED
+from conftest import BACKEND, DEVICE, INTERPRETED
 from fastelbo.engine import loss as engine_loss
 from fastelbo.likelihoods import (
     Bernoulli,
@@ -335,7 +335,7 @@ def test_bytes_as_floats_are_told_what_to_do():
             loss(parameters(x), x, replace(likelihood, interval=(0, 1)))
 
 
-def test_nobody_looks_twice_where_all_is_well(monkeypatch):
+def test_nobody_looks_twice_where_all_is_well(monkeypatch, by_functions):
     """What costs time comes after a loss that is not finite, and a pass over the target only where that would not tell."""
     is_well, looked = values.is_well, []
     monkeypatch.setattr(values, "_span", lambda *_: pytest.fail("all was well"))
@@ -348,3 +348,16 @@ def test_nobody_looks_twice_where_all_is_well(monkeypatch):
             known = [found for found in looked if found is not None and found[0] <= found[1]]
             assert len(looked) <= 1
             assert len(known) == (name in (*silent, "multinomial", "multinomial, floats", "categorical, soft")), name
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="about functions of Torch")
+def test_nobody_looks_at_what_torch_has_looked_at(monkeypatch):
+    """Its function for probabilities raises for a target outside, and for a NaN, which then is looked for."""
+    looked, is_well = [], values.is_well
+    monkeypatch.setattr(engine_loss, "is_well", lambda *given: looked.append(given) or is_well(*given))
+    fastelbo.nll(torch.rand(3, 4), torch.rand(3, 4), likelihood="bernoulli")
+    assert not looked
+    assert fastelbo.nll(torch.rand(3, 4), torch.full((3, 4), torch.nan), likelihood="bernoulli").isnan()
+    with pytest.raises(ValueError, match="x must lie in"):
+        fastelbo.nll(torch.rand(3, 4), torch.full((3, 4), 1.5), likelihood="bernoulli")
+    assert len(looked) == 2

@@ -264,7 +264,7 @@ def loss_plan(
     grad_mode = torch.is_grad_enabled()
     beta, recon_weight = factors
     numbers = None if type(beta) is float and type(recon_weight) is float else tuple(map(_of_number, factors))
-    start = objective, parameters, weighted, latents, grad_mode, numbers
+    start = objective, parameters, weighted, latents, grad_mode, numbers, torch.get_num_threads()
     try:
         plan = _last.get(start)
         if plan is not None and True not in map(_is_nested, tensors) and plan.fits(*tensors):

@@ -209,9 +209,6 @@ def _in_rows(plan, tensors, by, wants, wants_sum):
     def of_rows(value, rows):
         return value[rows] if value is not None and value.shape[0] == batch else value
 
-    def room(k, like):
-        return scratch(f"slope {k}", like, dtype) if in_blocks else torch.empty_like(like)
-
     in_blocks = likelihood.one_pass is not None and likelihood.dim is None
     summed = likelihood.summed if weight is None and not per_sample else ()
     height = max(1, block_size() // max(1, x[0].numel())) if in_blocks else batch
@@ -224,10 +221,11 @@ def _in_rows(plan, tensors, by, wants, wants_sum):
         places = [of_rows(t, rows) for t in totals]
         # Not by the shape of a place, which a block of one row may have in common with a parameter that all rows share.
         own = [total is None or total.shape == shape for total in totals]
-        out = [
-            place if is_own else room(k, given[k if k in summed else 0])
-            for k, (place, is_own) in enumerate(zip(places, own, strict=True))
-        ]
+        out = list(places)
+        for k, is_own in enumerate(own):
+            if not is_own:
+                like = given[k if k in summed else 0]
+                out[k] = scratch(f"slope {k}", like, dtype) if in_blocks else torch.empty_like(like)
         total, gradients = _block(plan, given, target, w, f, out, wants_sum, per_sample)
         parts.append((rows, total))
         for place, gradient in zip(places, gradients, strict=True):

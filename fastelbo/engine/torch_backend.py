@@ -48,7 +48,8 @@ def loss_forward(plan, factors, tensors, divisor, known, wants, stateless=False)
     if latents == 0:
         return None, recon, None, stored, None, used
     if latents == 1:
-        kl = tensors[-1].to(dtype, copy=True)
+        kl = tensors[-1]
+        kl = kl.clone() if kl.dtype is dtype else kl.to(dtype)  # where there is nothing to do, `to` takes as long again
     else:
         kl, slope = _divergence(tensors[-2], tensors[-1], plan.kl_scale, plan.per_sample, dtype, used is not None)
         if used is not None and slope is not None:
@@ -87,7 +88,7 @@ def loss_backward(plan, factors, tensors, divisor, upstreams, stored, sums, used
     if True in needs[n:] and not (grad_loss is None and grad_kl is None):
         factor = added(grad_loss, grad_kl, factors[0])
         if plan.latents == 1:
-            grads[-1] = factor.to(tensors[-1].dtype, copy=True)
+            grads[-1] = factor.clone() if factor.dtype is tensors[-1].dtype else factor.to(tensors[-1].dtype)
         else:
             grads[-2:] = _latent_gradients(None, *tensors[-2:], None, factor, plan.kl_scale, plan.dtype, slope)
     return grads, seen

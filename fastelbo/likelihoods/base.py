@@ -79,10 +79,10 @@ class Likelihood(metaclass=Record):
             raise TypeError(f"{cls.__name__}.target must not be defined: transform x in nll, and give `scaling` what is linear")
         if "nll" in cls.__dict__:
             for name in (
-                "one_pass", "sums_in_one_pass", "sum_by_torch", "kernel", "at_zero", "kernel_at_zero", "sparse_sum_in_one_pass",
+                "one_pass", "sums_in_one_pass", "summed", "sum_by_torch", "checked_by_torch", "kernel", "at_zero",
+                "kernel_at_zero", "sparse_sum_in_one_pass",
             ):  # fmt: skip
-                setattr(cls, name, cls.__dict__.get(name))
-            cls.summed = cls.__dict__.get("summed", ())
+                setattr(cls, name, cls.__dict__.get(name, getattr(Likelihood, name)))
 
     def __post_init__(self) -> None:
         canonical(self, "target_scale", check_real)
@@ -190,9 +190,12 @@ class Likelihood(metaclass=Record):
     cannot keep the digits that `one_pass` keeps, and where it is not finite, since a weight of 0 may hide that. None: Torch has
     none."""
 
+    checked_by_torch: ClassVar[bool] = False
+    """Whether `sum_by_torch` returns None, too, for whatever lies outside of `support` and `ranges`."""
+
     def few(self, weighted: bool) -> int:
         """Elements, of one block at most, up to which `sum_by_torch` costs less than what takes fewer passes; 0 if `weighted`
-        and Torch's function takes no weights. It may depend on the number of threads when a shape first comes."""
+        and Torch's function takes no weights. It may depend on the number of threads."""
         return 0 if weighted else 2**18
 
     # --- a target that is mostly zeros

@@ -14,7 +14,7 @@ from .base import SUM, Likelihood, OnePass, check_given_once
 from .values import BITS, UNIT
 
 QUITE_FEW, FEW = 2**13, 2**14  # elements, up to which calls cost more than passes
-SMALL_TERM = 2**-4  # nats
+SMALL_TERM = 2**-4  # nats of a loss, or of its linear part
 
 DENOMINATOR = 9.999999960041972e-13  # 1e-12 in float32, which Torch clamps by in every dtype
 
@@ -28,6 +28,7 @@ class Bernoulli(Likelihood):
 
     name = kernel = kernel_at_zero = "bernoulli"
     ranges = (UNIT,)
+    checked_by_torch = True
 
     def support(self, first, x):
         return UNIT
@@ -202,20 +203,23 @@ class BernoulliLogits(Likelihood):
         (logit, *more), (gradient, *_), n = parameters, out, x.numel()
         if not wants_value or n <= 2 * FEW or more or self.pos_weight is not None or not is_seen(logit):
             return self.one_pass(parameters, x, wants_value, out, spare)
-        # As in `one_pass`, but that log1p(exp(-|l|)) is -log(q), q = max(p, 1 - p): one logarithm for 64, of their product.
-        p = torch.sigmoid(logit, out=spare[2] if gradient is None else gradient)
-        q = torch.sub(ONE, p, out=spare[1])
-        q = _in_parts(torch.maximum(p, q, out=q), rows, 64)
         linear = _in_parts(_linear(logit, x, spare[0]), rows, 1).sum((1, 2))
+        p = torch.sigmoid(logit, out=spare[2] if gradient is None else gradient)
+        has_small = not (linear.min() if rows > 1 else linear).item() * rows > SMALL_TERM * n  # or NaN
+        if has_small and rows == 1:
+            total = linear.add_(_sums_of_logs(logit, 1, spare[1]))
+        else:
+            # As in `one_pass`, but that log1p(exp(-|l|)) is -log(q), q = max(p, 1 - p): one logarithm for 64, of their product.
+            q = torch.sub(ONE, p, out=spare[1])
+            q = _in_parts(torch.maximum(p, q, out=q), rows, 64)
+            total = linear - q.prod(1).log_().sum(1)
+            if has_small:
+                small = torch.nonzero(~(linear * rows > SMALL_TERM * n)).squeeze(1)
+                own = logit if len(small) == rows else logit.view(rows, -1).index_select(0, small)
+                rest = _sums_of_logs(own, len(small), spare[1] if own is logit else None)
+                total.index_copy_(0, small, linear.index_select(0, small) + rest)
         if gradient is not None:
             gradient.sub_(x)
-        total = linear - q.prod(1).log_().sum(1)
-        if not total.min().item() * rows > SMALL_TERM * n:
-            small = torch.nonzero(~(total * rows > SMALL_TERM * n)).squeeze(1)  # or NaN
-            own = logit if len(small) == rows else logit.view(rows, -1).index_select(0, small)
-            total.index_copy_(
-                0, small, linear.index_select(0, small) + _sums_of_logs(own, len(small), spare[1] if own is logit else None)
-            )
         return OnePass(total.unsqueeze(1))
 
     def _weighted_in_one_pass(self, parameters, x, wants_value, out, spare):
