@@ -234,10 +234,10 @@ class Likelihood(metaclass=Record):
             return None
         if found.values is not None and own.values is not None:
             nll = torch.add(own.values * own.scale, own.constant - found.constant)
-            found.values.view(-1).index_copy_(0, x.index, nll.div_(found.scale))
+            found.values.view(-1).scatter_(0, x.index, nll.div_(found.scale))
         for to, slope in zip(out, slopes, strict=True):  # which `found.slopes` are times, too
             if to is not None and slope is not None:
-                to.view(-1).index_copy_(0, x.index, slope)
+                to.view(-1).scatter_(0, x.index, slope)
         return found
 
     sparse_sum_in_one_pass: ClassVar[Callable[..., OnePass | None] | None] = None

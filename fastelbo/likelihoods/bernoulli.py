@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..basics.numerics import log1p, log_ratio_to_tanh, log_ratio_to_tanh_and_derivative, nan_unless, softplus
+from ..basics.numerics import (
+    log1p,
+    log_ratio_to_tanh,
+    log_ratio_to_tanh_and_derivative,
+    nan_unless,
+    softplus,
+    softplus_in_parts,
+)
 from ..basics.records import canonical, record
 from ..basics.scalars import ONE, as_tensor, check_real
 from ..basics.tracing import behind_upstream, is_behind_dynamo, is_seen, is_wrapper
@@ -175,7 +182,7 @@ class BernoulliLogits(Likelihood):
     def one_pass_at_zero(self, parameters, wants_value, out, spare):
         (logit, *_), (to_logit, *to_weight), values = parameters, out, None
         if wants_value:
-            positive, remainder = _softplus_in_parts(logit, spare)
+            positive, remainder = softplus_in_parts(logit, spare)
             values = positive.sub_(remainder)
         if to_logit is not None:
             torch.sigmoid(logit, out=to_logit)
@@ -192,7 +199,7 @@ class BernoulliLogits(Likelihood):
             # The same in fewer calls: softplus(y, -1) is -log1p(exp(-y)).
             values = _linear(logit, x, None).sub_(F.softplus(torch.abs(logit), -1))
         elif wants_value:
-            positive = torch.clamp_min(logit, 0, out=spare[0])  # `_softplus_in_parts`, without the call
+            positive = torch.clamp_min(logit, 0, out=spare[0])  # `softplus_in_parts`, without the call
             remainder = torch.sub(logit, positive, alpha=2, out=spare[1]).sigmoid_().neg_().log1p_()
             values = positive.addcmul_(logit, x, value=-1).sub_(remainder)
         if gradient is not None:
@@ -228,7 +235,7 @@ class BernoulliLogits(Likelihood):
         weight, to_weight = given[0] if given else None, to_weight[0] if to_weight else None
         number = 1.0 if self.pos_weight is None else self.pos_weight  # where there is no tensor
         if wants_value or to_weight is not None:
-            values, remainder = _softplus_in_parts(logit, spare)
+            values, remainder = softplus_in_parts(logit, spare)
             positive = torch.sub(values, logit, out=spare[2] if to_weight is None else to_weight).sub_(remainder).mul_(x)
             values.sub_(remainder)
             values.addcmul_(values, x, value=-1)
@@ -337,7 +344,7 @@ def _continuous_in_one_pass(logit: Tensor, x: Tensor, wants_value: bool, gradien
         torch.sigmoid(logit, out=gradient).sub_(x).sub_(slope)
     if not wants_value:
         return None
-    positive, remainder = _softplus_in_parts(logit, spare)
+    positive, remainder = softplus_in_parts(logit, spare)
     return positive.addcmul_(logit, x, value=-1).sub_(remainder).sub_(log_ratio)
 
 
@@ -364,10 +371,3 @@ def _in_parts(values: Tensor, rows: int, most: int) -> Tensor:
         parts //= 2
     columns = size // parts
     return values.as_strided((rows, parts, columns), (size, columns, 1))
-
-
-def _softplus_in_parts(logit: Tensor, spare) -> tuple[Tensor, Tensor]:
-    """max(l, 0), and what log(1 + exp(l)) is less than it: log(1 - q) with q = sigmoid(-|l|), which is cheaper than exp. They
-    lie in the first two buffers."""
-    positive = torch.clamp_min(logit, 0, out=spare[0])
-    return positive, torch.sub(logit, positive, alpha=2, out=spare[1]).sigmoid_().neg_().log1p_()

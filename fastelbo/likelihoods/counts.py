@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..basics.gamma import log_factorial, log_gamma_ratio, log_gamma_ratio_in_parts
-from ..basics.numerics import fitting, softplus, sum_of_logs, sum_of_softplus
+from ..basics.numerics import fitting, softplus, softplus_in_parts, sum_of_logs, sum_of_softplus
 from ..basics.records import record
 from ..basics.scalars import ONE
 from ..basics.tracing import is_seen
@@ -198,13 +198,12 @@ class NegativeBinomialLogits(Likelihood):
         if not (lowest >= LEAST and highest + most < MOST and least >= 0):
             return None
         # Each softplus is a maximum and log1p(exp(-|l|)), so that no two terms cancel.
-        rest = torch.abs(logits, out=spare[1]).neg_().exp_().log1p_()
-        above = torch.clamp_min(logits, 0, out=spare[2])
+        above, rest = softplus_in_parts(logits, (spare[2], spare[3]))
         if to_failures is not None:
-            torch.add(above, rest, out=to_failures)
+            torch.sub(above, rest, out=to_failures)
         if wants_value:
-            values = torch.add(x, failures, out=spare[0]).mul_(rest).addcmul_(above, failures)
-            values.addcmul_(above.sub_(logits), x)
+            values = torch.mul(above, failures, out=spare[0])
+            values.addcmul_(torch.add(x, failures, out=spare[1]), rest, value=-1).addcmul_(above.sub_(logits), x)
         if to_logits is not None:
             torch.sigmoid(logits, out=to_logits).mul_(failures)
             to_logits.addcmul_(torch.neg(logits, out=spare[1]).sigmoid_(), x, value=-1)
@@ -213,8 +212,8 @@ class NegativeBinomialLogits(Likelihood):
 
     def one_pass_at_zero(self, parameters, wants_value, out, spare):
         (logits, failures), (to_logits, to_failures) = parameters, out
-        softplus = torch.abs(logits, out=spare[1] if to_failures is None else to_failures).neg_().exp_().log1p_()
-        softplus.add_(torch.clamp_min(logits, 0, out=spare[2]))
+        above, rest = softplus_in_parts(logits, (spare[2], spare[3]))
+        softplus = torch.sub(above, rest, out=spare[1] if to_failures is None else to_failures)
         if to_logits is not None:
             torch.sigmoid(logits, out=to_logits).mul_(failures)
         return OnePass(torch.mul(softplus, failures, out=spare[0]) if wants_value else None, slopes=(1.0, 1.0))
