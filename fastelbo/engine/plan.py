@@ -190,7 +190,7 @@ class LossPlan:
         self.is_elementwise = likelihood.dim is None and not likelihood.by_rows and all(self.large)
         self.is_of_classes = likelihood.dim is not None and likelihood.one_pass is not None
         same = self.scaling == (1.0, 0.0) and all(t.dtype == dtype for t in (*parameters, x, *([weight] * call.weighted)))
-        small = first.numel() <= BLOCK and (first.dim() == 2 or not call.per_sample)
+        small = x.numel() <= BLOCK and (first.dim() == 2 or not call.per_sample)  # of several samples, each
         self.is_whole = self.is_elementwise and same and small
         on_cpu = self.backend is torch_backend and x.device.type == "cpu"
         has_sum = likelihood.sum_by_torch is not None and not by_values and not call.per_sample and call.parameters == 1

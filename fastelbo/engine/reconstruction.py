@@ -13,8 +13,9 @@ from . import formula
 from .blocks import added_up, block_size, converted, cut_alike, scratch, spare
 
 
-def reconstruct(plan, tensors, divisor, factor, wants, wants_sum):
-    """`(sum, gradients)`: the reduced sum if it is wanted, and the gradients that are, times `factor`, unless that is None."""
+def reconstruct(plan, tensors, divisor, factor, wants, wants_sum, out=None):
+    """`(sum, gradients)`: the reduced sum if it is wanted, and the gradients that are, times `factor`, unless that is None; in
+    the tensors of `out`, if it is there and the plan is whole."""
     n, by = plan.count, None
     x, divides = tensors[n], isinstance(divisor, Tensor) or divisor != 1
     if tensors[0].shape[0] != x.shape[0]:
@@ -24,7 +25,7 @@ def reconstruct(plan, tensors, divisor, factor, wants, wants_sum):
         by = by / divisor if divides else by
     if plan.is_whole:
         weight = tensors[n + 1] if plan.weight_shape is not None else None
-        gradients = [
+        gradients = out or [
             torch.empty_like(p) if want and by is not None else None for p, want in zip(tensors[:n], wants, strict=True)
         ]
         total, _ = _block(plan, tensors[:n], x, weight, by, gradients, wants_sum, plan.per_sample)
@@ -36,13 +37,18 @@ def reconstruct(plan, tensors, divisor, factor, wants, wants_sum):
 
 def _of_samples(plan, tensors, divisor, factor, wants, wants_sum):
     """Likewise, of several samples of all of x, one after the other."""
-    n, batch = plan.count, tensors[plan.count].shape[0]
-    samples = list(zip(*(p.split(batch) for p in tensors[:n]), strict=True))
-    factors = [None] * len(samples) if factor is None else factor.split(batch)
-    found = [reconstruct(plan, (*p, *tensors[n:]), divisor, f, wants, wants_sum) for p, f in zip(samples, factors, strict=True)]
-    sums, gradients = zip(*found, strict=True)
-    joined = None if factor is None else [g if g[0] is None else torch.cat(g) for g in zip(*gradients, strict=True)]
-    return torch.cat(sums) if wants_sum else None, joined
+    n, batch, sums, stores = plan.count, tensors[plan.count].shape[0], [], factor is not None
+    gradients = [torch.empty_like(p) if stores and want else None for p, want in zip(tensors[:n], wants, strict=True)]
+    for i in range(0, tensors[0].shape[0], batch):
+        own = slice(i, i + batch)
+        out = [g if g is None else g[own] for g in gradients]
+        of_sample = *(p[own] for p in tensors[:n]), *tensors[n:]
+        total, found = reconstruct(plan, of_sample, divisor, factor[own] if stores else None, wants, wants_sum, out)
+        sums.append(total)
+        for place, gradient in zip(out, found, strict=True):
+            if place is not gradient:
+                place.copy_(gradient)
+    return torch.cat(sums) if wants_sum else None, gradients if stores else None
 
 
 def multiplied(gradients, factor, dtype):

@@ -212,16 +212,15 @@ class BernoulliLogits(Likelihood):
             return self.one_pass(parameters, x, wants_value, out, spare)
         linear = _in_parts(_linear(logit, x, spare[0]), rows, 1).sum((1, 2))
         p = torch.sigmoid(logit, out=spare[2] if gradient is None else gradient)
-        has_small = not (linear.min() if rows > 1 else linear).item() * rows > SMALL_TERM * n  # or NaN
-        if has_small and rows == 1:
+        if rows == 1 and not linear.item() > SMALL_TERM * n:  # or NaN
             total = linear.add_(_sums_of_logs(logit, 1, spare[1]))
         else:
             # As in `one_pass`, but that log1p(exp(-|l|)) is -log(q), q = max(p, 1 - p): one logarithm for 64, of their product.
             q = torch.sub(ONE, p, out=spare[1])
             q = _in_parts(torch.maximum(p, q, out=q), rows, 64)
             total = linear - q.prod(1).log_().sum(1)
-            if has_small:
-                small = torch.nonzero(~(linear * rows > SMALL_TERM * n)).squeeze(1)
+            if rows > 1 and not total.min().item() * rows > SMALL_TERM * n:
+                small = torch.nonzero(~(total * rows > SMALL_TERM * n)).squeeze(1)
                 own = logit if len(small) == rows else logit.view(rows, -1).index_select(0, small)
                 rest = _sums_of_logs(own, len(small), spare[1] if own is logit else None)
                 total.index_copy_(0, small, linear.index_select(0, small) + rest)
