@@ -18,6 +18,7 @@ from fastelbo.likelihoods import (
     Gaussian,
     Laplace,
     StudentT,
+    bernoulli,
     classes,
     counts,
     find_likelihood,
@@ -96,6 +97,42 @@ def test_a_parameter_that_rows_share(likelihood, shape, size, monkeypatch):
 
 def mostly_zero(share, *shape):
     return (1.0 + torch.poisson(3 * torch.rand(shape))) * (torch.rand(shape) < share)
+
+
+@pytest.mark.parametrize("name", ("negative_binomial", "zero_inflated_negative_binomial"))
+@pytest.mark.parametrize("layout", ("expanded", "transposed", "column", "channels_last"))
+def test_a_dispersion_that_is_not_contiguous(name, layout):
+    """Its gradient has memory of its own."""
+    make = lambda *shape: torch.rand(shape).add(0.5).requires_grad_()  # noqa: E731
+    leaf, view = {
+        "expanded": (make(1), lambda t: t.expand(7)),
+        "transposed": (make(7, 12), lambda t: t.t()),
+        "column": (make(7, 5), lambda t: t[:, 3]),
+        "channels_last": (make(1, 30, 12, 7), lambda t: t.contiguous(memory_format=torch.channels_last)),
+    }[layout]
+    shape = (5, 30, 12, 7) if layout == "channels_last" else (30, 12, 7)
+    for share in (0.1, 1.0):
+        x, mean = mostly_zero(share, *shape), torch.rand(shape).add(0.1).requires_grad_()
+        more = [torch.randn(shape, requires_grad=True)] if name.startswith("zero") else []
+        wide = [t.detach().double().requires_grad_() for t in (mean, leaf, *more)]
+        expected = find_likelihood(name).nll((wide[0], view(wide[1]), *wide[2:]), x.double()).sum()
+        same(loss([mean, view(leaf), *more], x, name, "sum", None), expected, (mean, leaf, *more), wide, 1)
+
+
+@pytest.mark.parametrize("name", ("negative_binomial", "zero_inflated_negative_binomial"))
+@pytest.mark.parametrize("share", (5, 1))
+def test_a_dispersion_that_very_many_counts_share(name, share):
+    """All alike, so that roundings would add up if a place took one after the other."""
+    shape, x = (32, 3, 64, 64), torch.zeros(32, 3, 64, 64)
+    x.view(-1)[::share] = 1
+    parameters = [torch.full(shape, 0.3, requires_grad=True), torch.full((3, 1, 1), 0.37, requires_grad=True)]
+    if name.startswith("zero"):
+        parameters.append(torch.full(shape, -0.7, requires_grad=True))
+    expected, wide = truth(parameters, x, name, "sum", None)
+    got = loss(parameters, x, name, "sum", None)
+    torch.testing.assert_close(got.double(), expected.detach(), rtol=2e-6, atol=0)
+    for a, b in zip(gradients(got, *parameters), gradients(expected, *wide), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=4e-6, atol=0)
 
 
 @pytest.mark.parametrize("reduction", ("sum", "none"))
@@ -202,8 +239,8 @@ def test_logits_that_are_all_alike(logit, x):
 
 def test_rows_some_of_which_are_sure():
     """Their digits are computed anew, those of the others stay."""
-    scale = torch.tensor([[0.1], [30.0], [1.0], [40.0]])
-    logits = scale * torch.randn(4, 2**14)
+    logits = torch.tensor([[0.1], [30.0], [1.0], [40.0]]) * torch.randn(4, 2**14)
+    logits[1::2] += 12 * logits[1::2].sign()  # or what is rounded in each would not show in the sum
     x = (logits > 0).float()
     got = fastelbo.nll(logits.requires_grad_(), x, likelihood="bernoulli_logits", reduction="none")
     expected = F.softplus(-logits.detach().double().abs()).sum(1)
@@ -238,6 +275,27 @@ def test_infinite_logits():
             got = fastelbo.nll(given[None], wanted[None], likelihood="bernoulli_logits")
             expected = F.binary_cross_entropy_with_logits(given, wanted, reduction="sum")
             assert not got.isfinite() and not expected.isfinite()
+
+
+@pytest.mark.parametrize("likelihood", ("bernoulli_logits", counts.NegativeBinomialLogits()), ids=str)
+def test_infinite_logits_beside_zeros_that_are_not_stored(likelihood):
+    logits = torch.zeros(3, 4)
+    logits[1, 2] = torch.inf
+    more = [torch.full((3, 4), 2.0)] if likelihood != "bernoulli_logits" else []
+    assert fastelbo.nll(recon_x([logits, *more]), torch.zeros(3, 4).to_sparse_csr(), likelihood=likelihood) == torch.inf
+
+
+@pytest.mark.parametrize("value", (0.0, 0.001, -0.01))
+@pytest.mark.parametrize("reduction", ("sum", "none"))
+def test_logits_that_are_all_near_0(value, reduction, monkeypatch):
+    """As of a decoder that has learnt nothing. Their linear part is small, not their loss: nothing is computed anew."""
+    monkeypatch.setattr(bernoulli, "_sums_of_logs", None)
+    logits = torch.full((64, 2048), value, requires_grad=True)
+    x = (torch.rand(64, 2048) < 0.5).float()
+    expected, wide = truth([logits], x, "bernoulli_logits", reduction, None)
+    got = loss([logits], x, "bernoulli_logits", reduction, None)
+    torch.testing.assert_close(got.double(), expected.detach(), rtol=3e-7, atol=0)
+    same(got, expected, [logits], wide, 1)
 
 
 def long_rows(*batch):

@@ -16,7 +16,7 @@ from torch.distributions import Normal, kl_divergence
 import fastelbo
 from conftest import BACKEND
 from fastelbo import ELBO, IWAE
-from fastelbo.likelihoods import Gaussian, Likelihood, Range, record
+from fastelbo.likelihoods import Bernoulli, Gaussian, Likelihood, NegativeBinomial, Range, record
 from likelihood_cases import recon_x, reduce
 from support import assert_no_worse, gradcheck, gradgradcheck, gradients
 from test_compile import Counted, assert_same
@@ -425,3 +425,39 @@ class TestDeviceFunctions:
         with pytest.raises(error, match=message):
             x = torch.zeros(2, 3, device=device)
             fastelbo.loss(x, x, x, x, likelihood=bad)
+
+
+class UpperHalf(Bernoulli):
+    """One of this package's, for other targets."""
+
+    def support(self, first, x):
+        return super().support(first, x)._replace(words="lie in [0.5, 1]", low=0.5)
+
+
+class Averse(Bernoulli):
+    """Or for other predictions."""
+
+    ranges = (Range("be positive", 0, is_open=True),)
+
+
+@pytest.mark.parametrize("size", (12, 2**13))
+def test_values_are_looked_at_where_a_likelihood_allows_fewer(size):
+    """By Torch's own functions, too, which allow more."""
+    p, x = torch.full((size,), 0.75), torch.full((size,), 0.25)
+    with pytest.raises(ValueError, match=r"x must lie in \[0.5, 1\]"):
+        fastelbo.nll(p, x, likelihood=UpperHalf())
+    p[0] = -0.25
+    with pytest.raises(ValueError, match="recon_x must be positive"):
+        fastelbo.nll(p, x, likelihood=Averse())
+
+
+class OneForm(NegativeBinomial):
+    """With a form of its own in the place of the two that its parent has."""
+
+    def one_pass(self, parameters, x, wants_value, out, spare):
+        return None
+
+
+def test_a_form_of_ones_own_is_taken_for_sums_too():
+    assert OneForm.sums_in_one_pass is None and OneForm.summed == ()
+    assert NegativeBinomial.summed and Bernoulli.checked_by_torch and not Averse.checked_by_torch

@@ -65,12 +65,12 @@ class CompiledBound(torch.autograd.Function):
 def softplus_in_parts(logit: Tensor, spare) -> tuple[Tensor, Tensor]:
     """max(l, 0), and what log(1 + exp(l)) is less than it: log(1 - q) with q = sigmoid(-|l|), which is cheaper than exp. They
     lie in the first two buffers."""
-    positive = torch.clamp_min(logit, 0, out=spare[0])
-    return positive, torch.sub(logit, positive, alpha=2, out=spare[1]).sigmoid_().neg_().log1p_()
+    remainder = torch.abs(logit, out=spare[1]).neg_().sigmoid_().neg_().log1p_()
+    return torch.clamp_min(logit, 0, out=spare[0]), remainder
 
 
 def sum_of_softplus(x: Tensor, p: Tensor, buffer: Tensor | None = None) -> Tensor:
-    """The sum of log(1 + exp(x)), given p = sigmoid(x), to the last digit of 1 in each term: max(x, 0) - log(max(p, 1 - p))."""
+    """The sum of log(1 + exp(x)), given p = sigmoid(x): max(x, 0) - log(max(p, 1 - p)), in each term off by a rounding of 1."""
     q = torch.sub(ONE, p, out=buffer)
     logs = sum_of_logs(torch.maximum(p, q, out=q), 64)
     return torch.clamp_min(x, 0, out=q).sum().sub_(logs)

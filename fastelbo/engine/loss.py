@@ -72,7 +72,7 @@ def planned_terms(
             terms = _apply((plan, factors, divisor, known), *tensors)
         else:
             terms = plan.backend.loss_forward(plan, factors, tensors, divisor, None, plan.path.stores)[:3]
-    elif plan.likelihood.checked_by_torch:
+    elif plan.is_whole and plan.likelihood.checked_by_torch:  # as it came, and not in another dtype
         return tuple.__new__(ELBOTerms, terms)
     if plan.looks and not is_well(plan.silent, tensors[plan.count], terms[1]):
         check_values(plan, name, tensors, terms[1])

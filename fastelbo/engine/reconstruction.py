@@ -229,9 +229,10 @@ def _in_rows(plan, tensors, by, wants, wants_sum):
         own = [total is None or total.shape == shape for total in totals]
         out = list(places)
         for k, is_own in enumerate(own):
-            if not is_own:
-                like = given[k if k in summed else 0]
-                out[k] = scratch(f"slope {k}", like, dtype) if in_blocks else torch.empty_like(like)
+            if not is_own and k in summed:
+                out[k] = given[k].new_empty(given[k].shape)
+            elif not is_own:
+                out[k] = scratch(f"slope {k}", given[0], dtype) if in_blocks else torch.empty_like(given[0])
         total, gradients = _block(plan, given, target, w, f, out, wants_sum, per_sample)
         parts.append((rows, total))
         for place, gradient in zip(places, gradients, strict=True):

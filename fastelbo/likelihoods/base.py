@@ -27,6 +27,14 @@ class OnePass(NamedTuple):
     slopes: Sequence[float] = (1.0,)
 
 
+# What a subclass that defines the former does not take over from its parent.
+_GO_WITH = {
+    "nll": ("one_pass", "sum_by_torch", "kernel", "at_zero", "kernel_at_zero", "sparse_sum_in_one_pass"),
+    "one_pass": ("sums_in_one_pass",), "sums_in_one_pass": ("summed",),
+    **dict.fromkeys(("sum_by_torch", "support", "ranges"), ("checked_by_torch",)),
+}  # fmt: skip
+
+
 @record
 class Likelihood(metaclass=Record):
     """p(x | z): what a decoder's output parametrizes. The base of all likelihoods, and of your own.
@@ -70,19 +78,18 @@ class Likelihood(metaclass=Record):
     of a kernel, which reads each tensor twice and writes each gradient: counted in Inductor's code."""
 
     def __init_subclass__(cls) -> None:
-        """A formula of one's own has none of its parent's other forms."""
+        """A formula of one's own has none of its parent's other forms, nor a form what is said of another one."""
         if not hasattr(cls, "name"):
             cls.name = cls.__name__
         is_outside = cls.__module__.partition(".")[0] != __name__.partition(".")[0]
         cls.is_own = is_outside and (cls.is_own or "nll" in cls.__dict__)
         if is_outside and "target" in cls.__dict__:
             raise TypeError(f"{cls.__name__}.target must not be defined: transform x in nll, and give `scaling` what is linear")
-        if "nll" in cls.__dict__:
-            for name in (
-                "one_pass", "sums_in_one_pass", "summed", "sum_by_torch", "checked_by_torch", "kernel", "at_zero",
-                "kernel_at_zero", "sparse_sum_in_one_pass",
-            ):  # fmt: skip
-                setattr(cls, name, cls.__dict__.get(name, getattr(Likelihood, name)))
+        for own, others in _GO_WITH.items():
+            if own in cls.__dict__:
+                for name in others:
+                    if name not in cls.__dict__:
+                        setattr(cls, name, getattr(Likelihood, name))
 
     def __post_init__(self) -> None:
         canonical(self, "target_scale", check_real)
@@ -181,8 +188,8 @@ class Likelihood(metaclass=Record):
     own shape. None: it is `one_pass`."""
 
     summed: ClassVar[tuple[int, ...]] = ()
-    """The parameters by which `sums_in_one_pass` of one row gives derivatives that are summed, where they are smaller than the
-    first, and `out` has as little room."""
+    """The parameters by which `sums_in_one_pass` writes sums of derivatives where there is one row and they are smaller than
+    the first: `out` has their shape then."""
 
     sum_by_torch: ClassVar[Callable[..., Tensor | None] | None] = None
     """`sum_by_torch(parameters, x, weight)`: the sum of `nll`, each times its weight unless that is None, by a function of

@@ -22,6 +22,7 @@ from .values import BITS, UNIT
 
 QUITE_FEW, FEW = 2**13, 2**14  # elements, up to which calls cost more than passes
 SMALL_TERM = 2**-4  # nats of a loss, or of its linear part
+SURE = 3  # of a logit's size in the mean
 
 DENOMINATOR = 9.999999960041972e-13  # 1e-12 in float32, which Torch clamps by in every dtype
 
@@ -199,7 +200,7 @@ class BernoulliLogits(Likelihood):
             # The same in fewer calls: softplus(y, -1) is -log1p(exp(-y)).
             values = _linear(logit, x, None).sub_(F.softplus(torch.abs(logit), -1))
         elif wants_value:
-            positive = torch.clamp_min(logit, 0, out=spare[0])  # `softplus_in_parts`, without the call
+            positive = torch.clamp_min(logit, 0, out=spare[0])  # in an operator less than `softplus_in_parts`
             remainder = torch.sub(logit, positive, alpha=2, out=spare[1]).sigmoid_().neg_().log1p_()
             values = positive.addcmul_(logit, x, value=-1).sub_(remainder)
         if gradient is not None:
@@ -212,14 +213,16 @@ class BernoulliLogits(Likelihood):
             return self.one_pass(parameters, x, wants_value, out, spare)
         linear = _in_parts(_linear(logit, x, spare[0]), rows, 1).sum((1, 2))
         p = torch.sigmoid(logit, out=spare[2] if gradient is None else gradient)
-        if rows == 1 and not linear.item() > SMALL_TERM * n:  # or NaN
+        is_large = rows == 1 and linear.item() > SMALL_TERM * n
+        # Where the linear part is small, and logits are not, the sum is small: no need to find out by the cheaper form first.
+        if rows == 1 and not is_large and torch.linalg.vector_norm(logit, 1).item() > SURE * n:
             total = linear.add_(_sums_of_logs(logit, 1, spare[1]))
         else:
             # As in `one_pass`, but that log1p(exp(-|l|)) is -log(q), q = max(p, 1 - p): one logarithm for 64, of their product.
             q = torch.sub(ONE, p, out=spare[1])
             q = _in_parts(torch.maximum(p, q, out=q), rows, 64)
             total = linear - q.prod(1).log_().sum(1)
-            if rows > 1 and not total.min().item() * rows > SMALL_TERM * n:
+            if not is_large and not total.min().item() * rows > SMALL_TERM * n:  # or NaN
                 small = torch.nonzero(~(total * rows > SMALL_TERM * n)).squeeze(1)
                 own = logit if len(small) == rows else logit.view(rows, -1).index_select(0, small)
                 rest = _sums_of_logs(own, len(small), spare[1] if own is logit else None)

@@ -55,11 +55,11 @@ class NegativeBinomial(Linked):
         if not _is_common(mean, theta, count):
             return None
         values, by_theta = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
-        _put_sums(by_theta, to_theta)
         # What few others add to one sum needs no place among the values. Of many, two sums would cancel.
         if wants_value and in_sum and index is not None:
             values = values.sum().view(1, 1)
-        _add_beyond_zero(mean, theta, count, index, values if wants_value else None, to_mean, to_theta)
+        _add_beyond_zero(mean, theta, count, index, values if wants_value else None, to_mean, by_theta)
+        _put_sums(by_theta, to_theta)
         return OnePass(values, slopes=(1.0, 1.0))
 
     def one_pass_at_zero(self, parameters, wants_value, out, spare):
@@ -115,8 +115,8 @@ class ZeroInflatedNegativeBinomial(Linked):
         zeros, by_theta = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
         if index is None:
             p = torch.sigmoid(logits, out=spare[2] if to_logits is None else to_logits)
+            _add_beyond_zero(mean, theta, x, None, zeros if wants_value else None, to_mean, by_theta)
             _put_sums(by_theta, to_theta)
-            _add_beyond_zero(mean, theta, x, None, zeros if wants_value else None, to_mean, to_theta)
             if wants_value and in_sum:
                 values = zeros.sum().add_(sum_of_softplus(logits, p, spare[0])).view(1, 1)
             elif wants_value:
@@ -142,10 +142,10 @@ class ZeroInflatedNegativeBinomial(Linked):
             else:
                 values = p.log_().neg_()
                 values.view(-1).scatter_(0, index, softplus(logits).add_(zeros))
-        _put_sums(by_theta, to_theta)
         if of_all:  # since a count of 0 adds nothing
             index, count = None, x
-        _add_beyond_zero(mean, theta, count, index, values, to_mean, to_theta)
+        _add_beyond_zero(mean, theta, count, index, values, to_mean, by_theta)
+        _put_sums(by_theta, to_theta)
         return OnePass(values, slopes=(1.0, 1.0, 1.0))
 
     def one_pass_at_zero(self, parameters, wants_value, out, spare):
@@ -276,8 +276,8 @@ def _ends(values: Tensor, of_none: float) -> tuple[float, float]:
 
 
 def _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare) -> tuple[Tensor, Tensor | None]:
-    """-log p(0) of a negative binomial, theta log1p(mean / theta), and its derivatives: by the mean in `to_mean`, by theta as
-    what comes second, of each element, which is `to_theta` if that has room for it."""
+    """-log p(0) of a negative binomial, theta log1p(mean / theta), and its derivative by theta, both of each element; that by
+    the mean is in `to_mean`. The former is in `spare[1]`, the latter in `to_theta`, or in `spare[0]` where that is smaller."""
     above, by_theta = theta + EPS, None
     ratio = torch.div(mean, above, out=spare[0])
     values = torch.log1p(ratio, out=spare[1])
@@ -291,7 +291,8 @@ def _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare) -> tuple[Tensor, T
 
 
 def _put_sums(gradient: Tensor | None, to: Tensor | None) -> None:
-    """Of a parameter that elements share."""
+    """The gradient by a parameter that elements share, of that of each element. Added up by pairs: a place that took one after
+    the other would lose the digits of all but the first."""
     if gradient is not None and to is not None and gradient is not to:
         to.copy_(gradient.sum_to_size(to.shape))
 
@@ -317,44 +318,38 @@ CHUNK = 2**17  # elements for each thread
 
 def _add_beyond_zero(mean, theta, count, index, values, to_mean, to_theta, of=None) -> None:
     """Add what a negative binomial's -log p(x) is more than -log p(0), and the derivatives: of the elements in `index`, whose
-    counts come and which the others are zeros beside, or of all if it is None. Where a place has less room, their sums. `of`
-    computes it: `_beyond_zero_of`, or another one."""
+    counts come and which the others are zeros beside, or of all if it is None. `values` may be their sum, where there is an
+    index. `of` computes it: `_beyond_zero_of`, or another one."""
     of, shape, places = of or _beyond_zero_of, mean.shape, (values, to_mean, to_theta)
     wants = [place is not None for place in places]
     if index is None:  # some rows at a time, since a dozen tensors of their size are needed
         height = max(1, CHUNK * torch.get_num_threads() // max(1, mean[0].numel()))
         for i in range(0, shape[0], height):
             rows = slice(i, i + height)
-            found = of(mean[rows], _of_rows(theta, rows, shape), count[rows], wants)
-            for place, part in zip(places, found, strict=True):
+            own = theta[rows] if theta.dim() == len(shape) and theta.shape[0] == shape[0] else theta
+            for place, part in zip(places, of(mean[rows], own, count[rows], wants), strict=True):
                 if place is not None:
-                    own = _of_rows(place, rows, shape)
-                    own.add_(part.sum_to_size(own.shape))
+                    place[rows].add_(part)
         return
-    within = None if theta.numel() in (1, mean.numel()) else _index_within(theta.shape, shape, index)
-    own = theta.reshape(()) if theta.numel() == 1 else theta.reshape(-1).index_select(0, index if within is None else within)
-    found = of(mean.view(-1).index_select(0, index), own, count, wants)
+    found = of(mean.view(-1).index_select(0, index), _at(theta, shape, index), count, wants)
     for place, part in zip(places, found, strict=True):
-        if place is not None and place.numel() == 1:
+        if place is not None and place.numel() < mean.numel():
             place.add_(part.sum())
         elif place is not None:
-            place.view(-1).scatter_add_(0, index if place.numel() == mean.numel() else within, part)
+            place.view(-1).scatter_add_(0, index, part)
 
 
-def _of_rows(value: Tensor, rows: slice, shape: torch.Size) -> Tensor:
-    """Of a tensor that broadcasts to this shape."""
-    return value[rows] if value.dim() == len(shape) and value.shape[0] == shape[0] else value
+def _at(theta: Tensor, shape: torch.Size, index: Tensor) -> Tensor:
+    """The elements at these places of what broadcasts to this shape, flat; one that all share as it is."""
+    if theta.numel() == 1:
+        return theta.reshape(())
+    if theta.dim() == len(shape) and theta.shape[0] == 1 and theta.shape[1:] == shape[1:]:
+        return theta.reshape(-1).index_select(0, index % theta.numel())
+    return theta.expand(shape).reshape(-1).index_select(0, index)
 
 
-def _index_within(small: torch.Size, shape: torch.Size, index: Tensor) -> Tensor:
-    """Flat indices into the shape that broadcasts to the other one, which they are of."""
-    if small[0] == 1 and small[1:] == shape[1:]:
-        return index % small.numel()
-    places = torch.arange(small.numel(), device=index.device).view(small)
-    return places.expand(shape).reshape(-1).index_select(0, index)
-
-
-def _beyond_zero_of(mean, theta, count, wants) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _beyond_zero_of(mean, theta, count, wants) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Value, and derivatives by mean and theta, of which the first two may not be wanted."""
     value, by_mean, mean = None, None, mean + EPS
     top, rest, slope = log_gamma_ratio_in_parts(theta, count)
     total = mean + theta
@@ -367,7 +362,7 @@ def _beyond_zero_of(mean, theta, count, wants) -> tuple[Tensor | None, Tensor | 
     return value, by_mean, share.sub_(slope)
 
 
-def _ways_of(_, failures, count, wants) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _ways_of(_, failures, count, wants) -> tuple[Tensor | None, None, Tensor]:
     """Likewise, the number of ways to come by so many successes, by its logarithm, which depends on no logits."""
     top, rest, slope = log_gamma_ratio_in_parts(failures, count)
     value = top.log_().neg_().add_(ONE).mul_(count).sub_(rest).add_(log_factorial(count)) if wants[0] else None
