@@ -44,22 +44,22 @@ class Monitor:
             # To copy a number from the host would wait for the device; to fill does not.
             elements = elements.double() if isinstance(elements, Tensor) else recon.new_full((), elements)
             new = torch.stack([recon, elements])
+            if statistics is not None and statistics[-2]:
+                self._record_latents(statistics)  # which may raise
             self._recon = new if self._recon is None else self._recon + new
             self._batches += batch
-            if statistics is None:
-                return
-            *sums, posteriors, weight = statistics
-            if posteriors == 0:
-                return
-            weight = torch.full_like(sums[0], posteriors) if weight is None else weight
-            new = torch.stack([t.double() for t in (*sums, weight)])
-            if self._latents is not None and self._latents.shape != new.shape:
-                raise ValueError(
-                    "monitor must see latents of one shape, and be reset before another:"
-                    f" got {tuple(new.shape[1:])} after {tuple(self._latents.shape[1:])}"
-                )
-            self._latents = new if self._latents is None else self._latents + new
-            self._samples += posteriors
+
+    def _record_latents(self, statistics: Statistics) -> None:
+        *sums, posteriors, weight = statistics
+        weight = torch.full_like(sums[0], posteriors) if weight is None else weight
+        new = torch.stack([t.double() for t in (*sums, weight)])
+        if self._latents is not None and self._latents.shape != new.shape:
+            raise ValueError(
+                "monitor must see latents of one shape, and be reset before another:"
+                f" got {tuple(new.shape[1:])} after {tuple(self._latents.shape[1:])}"
+            )
+        self._latents = new if self._latents is None else self._latents + new
+        self._samples += posteriors
 
     @property
     def kl_per_dimension(self) -> Tensor:
@@ -122,7 +122,10 @@ class Monitor:
 
     def _seen(self) -> Tensor:
         if self._latents is None:
-            raise RuntimeError("monitor has seen no posterior: pass it to a call of loss or elbo that has mu and logvar")
+            raise RuntimeError(
+                "monitor has seen no posterior of which it tells, a Gaussian: pass it to a call of loss or elbo that has mu and"
+                " logvar"
+            )
         return self._latents
 
     def _dimensions(self) -> int:

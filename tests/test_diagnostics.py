@@ -154,7 +154,9 @@ def test_errors(device):
     with pytest.raises(RuntimeError, match="monitor has seen no posterior"):
         monitor.kl  # noqa: B018
     fastelbo.loss(x, x, x, x, monitor=monitor)
+    seen = monitor.recon.item(), monitor.bits_per_dimension.item(), monitor.kl.item()
     with pytest.raises(ValueError, match=r"latents of one shape.*\(2,\) after \(3,\)"):
-        fastelbo.loss(x, x, x[:, :2], x[:, :2], monitor=monitor)
+        fastelbo.loss(x / 2, x, x[:, :2], x[:, :2], monitor=monitor)
+    assert (monitor.recon.item(), monitor.bits_per_dimension.item(), monitor.kl.item()) == seen  # nothing of that call
     with pytest.raises(TypeError, match="monitor must be a Monitor, got dict"):
         fastelbo.loss(x, x, x, x, monitor={})

@@ -98,9 +98,9 @@ BAD = [
             (lambda kind=kind, scale=scale: kind(scale=scale), error, f"{kind.__name__}.scale must be {message}")
             for kind in (lk.Gaussian, lk.Laplace)
             for scale, error, message in (
-                (0.0, ValueError, "positive, got 0.0"),
-                (-1, ValueError, "positive, got -1.0"),
-                (float("nan"), ValueError, "positive, got nan"),
+                (0.0, ValueError, "positive and finite, got 0.0"),
+                (-1, ValueError, "positive and finite, got -1.0"),
+                (float("nan"), ValueError, "positive and finite, got nan"),
                 (None, TypeError, "a number"),
             )
         ),

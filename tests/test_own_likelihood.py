@@ -461,3 +461,26 @@ class OneForm(NegativeBinomial):
 def test_a_form_of_ones_own_is_taken_for_sums_too():
     assert OneForm.sums_in_one_pass is None and OneForm.summed == ()
     assert NegativeBinomial.summed and Bernoulli.checked_by_torch and not Averse.checked_by_torch
+
+
+REDUCED = {
+    "sum": (lambda each: each.sum(), ValueError, r"\(1, 4, 5\) for one row, got \(\)"),
+    "sum of each row": (lambda each: each.flatten(1).sum(1), ValueError, r"\(1, 4, 5\) for one row, got \(1,\)"),
+    "sum that keeps its dimension": (lambda each: each.sum(2, keepdim=True), ValueError, r"got \(1, 4, 1\)"),
+    "number": (lambda each: each.sum().item(), TypeError, "must return a tensor, got float"),
+}
+
+
+@pytest.mark.parametrize("grad_mode", (True, False))
+@pytest.mark.parametrize("kind", REDUCED)
+def test_a_formula_that_reduces(kind, grad_mode):
+    """It would broadcast against a mask, and a sum come out that is none."""
+    reduce, error, message = REDUCED[kind]
+
+    class Reduced(Likelihood):
+        def nll(self, parameters, x):
+            return reduce((parameters[0] - x) ** 2)
+
+    recon_x, x = torch.rand(SHAPE, requires_grad=True), torch.rand(SHAPE)
+    with torch.set_grad_enabled(grad_mode), pytest.raises(error, match="nll of the likelihood 'Reduced' .*" + message):
+        fastelbo.nll(recon_x, x, likelihood=Reduced(), weight=torch.ones(SHAPE))

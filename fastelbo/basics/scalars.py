@@ -1,6 +1,7 @@
 """Numbers that users pass, Python's, numpy's or any other real type's, as Python's own."""
 
 import functools
+import math
 from numbers import Integral, Real
 
 import torch
@@ -17,6 +18,14 @@ def check_real(name: str, value, expected: str = "a number") -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{name} must be {expected}, and fit into a float: got one beyond 1.8e308") from None
+
+
+def check_finite(name: str, value) -> float:
+    """Likewise, which is neither NaN nor infinite."""
+    number = check_real(name, value)
+    if isinstance(number, float) and not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
 
 
 def is_real(value) -> bool:

@@ -25,7 +25,7 @@ from ..basics.tracing import has_values, is_surrounded, is_wrapper, needs_formul
 from ..latents.posterior import CLASSES, LOGVAR, Latents, as_logits
 from ..latents.weighting import Weighting
 from ..likelihoods import Likelihood
-from ..likelihoods.base import check_closed
+from ..likelihoods.base import check_own
 from ..likelihoods.values import Range, silent_range, support_to_check
 from . import torch_backend
 from .backend import backend_for
@@ -264,7 +264,7 @@ def loss_plan(
     grad_mode = torch.is_grad_enabled()
     beta, recon_weight = factors
     numbers = None if type(beta) is float and type(recon_weight) is float else tuple(map(_of_number, factors))
-    start = objective, parameters, weighted, latents, grad_mode, numbers, torch.get_num_threads()
+    start = objective, parameters, weighted, latents, grad_mode, numbers
     try:
         plan = _last.get(start)
         if plan is not None and True not in map(_is_nested, tensors) and plan.fits(*tensors):
@@ -283,8 +283,8 @@ def loss_plan(
         types = *start, *map(type, tensors), *map(_of_types, tensors), *map(_is_neg, tensors)
         path = _paths.get(types) or keep(_paths, types, LossPath(call, tensors, factors, grad_mode))
         plan = LossPlan(path, call, tensors)
-        if grad_mode and plan.backend is not None and call.likelihood.is_own:
-            check_closed(name, call.likelihood, tensors[:parameters], tensors[parameters], call.dtype)
+        if plan.backend is not None and call.likelihood.is_own:
+            check_own(name, call.likelihood, tensors[:parameters], tensors[parameters], call.dtype, grad_mode)
         return keep(_plans, key, plan)
     _again(start, plan, tensors)  # not of a shape that may never come again, of which no memory is to stay
     return plan

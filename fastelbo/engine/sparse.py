@@ -15,7 +15,7 @@ from ..basics.sparse import Rows
 from ..basics.tracing import is_seen, is_surrounded, is_wrapper, needs_formula, never_compiled
 from ..latents.posterior import LOGVAR, Latents
 from ..likelihoods import Likelihood
-from ..likelihoods.base import check_closed
+from ..likelihoods.base import check_own
 from ..likelihoods.values import check_values, is_well, silent_range, support_to_check
 from . import formula, torch_backend
 from .backend import backend_for
@@ -66,8 +66,8 @@ def _plan_of(name: str, objective: Objective, tensors: Sequence, parameters: int
     if found is None:
         call = check_loss(name, objective, tensors, parameters, weighted, latents)
         found = SparsePlan(call, tensors, grad_mode)
-        if grad_mode and found.backend is not None and call.likelihood.is_own:
-            check_closed(name, call.likelihood, tensors[:parameters], tensors[parameters], call.dtype)
+        if found.backend is not None and call.likelihood.is_own:
+            check_own(name, call.likelihood, tensors[:parameters], tensors[parameters], call.dtype, grad_mode)
         keep(_plans, key, found)
     return found
 

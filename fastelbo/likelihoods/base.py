@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..basics.arguments import check_alike, check_device, check_prediction, check_smaller
 from ..basics.records import Record, canonical, record
-from ..basics.scalars import check_integer, check_real
+from ..basics.scalars import check_finite, check_integer
 from ..basics.sparse import Nonzeros
 from .values import Range
 
@@ -92,7 +92,7 @@ class Likelihood(metaclass=Record):
                         setattr(cls, name, getattr(Likelihood, name))
 
     def __post_init__(self) -> None:
-        canonical(self, "target_scale", check_real)
+        canonical(self, "target_scale", check_finite)
 
     # --- the tensors of a call
 
@@ -194,15 +194,15 @@ class Likelihood(metaclass=Record):
     sum_by_torch: ClassVar[Callable[..., Tensor | None] | None] = None
     """`sum_by_torch(parameters, x, weight)`: the sum of `nll`, each times its weight unless that is None, by a function of
     Torch's own, which autograd differentiates: of one parameter, on a CPU, up to `few` elements. It returns None where it
-    cannot keep the digits that `one_pass` keeps, and where it is not finite, since a weight of 0 may hide that. None: Torch has
-    none."""
+    cannot keep the digits that `one_pass` keeps, where it is not finite, since a weight of 0 may hide that, and where another
+    way costs less. None: Torch has none."""
 
     checked_by_torch: ClassVar[bool] = False
     """Whether `sum_by_torch` returns None, too, for whatever lies outside of `support` and `ranges`."""
 
     def few(self, weighted: bool) -> int:
         """Elements, of one block at most, up to which `sum_by_torch` costs less than what takes fewer passes; 0 if `weighted`
-        and Torch's function takes no weights. It may depend on the number of threads."""
+        and Torch's function takes no weights."""
         return 0 if weighted else 2**18
 
     # --- a target that is mostly zeros
@@ -302,23 +302,39 @@ def _zeros_like(first: Tensor) -> Tensor:
     return first.new_zeros(()).expand(first.shape)
 
 
-def check_closed(name: str, likelihood: Likelihood, parameters: Sequence[Tensor], x: Tensor, dtype: torch.dtype) -> None:
-    """Raise where the formula uses a tensor that wants a gradient and is none of the parameters, which errors call `name`: it
-    would get none. One row is computed, where tensors of such a shape first come."""
+def check_own(
+    name: str, likelihood: Likelihood, parameters: Sequence[Tensor], x: Tensor, dtype: torch.dtype, differentiates: bool
+) -> None:
+    """Raise where a formula of one's own gives something else than a value of each term, or, if that is to be differentiated,
+    uses a tensor that wants a gradient and is none of the parameters, which errors call `name`: it would get none. One row is
+    computed, where tensors of such a shape first come."""
     first = parameters[0]
     rows = [p[:1] if p.dim() == first.dim() and p.shape[0] == first.shape[0] else p for p in parameters]
     given = [p.detach().to(dtype) for p in rows]
-    with torch.enable_grad():
+    with torch.set_grad_enabled(differentiates):
         if x.layout == torch.strided:
-            found = [likelihood.nll(given, likelihood.target(given[0], x.detach()[:1], dtype))]
+            target, expected = likelihood.target(given[0], x.detach()[:1], dtype), likelihood.terms(given[0], x[:1])
+            found = {"nll": likelihood.nll(given, target)}
         else:
             assert likelihood.at_zero is not None
-            found = [likelihood.nll(given, _zeros_like(given[0])), likelihood.at_zero(given)]
-        if any(values.requires_grad for values in found):
-            raise ValueError(
-                f"nll of the likelihood {likelihood.name!r} uses a tensor that requires grad and is none of its parameters, so"
-                f" it would get no gradient: pass it in the tuple {name}, and name it in `parameters`; or detach it"
-            )
+            zeros, expected = _zeros_like(given[0]), likelihood.terms(given[0], given[0])
+            found = {"nll": likelihood.nll(given, zeros), "at_zero": likelihood.at_zero(given)}
+        for method, values in found.items():
+            if not isinstance(values, Tensor):
+                raise TypeError(
+                    f"{method} of the likelihood {likelihood.name!r} must return a tensor, got {type(values).__name__}"
+                )
+            if values.shape != expected:
+                raise ValueError(
+                    f"{method} of the likelihood {likelihood.name!r} must return a value of each term, of the shape"
+                    f" {tuple(expected)} for one row, got {tuple(values.shape)}: reductions come later"
+                )
+            if values.requires_grad:
+                raise ValueError(
+                    f"{method} of the likelihood {likelihood.name!r} uses a tensor that requires grad and is none of its"
+                    f" parameters, so it would get no gradient: pass it in the tuple {name}, and name it in `parameters`; or"
+                    " detach it"
+                )
 
 
 def check_given_once(likelihood: Likelihood, field: str, parameters: Sequence[Tensor]) -> None:

@@ -15,7 +15,7 @@ from ..basics.numerics import (
     softplus_in_parts,
 )
 from ..basics.records import canonical, record
-from ..basics.scalars import ONE, as_tensor, check_real
+from ..basics.scalars import ONE, as_tensor, check_finite
 from ..basics.tracing import behind_upstream, is_behind_dynamo, is_seen, is_wrapper
 from .base import SUM, Likelihood, OnePass, check_given_once
 from .values import BITS, UNIT
@@ -128,7 +128,7 @@ class BernoulliLogits(Likelihood):
                 "BernoulliLogits.pos_weight must be a number: pass a tensor as the second of the tuple (logits, pos_weight)"
             )
         if self.pos_weight is not None:
-            canonical(self, "pos_weight", check_real)
+            canonical(self, "pos_weight", check_finite)
 
     @property
     def counts(self):
@@ -157,11 +157,11 @@ class BernoulliLogits(Likelihood):
         return (1 - x) * softplus(logits) + (of_one if weight is None else of_one * weight)
 
     def few(self, weighted):
-        if weighted or self.pos_weight is not None:
-            return 2**20
-        return 2**16 if torch.get_num_threads() == 1 else 2**17  # more than one costs each operator a start
+        return 2**20 if weighted or self.pos_weight is not None else 2**17
 
     def sum_by_torch(self, parameters, x, weight):
+        if x.numel() > 2**16 and torch.get_num_threads() == 1 and weight is None and self.pos_weight is None:
+            return None  # since several threads cost each operator a start
         (logit,), positives = parameters, None if self.pos_weight is None else as_tensor(self.pos_weight, x.dtype)
         total = torch.binary_cross_entropy_with_logits(logit, x, weight, positives, SUM)
         if total.item() > SMALL_TERM * x.numel():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..basics.numerics import SOFTPLUS_IS_LINEAR, CompiledBound, fitting, positive, softplus
 from ..basics.records import canonical, check_choice, record
-from ..basics.scalars import ONE, check_real
+from ..basics.scalars import ONE, check_finite, check_real
 from ..basics.tracing import is_behind_dynamo, is_seen
 from .base import Likelihood, OnePass, check_given_once
 from .errors import MSE, CompiledDistances, CompiledSquares, absolute, squared
@@ -35,7 +35,7 @@ class Scaled(Likelihood):
         super().__post_init__()
         check_choice(f"{type(self).__name__}.parameter", self.parameter, SCALES)
         if self.soft_min is not None:
-            canonical(self, "soft_min", check_real)
+            canonical(self, "soft_min", check_finite)
 
     @property
     def ranges(self):
@@ -123,8 +123,8 @@ class Located(Scaled):
 
     def check_scale(self, name: str, scale, expected: str = "a number") -> float:
         scale = check_real(name, scale, expected)
-        if not scale > 0:
-            raise ValueError(f"{name} must be positive, got {scale}")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {scale}")
         return scale
 
     @property
