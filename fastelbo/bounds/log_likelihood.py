@@ -16,7 +16,7 @@ from ..latents.posterior import Posterior
 from ..likelihoods import Likelihood
 from .records import IWAE
 from .replay import autocast_without_cache
-from .samples import decoded, prepared, sample, score
+from .samples import decoded, drawn, prepared, sample, score
 
 
 class LogLikelihood(NamedTuple):
@@ -83,7 +83,7 @@ def log_likelihood(
     squares: Any = None  # logarithms of the sums of the weights and of their squares
     for where in chunks:
         with contextlib.nullcontext() if is_traced(*given) else autocast_without_cache(given.mu.device.type):
-            z, log_q, log_p = sample(call, given, where, generator, None)
+            z, log_q, log_p = sample(call, given, where, drawn(given, where, generator), None)
             rows, _, _ = score(call, given, where, decoded(call, z), log_q, log_p)
         log_w = -rows.double()
         sums = torch.logsumexp(log_w, 0), torch.logsumexp(2 * log_w, 0)

@@ -31,27 +31,42 @@ def autocast_without_cache(kind: str) -> Iterator[None]:
 
 
 class Replay:
-    """The random states and the autocast of this moment, to be had again, as `torch.utils.checkpoint` does it."""
+    """What a decoder's runs depend on beside tensors: the autocast of this moment, and the random states of those in which it
+    draws numbers, to be had again as `torch.utils.checkpoint` does it. Where it draws none, no state is touched, from which
+    other threads may draw meanwhile."""
 
     def __init__(self, like: Tensor, generator: torch.Generator | None) -> None:
-        self.kind = like.device.type
-        self.cpu_state = torch.get_rng_state()
-        self.devices, self.states = get_device_states(like)
-        self.generator, self.state = generator, None if generator is None else generator.get_state()
+        self.kind, self.generator, self.probe = like.device.type, generator, like.new_empty(0)
+        self.devices, _ = get_device_states(self.probe)
+        self.states: list[list[Tensor] | None] = []  # before each of the first runs; None where it drew nothing
         kinds = autocast_kinds(self.kind)
         self.autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
 
+    def _now(self) -> list[Tensor]:
+        own = [] if self.generator is None else [self.generator.get_state()]
+        return [torch.get_rng_state(), *own, *get_device_states(self.probe)[1]]
+
     @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        """Afterwards all is as it was before."""
+    def first(self) -> Iterator[None]:
+        """A first run, the next one."""
+        before = self._now()
+        yield
+        is_same = all(torch.equal(*pair) for pair in zip(before, self._now(), strict=True))
+        self.states.append(None if is_same else before)
+
+    @contextlib.contextmanager
+    def again(self, run: int) -> Iterator[None]:
+        """That run again. Afterwards all is as it was before."""
         with contextlib.ExitStack() as stack:
-            kind = {} if self.kind == "cpu" else {"device_type": self.kind}
-            stack.enter_context(torch.random.fork_rng(self.devices, **kind))
-            torch.set_rng_state(self.cpu_state)
-            set_device_states(self.devices, self.states, **kind)
-            if self.generator is not None:
-                stack.callback(self.generator.set_state, self.generator.get_state())
-                self.generator.set_state(self.state)
+            if (states := self.states[run]) is not None:
+                kind = {} if self.kind == "cpu" else {"device_type": self.kind}
+                stack.enter_context(torch.random.fork_rng(self.devices, **kind))
+                of_cpu, *states = states
+                torch.set_rng_state(of_cpu)
+                if self.generator is not None:
+                    stack.callback(self.generator.set_state, self.generator.get_state())
+                    self.generator.set_state(states.pop(0))
+                set_device_states(self.devices, states, **kind)
             for device, (enabled, dtype) in self.autocast.items():
                 if enabled or torch.is_autocast_enabled(device):  # compiled code would see even that it is switched off twice
                     stack.enter_context(torch.autocast(device, dtype, enabled=enabled, cache_enabled=False))

@@ -1,7 +1,8 @@
 """Objectives of several samples, in the memory of one: the ELBO's Monte Carlo estimate and the importance-weighted bound.
 
-The samples are decoded a chunk at a time. Forward keeps no chunk's graph. Backward goes through the chunks again, with the
-random states and the autocast of the first time, and differentiates each with the upstream gradient, which is known by then.
+The samples are decoded a chunk at a time. Forward keeps no chunk's graph, only its noise. Backward goes through the chunks
+again, with the autocast of the first time and the random states of a decoder that draws numbers, and differentiates each with
+the upstream gradient, which is known by then.
 """
 
 import contextlib
@@ -146,7 +147,7 @@ def _estimate(call: Call, given: Given, generator: torch.Generator | None) -> tu
     if several and not (given.eps is not None and given.eps.requires_grad):
         if given.mu.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a CUDA graph cannot go back to earlier random states: capture elbo with chunk=n_samples")
-        run = Run(Replay(given.mu, generator), Modules(call.decoder))
+        run = Run(Replay(given.mu, generator), Modules(call.decoder), [])
     with autocast_without_cache(given.mu.device.type) if eager else contextlib.nullcontext():
         leaves, rows, recon, first = _first_chunk(call, given, generator, helds[0], run)
         if several and leaves is None:
@@ -154,11 +155,14 @@ def _estimate(call: Call, given: Given, generator: torch.Generator | None) -> tu
         rows, recon = [rows], [recon]
         with torch.set_grad_enabled(torch.is_grad_enabled() and leaves is None):
             for where, held in list(zip(call.bound.chunks, helds, strict=True))[1:]:
-                z, log_q, log_p = sample(call, given, where, generator, held)
-                found = score(call, given, where, decoded(call, z), log_q, log_p)
+                noise = drawn(given, where, generator)
+                z, log_q, log_p = sample(call, given, where, noise, held)
+                with run.first(noise) if run is not None else contextlib.nullcontext():
+                    prediction = decoded(call, z)
+                found = score(call, given, where, prediction, log_q, log_p)
                 rows.append(found[0])
                 recon.append(found[1].sum(0))
-                del z, log_q, log_p, found
+                del z, log_q, log_p, prediction, found
     rows, recon = torch.cat(rows), torch.stack(recon).sum(0) / call.bound.n_samples
     if leaves is not None:
         return Samples.apply(call, run, rows, *given, *leaves), recon, first
@@ -181,18 +185,26 @@ class Run(NamedTuple):
 
     replay: Replay
     modules: Modules
+    noise: list[Tensor]  # of each chunk; a seed, where noise comes from a kernel
+
+    def first(self, noise: Tensor):
+        """A first run, the next one, of latents with this noise."""
+        self.noise.append(noise)
+        return self.replay.first()
 
 
 def _first_chunk(call: Call, given: Given, generator, held: Held | None, run: Run | None):
     """Decode it with its graph, which shows the leaves; they are None where the graph has to be kept. Without `run` it is not
     looked at. Returns `(leaves, rows, sum of the reconstructions, likelihood and first parameter)`."""
     where = call.bound.chunks[0]
-    z, log_q, log_p = sample(call, given, where, generator, held)
+    noise = drawn(given, where, generator)
+    z, log_q, log_p = sample(call, given, where, noise, held)
     if run is None:
         rows, recon, first = score(call, given, where, decoded(call, z), log_q, log_p)
         return None, rows, recon.sum(0), first
     z, edge = _with_edge(z)
-    prediction = decoded(call, z)
+    with run.first(noise):
+        prediction = decoded(call, z)
     leaves = _leaves(prediction.values, edge)
     if leaves is not None:
         run.modules.first_run(_outputs(prediction.values), edge.node)
@@ -201,11 +213,15 @@ def _first_chunk(call: Call, given: Given, generator, held: Held | None, run: Ru
     return leaves, rows, recon.sum(0), first
 
 
-def sample(call: Call, given: Given, where: slice, generator: torch.Generator | None, held: Held | None):
+def drawn(given: Given, where: slice, generator: torch.Generator | None) -> Tensor:
+    """The noise of a chunk, in whatever form `log_ratio` takes it."""
+    eps = None if given.eps is None else given.eps[where]
+    return draw_rows(given.mu, given.second, where.stop - where.start, eps, generator)
+
+
+def sample(call: Call, given: Given, where: slice, noise: Tensor, held: Held | None):
     """`(z, log_q, log_p)` of a chunk, in rows; the log densities are None where they are not needed."""
     samples = where.stop - where.start
-    eps = None if given.eps is None else given.eps[where]
-    noise = draw_rows(given.mu, given.second, samples, eps, generator)
     return log_ratio(call.latents, given.latents, noise, samples, held=held, wants_logs=call.is_weighted)
 
 
@@ -344,11 +360,12 @@ class Samples(torch.autograd.Function):
             factors = (upstream / call.bound.n_samples).expand_as(rows)
         scale = _scale_to_encoder(rows, given.beta) if call.bound.estimator == "dreg" else None
         totals = [None] * len(wrt)
-        replay, modules = ctx.run
-        with replay.again(), modules.statistics_held(), torch.enable_grad():
-            for where in call.bound.chunks:
+        replay, modules, noise = ctx.run
+        with modules.statistics_held(), torch.enable_grad():
+            for run, where in enumerate(call.bound.chunks):
                 held = None if call.bound.estimator == "standard" else Held(None if scale is None else scale[where].flatten())
-                again, dtype, found = _differentiated(call, aliases, where, factors[where], held, replay.generator, leaves, wrt)
+                with replay.again(run):
+                    again, dtype, found = _differentiated(call, aliases, where, factors[where], held, noise[run], leaves, wrt)
                 check_alike_again(rows[where], again, dtype)
                 totals = [_sum(*pair) for pair in zip(totals, found, strict=True)]
                 del found
@@ -362,10 +379,10 @@ def _alias(value, need: bool):
 
 
 def _differentiated(
-    call: Call, given: Given, where: slice, factors, held, generator, leaves, wrt
+    call: Call, given: Given, where: slice, factors, held, noise, leaves, wrt
 ) -> tuple[Tensor, torch.dtype, Sequence[Tensor | None]]:
     """Decode a chunk again. Its rows, the prediction's dtype, and gradients of its part of the objective by all of `wrt`."""
-    z, log_q, log_p = sample(call, given, where, generator, held)
+    z, log_q, log_p = sample(call, given, where, noise, held)
     z, edge = _with_edge(z)
     prediction = decoded(call, z)
     found = _leaves(prediction.values, edge)
