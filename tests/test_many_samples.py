@@ -229,6 +229,20 @@ def test_noise_and_dropout_agree(chunk, own_generator, device):
         assert not torch.equal(seen[0][:B], seen[1][:B])  # each sample has its own
 
 
+@pytest.mark.parametrize("own_generator", (False, True))
+def test_a_decoder_without_noise_leaves_random_states_alone(own_generator, device, monkeypatch):
+    """Other threads may draw from them meanwhile, and would draw numbers twice: noise is kept, and not drawn again."""
+    recorder = Recorder(network(device))
+    x, (mu, logvar) = target(device), latents(device)
+    generator = torch.Generator(device).manual_seed(1) if own_generator else None
+    loss = iwae(recorder, x, mu, logvar, generator=generator)
+    with monkeypatch.context() as patch:
+        for place, name in ((torch, "set_rng_state"), (torch.random, "fork_rng")):
+            patch.setattr(place, name, lambda *_, **__: pytest.fail("a random state was set"))
+        gradients(loss, mu, logvar)
+    assert all(torch.equal(a, b) for a, b in zip(recorder.inputs[:K], recorder.inputs[K:], strict=True))
+
+
 @pytest.mark.parametrize("default", (False, True))
 def test_a_generator_that_the_decoder_uses_too(default, device):
     """It goes on from the noise to the decoder, in backward as in forward."""
