@@ -172,7 +172,7 @@ class BernoulliLogits(Likelihood):
             return None
         with torch.no_grad():
             if weight is None:
-                total.copy_(_linear(logit, x, None).sum() + _sums_of_logs(logit, 1, None).sum())
+                total.copy_(_linear(logit, x, None).sum() + _sums_of_logs(torch.abs(logit), 1).sum())
             else:
                 total.copy_(self.one_pass(parameters, x, True, (None,), (None,) * 3).values.mul_(weight).sum())
         return total if math.isfinite(total.item()) else None
@@ -215,8 +215,9 @@ class BernoulliLogits(Likelihood):
         p = torch.sigmoid(logit, out=spare[2] if gradient is None else gradient)
         is_large = rows == 1 and linear.item() > SMALL_TERM * n
         # Where the linear part is small, and logits are not, the sum is small: no need to find out by the cheaper form first.
-        if rows == 1 and not is_large and torch.linalg.vector_norm(logit, 1).item() > SURE * n:
-            total = linear.add_(_sums_of_logs(logit, 1, spare[1]))
+        sizes = None if rows > 1 or is_large else torch.abs(logit, out=spare[1])
+        if sizes is not None and sizes.sum().item() > SURE * n:
+            total = linear.add_(_sums_of_logs(sizes, 1))
         else:
             # As in `one_pass`, but that log1p(exp(-|l|)) is -log(q), q = max(p, 1 - p): one logarithm for 64, of their product.
             q = torch.sub(ONE, p, out=spare[1])
@@ -224,9 +225,9 @@ class BernoulliLogits(Likelihood):
             total = linear - q.prod(1).log_().sum(1)
             if not is_large and not total.min().item() * rows > SMALL_TERM * n:  # or NaN
                 small = torch.nonzero(~(total * rows > SMALL_TERM * n)).squeeze(1)
-                own = logit if len(small) == rows else logit.view(rows, -1).index_select(0, small)
-                rest = _sums_of_logs(own, len(small), spare[1] if own is logit else None)
-                total.index_copy_(0, small, linear.index_select(0, small) + rest)
+                sizes = torch.abs(logit, out=spare[1])
+                sizes = sizes if len(small) == rows else sizes.view(rows, -1).index_select(0, small)
+                total.index_copy_(0, small, linear.index_select(0, small) + _sums_of_logs(sizes, len(small)))
         if gradient is not None:
             gradient.sub_(x)
         return OnePass(total.unsqueeze(1))
@@ -355,10 +356,10 @@ def _linear(logit: Tensor, x: Tensor, buffer: Tensor | None) -> Tensor:
     return torch.clamp_min(logit, 0, out=buffer).addcmul_(logit, x, value=-1)
 
 
-def _sums_of_logs(logit: Tensor, rows: int, buffer: Tensor | None) -> Tensor:
-    """The sums of log(1 + exp(-|l|)) of so many rows, with the digits of what is far below 1."""
+def _sums_of_logs(sizes: Tensor, rows: int) -> Tensor:
+    """The sums of log(1 + exp(-|l|)) of so many rows, with the digits of what is far below 1, from |l|, which it writes to."""
     # One logarithm for up to eight. It is -log(1 - p), p = sigmoid(-|l|), and 1 - (1 - p) (1 - q) = p + q - p q.
-    rest = _in_parts(torch.abs(logit, out=buffer).neg_().sigmoid_(), rows, 8)
+    rest = _in_parts(sizes.neg_().sigmoid_(), rows, 8)
     while rest.shape[1] > 1:
         one, other = rest.chunk(2, 1)
         rest = one.addcmul_(one, other, value=-1).add_(other)
