@@ -305,8 +305,9 @@ def test_a_run_from_the_command_line(tmp_path):
     rows = {found["contender"]: found for found in data["benchmarks"]}
     assert {"eager", "fastelbo"} <= set(rows)
     assert rows["fastelbo"]["least_bytes"] == 4 * (3 * 784 + 6 * 20)
-    medians = rows["eager"]["seconds"]["median"] / rows["fastelbo"]["seconds"]["median"]
-    assert rows["fastelbo"]["speedup_over"]["eager"][1] == pytest.approx(medians, rel=0.5)
+    # Of so few rounds the medians may be of quite other ones: but of the same rounds the ratios are each other's reciprocals.
+    over, under = (rows[a]["speedup_over"][b] for a, b in (("fastelbo", "eager"), ("eager", "fastelbo")))
+    assert over[0] <= over[1] <= over[2] and over[1] * under[1] == pytest.approx(1, rel=0.2)
 
 
 def test_stages_go_on_after_a_failure(monkeypatch, tmp_path, capfd):
