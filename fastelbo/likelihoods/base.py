@@ -320,20 +320,18 @@ def check_own(
             zeros, expected = _zeros_like(given[0]), likelihood.terms(given[0], given[0])
             found = {"nll": likelihood.nll(given, zeros), "at_zero": likelihood.at_zero(given)}
         for method, values in found.items():
+            label = f"{method} of the likelihood {likelihood.name!r}"
             if not isinstance(values, Tensor):
-                raise TypeError(
-                    f"{method} of the likelihood {likelihood.name!r} must return a tensor, got {type(values).__name__}"
-                )
+                raise TypeError(f"{label} must return a tensor, got {type(values).__name__}")
             if values.shape != expected:
                 raise ValueError(
-                    f"{method} of the likelihood {likelihood.name!r} must return a value of each term, of the shape"
-                    f" {tuple(expected)} for one row, got {tuple(values.shape)}: reductions come later"
+                    f"{label} must return a value of each term, of the shape {tuple(expected)} for one row,"
+                    f" got {tuple(values.shape)}: reductions come later"
                 )
             if values.requires_grad:
                 raise ValueError(
-                    f"{method} of the likelihood {likelihood.name!r} uses a tensor that requires grad and is none of its"
-                    f" parameters, so it would get no gradient: pass it in the tuple {name}, and name it in `parameters`; or"
-                    " detach it"
+                    f"{label} uses a tensor that requires grad and is none of its parameters, so it would get no gradient:"
+                    f" pass it in the tuple {name}, and name it in `parameters`; or detach it"
                 )
 
 

@@ -66,8 +66,7 @@ class NegativeBinomial(Linked):
         (mean, theta), (to_mean, to_theta) = parameters, out
         if not _is_common(mean, theta, mean.new_zeros(())):
             return None
-        values, by_theta = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
-        _put_sums(by_theta, to_theta)
+        values, _ = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
         return OnePass(values, slopes=(1.0, 1.0))
 
 
@@ -152,15 +151,14 @@ class ZeroInflatedNegativeBinomial(Linked):
         (mean, theta, logits), (to_mean, to_theta, to_logits) = parameters, out
         if not logits.is_contiguous() or not _is_common(mean, theta, mean.new_zeros(())):
             return None
-        zeros, by_theta = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
+        zeros, _ = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
         parts = _inflated_zeros_in_one_pass(zeros, logits, to_logits, spare)
         if parts is None:
             return None
         _, by_zeros, p, _ = parts
-        for gradient in (to_mean, by_theta):
+        for gradient in (to_mean, to_theta):
             if gradient is not None:
                 gradient.mul_(by_zeros)
-        _put_sums(by_theta, to_theta)
         return OnePass(p.log_().neg_() if wants_value else None, slopes=(1.0, 1.0, 1.0))
 
 
