@@ -155,8 +155,8 @@ def test_a_dispersion_that_counts_share(name, shape, share, reduction, monkeypat
 @pytest.mark.parametrize("kind", ("zeros where one looks", "zeros where none looks", "one zero", "nothing"))
 def test_counts_that_are_not_spread(name, kind, monkeypatch):
     """A share that is guessed from few of them decides how, not what, nor how much memory that takes."""
-    taken, compute = [], counts._beyond_zero_of
-    monkeypatch.setattr(counts, "_beyond_zero_of", lambda *given: taken.append(given[2].numel()) or compute(*given))
+    taken, compute = [], counts.log_gamma_ratio_in_parts
+    monkeypatch.setattr(counts, "log_gamma_ratio_in_parts", lambda a, n: taken.append(n.numel()) or compute(a, n))
     monkeypatch.setattr(counts, "CHUNK", 64 * 128 // 8)
     monkeypatch.setattr(reconstruction, "_by_formula", None)
     x = torch.ones(64, 128)

@@ -54,11 +54,13 @@ class NegativeBinomial(Linked):
         index, count = _above_zero(x)
         if not _is_common(mean, theta, count):
             return None
-        values, by_theta = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
-        # What few others add to one sum needs no place among the values. Of many, two sums would cancel.
-        if wants_value and in_sum and index is not None:
-            values = values.sum().view(1, 1)
-        _add_beyond_zero(mean, theta, count, index, values if wants_value else None, to_mean, by_theta)
+        if index is None:
+            values, by_theta = _counts_in_one_pass(mean, theta, x, wants_value, to_mean, to_theta, spare)
+        else:
+            values, by_theta = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
+            if wants_value and in_sum:  # what few others add to one sum needs no place among the values
+                values = values.sum().view(1, 1)
+            _add_beyond_zero(mean, theta, count, index, values if wants_value else None, to_mean, by_theta)
         _put_sums(by_theta, to_theta)
         return OnePass(values, slopes=(1.0, 1.0))
 
@@ -111,21 +113,24 @@ class ZeroInflatedNegativeBinomial(Linked):
         index, count, values = *_above_zero(x, 1.0), None
         if not _is_common(mean, theta, count, EPS):
             return None
-        zeros, by_theta = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
+        of_all = index is None or index.numel() > MANY * x.numel()
+        if of_all:
+            values, by_theta = _counts_in_one_pass(mean, theta, x, wants_value or index is not None, to_mean, to_theta, spare)
+        else:
+            values, by_theta = _zeros_in_one_pass(mean, theta, to_mean, to_theta, spare)
         if index is None:
             p = torch.sigmoid(logits, out=spare[2] if to_logits is None else to_logits)
-            _add_beyond_zero(mean, theta, x, None, zeros if wants_value else None, to_mean, by_theta)
-            _put_sums(by_theta, to_theta)
             if wants_value and in_sum:
-                values = zeros.sum().add_(sum_of_softplus(logits, p, spare[0])).view(1, 1)
+                values = values.sum().add_(sum_of_softplus(logits, p, spare[3])).view(1, 1)
             elif wants_value:
-                values = zeros.add_(softplus(logits))
+                values.add_(softplus(logits))
+            _put_sums(by_theta, to_theta)
             return OnePass(values, slopes=(1.0, 1.0, 1.0))
-        parts = _inflated_zeros_in_one_pass(zeros, logits, to_logits, spare)
+        parts = _inflated_zeros_in_one_pass(values, logits, to_logits, spare)
         if parts is None:
             return None
         inflated, by_zeros, p, least = parts
-        of_all, own = index.numel() > MANY * x.numel(), inflated.view(-1).index_select(0, index)
+        own = inflated.view(-1).index_select(0, index)
         if to_logits is not None:
             to_logits.view(-1).scatter_(0, index, own)
         by_zeros.view(-1).index_fill_(0, index, 1)
@@ -133,19 +138,18 @@ class ZeroInflatedNegativeBinomial(Linked):
             if gradient is not None:
                 gradient.mul_(by_zeros)
         if wants_value:
-            logits, zeros = (t.view(-1).index_select(0, index) for t in (logits, zeros))
+            logits, beyond = (t.view(-1).index_select(0, index) for t in (logits, values))
             if in_sum and not of_all:
                 p.view(-1).index_fill_(0, index, 1)
                 logs = sum_of_logs(p, 8 if least > 1e-4 else 1)
-                values = zeros.sum().add_(sum_of_softplus(logits, own)).sub_(logs).view(1, 1)
+                values = beyond.sum().add_(sum_of_softplus(logits, own)).sub_(logs).view(1, 1)
             else:
                 values = p.log_().neg_()
-                values.view(-1).scatter_(0, index, softplus(logits).add_(zeros))
-        if of_all:  # since a count of 0 adds nothing
-            index, count = None, x
-        _add_beyond_zero(mean, theta, count, index, values, to_mean, by_theta)
+                values.view(-1).scatter_(0, index, softplus(logits).add_(beyond))
+        if not of_all:
+            _add_beyond_zero(mean, theta, count, index, values if wants_value else None, to_mean, by_theta)
         _put_sums(by_theta, to_theta)
-        return OnePass(values, slopes=(1.0, 1.0, 1.0))
+        return OnePass(values if wants_value else None, slopes=(1.0, 1.0, 1.0))
 
     def one_pass_at_zero(self, parameters, wants_value, out, spare):
         (mean, theta, logits), (to_mean, to_theta, to_logits) = parameters, out
@@ -314,18 +318,52 @@ def _inflated_zeros_in_one_pass(zeros, logits, to_logits, spare) -> tuple[Tensor
 CHUNK = 2**17  # elements for each thread
 
 
+def _chunks(x: Tensor) -> list[slice]:
+    """Some rows at a time, for what needs a dozen tensors of their size."""
+    height = max(1, CHUNK * torch.get_num_threads() // max(1, x[0].numel()))
+    return [slice(i, i + height) for i in range(0, x.shape[0], height)]
+
+
+def _rows_of(theta: Tensor, x: Tensor, rows: slice) -> Tensor:
+    return theta[rows] if theta.dim() == x.dim() and theta.shape[0] == x.shape[0] else theta
+
+
+def _counts_in_one_pass(mean, theta, count, wants_value, to_mean, to_theta, spare) -> tuple[Tensor | None, Tensor | None]:
+    """`_zeros_in_one_pass` of counts of any size, which lies where that does; its values only if they are wanted."""
+    values = _room(spare[1], mean) if wants_value else None
+    by_theta = to_theta if to_theta is None or to_theta.shape == mean.shape else _room(spare[0], mean)
+    for rows in _chunks(mean):
+        m, n, a = mean[rows], count[rows], _rows_of(theta, mean, rows)
+        top, rest, slope = log_gamma_ratio_in_parts(a, n)
+        above, positive = a + EPS, m + EPS
+        total = m + above
+        zeros = torch.div(m, above).log1p_()  # and -log p(0) is theta times that
+        if values is not None:
+            # log1p(theta / mean) is the logarithm of total / mean, and `top` goes into the same one.
+            beyond = torch.div(total, top.mul_(positive), out=top).log_().add_(ONE).mul_(n).sub_(rest).add_(log_factorial(n))
+            torch.addcmul(beyond, zeros, a, out=values[rows])
+        if to_mean is not None:
+            share = torch.div(a, total, out=to_mean[rows])
+            share.addcmul_(share, torch.div(n, positive, out=positive), value=-1)
+        if by_theta is not None:
+            torch.sub(zeros, slope, out=by_theta[rows]).addcdiv_(torch.sub(n, m, out=zeros), total)
+    return values, by_theta
+
+
+def _room(buffer: Tensor | None, like: Tensor) -> Tensor:
+    return torch.empty_like(like) if buffer is None else buffer
+
+
 def _add_beyond_zero(mean, theta, count, index, values, to_mean, to_theta, of=None) -> None:
     """Add what a negative binomial's -log p(x) is more than -log p(0), and the derivatives: of the elements in `index`, whose
     counts come and which the others are zeros beside, or of all if it is None. `values` may be their sum, where there is an
     index. `of` computes it: `_beyond_zero_of`, or another one."""
     of, shape, places = of or _beyond_zero_of, mean.shape, (values, to_mean, to_theta)
     wants = [place is not None for place in places]
-    if index is None:  # some rows at a time, since a dozen tensors of their size are needed
-        height = max(1, CHUNK * torch.get_num_threads() // max(1, mean[0].numel()))
-        for i in range(0, shape[0], height):
-            rows = slice(i, i + height)
-            own = theta[rows] if theta.dim() == len(shape) and theta.shape[0] == shape[0] else theta
-            for place, part in zip(places, of(mean[rows], own, count[rows], wants), strict=True):
+    if index is None:
+        for rows in _chunks(mean):
+            found = of(mean[rows], _rows_of(theta, mean, rows), count[rows], wants)
+            for place, part in zip(places, found, strict=True):
                 if place is not None:
                     place[rows].add_(part)
         return
