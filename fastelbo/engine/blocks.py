@@ -36,13 +36,12 @@ def converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 class _Memory(threading.local):
     def __init__(self) -> None:
         self.buffers: dict[tuple, Tensor] = {}
-        self.spares: dict[torch.dtype, Tensor] = {}
 
 
 _memory = _Memory()
 
 
-def scratch(name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+def scratch(name: str | int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory of the shape of `like`. Each thread keeps its own for the next call: the page faults of fresh memory cost as much
     as the arithmetic."""
     if like.device.type != "cpu":
@@ -60,26 +59,20 @@ SPARES = 10  # buffers that `spare` has
 
 
 class _Spare:
-    __slots__ = "layout", "memory"
+    __slots__ = "dtype", "like"
 
-    def __init__(self, memory: Tensor, like: Tensor) -> None:
-        self.memory, self.layout = memory, (like.shape, like.stride())
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self.like, self.dtype = like, dtype
 
     def __getitem__(self, i: int) -> Tensor:
-        return self.memory.as_strided(*self.layout, i * self.memory.shape[1])
+        return scratch(i, self.like, self.dtype)
 
 
 def spare(like: Tensor, dtype: torch.dtype) -> _Spare | tuple[None, ...]:
-    """Buffers of the shape of `like`, likewise, of which those that are written to take memory; None where new ones cost no
-    more."""
+    """Buffers of the shape of `like`, likewise, each made when it is asked for; None where new ones cost no more."""
     if like.numel() <= SMALL or like.device.type != "cpu":
         return (None,) * SPARES
-    memory = _memory.spares.get(dtype)
-    if memory is None or memory.shape[1] < like.numel():
-        with torch.inference_mode(False):
-            size = max(block_size(), like.numel())
-            memory = _memory.spares[dtype] = torch.empty(SPARES, size, dtype=dtype, device=like.device)
-    return _Spare(memory, like)
+    return _Spare(like, dtype)
 
 
 def block_size() -> int:

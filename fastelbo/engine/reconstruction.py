@@ -168,13 +168,14 @@ def _in_blocks(plan, tensors, by, wants, wants_sum):
 
 
 def _over_classes(plan, tensors, by, wants, wants_sum):
-    """Likewise, of terms that are made of many elements, some rows at a time."""
+    """Likewise, of terms that are made of many elements, some rows at a time: of more elements than elsewhere, since their forms go
+    over a block only a few times."""
     dtype, per_sample, likelihood = plan.dtype, plan.per_sample, plan.likelihood
     (logits,), x, weight, _ = plan.call.split(tensors)
     if weight is not None:
         weight = weight.expand(likelihood.terms(logits, x))
     out, parts = torch.empty_like(logits) if wants[0] and by is not None else None, []
-    height = whole_chunks(block_size() // max(1, logits[0].numel()))
+    height = whole_chunks(4 * block_size() // max(1, logits[0].numel()))
     for i in range(0, logits.shape[0], height):
         rows = slice(i, i + height)
         block = [logits[rows], None if out is None else out[rows]]

@@ -13,8 +13,8 @@ from ..basics.tracing import is_behind_dynamo, is_seen
 from .base import Likelihood, OnePass, check_labelled_dim, check_own_dim
 from .values import NONNEGATIVE, Range
 
-# Elements of rows, for each thread, that stay in the cache of its core from one operator to the next.
-PART = 2**18
+# Elements of rows, for each thread, that stay in a cache from one operator to the next.
+PART = 2**19
 
 
 def whole_chunks(rows: int) -> int:
@@ -69,9 +69,9 @@ class Classes(Likelihood):
             # The product lies where the gradient will, so that less has to stay in cache.
             product = torch.mul(log_p, t, out=g)
             torch.sum(product, dim, out=values[rows])
-            if g is not None:  # x - p times the sum of x
-                torch.ops.aten._log_softmax_backward_data.out(t, log_p, dim, x.dtype, out=g).neg_()
-        return OnePass(values, -1.0) if math.isfinite(values.sum().item()) else None
+            if g is not None:  # x, and p times the sum of x taken from it
+                torch.ops.aten._log_softmax_backward_data.out(t, log_p, dim, x.dtype, out=g)
+        return OnePass(values, -1.0, slopes=(-1.0,)) if math.isfinite(values.sum().item()) else None
 
     def at_zero(self, parameters):
         """What an item without counts adds."""
