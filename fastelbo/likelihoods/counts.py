@@ -337,16 +337,17 @@ def _counts_in_one_pass(mean, theta, count, wants_value, to_mean, to_theta, spar
         top, rest, slope = log_gamma_ratio_in_parts(a, n)
         above, positive = a + EPS, m + EPS
         total = m + above
-        zeros = torch.div(m, above).log1p_()  # and -log p(0) is theta times that
+        # -log p(0) is theta times that.
+        zeros = torch.div(m, above, out=None if values is None else values[rows]).log1p_()
+        if by_theta is not None:
+            torch.sub(zeros, slope, out=by_theta[rows]).addcdiv_(torch.sub(n, m, out=slope), total)
         if values is not None:
             # log1p(theta / mean) is the logarithm of total / mean, and `top` goes into the same one.
             beyond = torch.div(total, top.mul_(positive), out=top).log_().add_(ONE).mul_(n).sub_(rest).add_(log_factorial(n))
-            torch.addcmul(beyond, zeros, a, out=values[rows])
+            torch.addcmul(beyond, zeros, a, out=zeros)
         if to_mean is not None:
             share = torch.div(a, total, out=to_mean[rows])
             share.addcmul_(share, torch.div(n, positive, out=positive), value=-1)
-        if by_theta is not None:
-            torch.sub(zeros, slope, out=by_theta[rows]).addcdiv_(torch.sub(n, m, out=zeros), total)
     return values, by_theta
 
 
