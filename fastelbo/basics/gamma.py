@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .scalars import HALF, ONE, as_tensor
+from .scalars import HALF, as_tensor
 from .tracing import is_behind_dynamo, is_seen
 
 
@@ -115,13 +115,11 @@ def log_gamma_ratio_in_parts(a: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tens
     two `digamma`, which take four times as long, and the third may go into another one. For `a` from 1e-6 on, and a + n up to
     1e8, where a product of four overflows.
     """
-    lower, lower_product, lower_terms, lower_slopes = _shifted_stirling(a)
+    lower, lower_product, lower_terms, lower_slopes = _shifted_stirling(a.clone())
     upper, upper_product, upper_terms, upper_slopes = _shifted_stirling(a + n)
     log_ratio = torch.div(n, lower).log1p_()
     derivative = torch.sub(lower_slopes, upper_slopes, out=upper_slopes).add_(log_ratio)  # `a` may be smaller than n
-    # log1p takes less time than log on a CPU, and the quotient is 1 or more.
-    steps = upper_product.div_(lower_product).sub_(ONE).log1p_()
-    rest = log_ratio.mul_(lower.sub_(0.5)).add_(upper_terms.sub_(lower_terms)).sub_(steps)
+    rest = upper_terms.sub_(lower_terms).addcmul_(log_ratio, lower.sub_(0.5)).sub_(upper_product.div_(lower_product).log_())
     return upper, rest, derivative
 
 
@@ -130,19 +128,19 @@ _FIRST, _OF_TERMS, _OF_SLOPES = (as_tensor(c, torch.float32) for c in (1 / 12, -
 
 
 def _shifted_stirling(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y = z + 4; z (z + 1) (z + 2) (z + 3); what lgamma(y) is more than (y - 1/2) log(y) - y + log(2 pi) / 2; and what log(y)
-    is more than digamma(z) (Abramowitz and Stegun 6.1.40, 6.3.5 and 6.3.18)."""
+    """Of z, to which it writes: y = z + 4; z (z + 1) (z + 2) (z + 3) / 2; what lgamma(y) is more than (y - 1/2) log(y) - y +
+    log(2 pi) / 2; and what log(y) is more than digamma(z) (Abramowitz and Stegun 6.1.40, 6.3.5 and 6.3.18)."""
     pair = torch.add(z, 3).mul_(z)  # and (z + 1) (z + 2) is 2 more
-    product = torch.add(pair, 2).mul_(pair)
-    # 1/z + 1/(z+1) + 1/(z+2) + 1/(z+3) = 4 (z + 1.5) (pair + 1) / product
-    fractions = torch.add(z, 1.5)
+    product = torch.addcmul(pair, pair, pair, value=0.5)
+    y = torch.add(z, 4)
+    # 1/z + 1/(z+1) + 1/(z+2) + 1/(z+3) = 2 (z + 1.5) (pair + 1) / product
+    fractions = z.add_(1.5)
     fractions.addcmul_(fractions, pair)
-    y = torch.add(z, 4, out=pair)
-    inverse = torch.reciprocal(y)
+    inverse = torch.reciprocal(y, out=pair)
     square = inverse * inverse
     terms = torch.add(_OF_TERMS, square, alpha=1 / 1260)
     terms = torch.addcmul(_FIRST, terms, square, out=terms).mul_(inverse)
     slopes = torch.add(_OF_SLOPES, square, alpha=1 / 252)
     slopes = torch.addcmul(_FIRST, slopes, square, out=square)
-    slopes = torch.addcmul(HALF, slopes, inverse, out=slopes).mul_(inverse).addcdiv_(fractions, product, value=4)
+    slopes = torch.addcmul(HALF, slopes, inverse, out=slopes).mul_(inverse).addcdiv_(fractions, product, value=2)
     return y, product, terms, slopes

@@ -168,8 +168,7 @@ def _in_blocks(plan, tensors, by, wants, wants_sum):
 
 
 def _over_classes(plan, tensors, by, wants, wants_sum):
-    """Likewise, of terms that are made of many elements, some rows at a time: of more elements than elsewhere, since their forms go
-    over a block only a few times."""
+    """Likewise, of terms that are made of many elements, some rows at a time; of four blocks, since there are few passes."""
     dtype, per_sample, likelihood = plan.dtype, plan.per_sample, plan.likelihood
     (logits,), x, weight, _ = plan.call.split(tensors)
     if weight is not None:

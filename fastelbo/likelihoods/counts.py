@@ -343,8 +343,8 @@ def _counts_in_one_pass(mean, theta, count, wants_value, to_mean, to_theta, spar
             torch.sub(zeros, slope, out=by_theta[rows]).addcdiv_(torch.sub(n, m, out=slope), total)
         if values is not None:
             # log1p(theta / mean) is the logarithm of total / mean, and `top` goes into the same one.
-            beyond = torch.div(total, top.mul_(positive), out=top).log_().add_(ONE).mul_(n).sub_(rest).add_(log_factorial(n))
-            torch.addcmul(beyond, zeros, a, out=zeros)
+            logs = torch.div(total, top.mul_(positive), out=top).log_().add_(ONE)
+            torch.addcmul(log_factorial(n).sub_(rest).addcmul_(logs, n), zeros, a, out=zeros)
         if to_mean is not None:
             share = torch.div(a, total, out=to_mean[rows])
             share.addcmul_(share, torch.div(n, positive, out=positive), value=-1)
@@ -392,7 +392,8 @@ def _beyond_zero_of(mean, theta, count, wants) -> tuple[Tensor | None, Tensor | 
     total = mean + theta
     if wants[0]:
         # log1p(theta / mean) is the logarithm of total / mean, and `top` goes into the same one.
-        value = torch.div(total, top.mul_(mean), out=top).log_().add_(ONE).mul_(count).sub_(rest).add_(log_factorial(count))
+        logs = torch.div(total, top.mul_(mean), out=top).log_().add_(ONE)
+        value = log_factorial(count).sub_(rest).addcmul_(logs, count)
     share = torch.div(count, total, out=total)
     if wants[1]:
         by_mean = torch.div(theta, mean, out=mean).mul_(share).neg_()
@@ -402,5 +403,5 @@ def _beyond_zero_of(mean, theta, count, wants) -> tuple[Tensor | None, Tensor | 
 def _ways_of(_, failures, count, wants) -> tuple[Tensor | None, None, Tensor]:
     """Likewise, the number of ways to come by so many successes, by its logarithm, which depends on no logits."""
     top, rest, slope = log_gamma_ratio_in_parts(failures, count)
-    value = top.log_().neg_().add_(ONE).mul_(count).sub_(rest).add_(log_factorial(count)) if wants[0] else None
+    value = log_factorial(count).sub_(rest).addcmul_(top.log_().sub_(ONE), count, value=-1) if wants[0] else None
     return value, None, slope.neg_()
