@@ -46,6 +46,11 @@ def thread_counts(option) -> list[int]:
     return option.threads or ([THREADS] if is_chosen(option) or option.device == "cuda" else sorted({1, THREADS}))
 
 
+def is_full(option) -> bool:
+    """Whether each case runs with each number of threads, and compiled: of the usual ones, it takes too long."""
+    return is_chosen(option) and not option.usual
+
+
 def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else cpuinfo.get_cpu_info()["brand_raw"]
 
@@ -62,8 +67,7 @@ def pytest_generate_tests(metafunc):
         raise pytest.UsageError("no case has all that was chosen: see the shapes of each subject in bench/cases.py")
     contenders = [*CONTENDERS, *(f"{name}, graph" for name in CONTENDERS if cuda)]
     counts = thread_counts(option)
-    every = is_chosen(option) and not option.usual
-    todo = [(case, n) for n in counts for case in cases if n == counts[0] or every or again(case)]
+    todo = [(case, n) for n in counts for case in cases if n == counts[0] or is_full(option) or again(case)]
     ids = [f"{case.id}, {in_words(n)}" if len(counts) > 1 else case.id for case, n in todo]
     numbered = [(f"{i}/{len(todo)}", *pair, name) for i, (pair, name) in enumerate(zip(todo, ids, strict=True), 1)]
     metafunc.parametrize("measured", numbered, ids=ids, indirect=True, scope="module")
@@ -87,7 +91,8 @@ def measure_with(config, number: str, case: Case, threads: int, name: str):
         tell(f"left out, since {config.option.limit:.0f} seconds had passed")
         pytest.skip("no time was left")
     torch.set_num_threads(threads)
-    found = measure(case, torch.device(config.option.device), config.option.seconds)
+    compiles = threads == thread_counts(config.option)[0] or is_full(config.option)
+    found = measure(case, torch.device(config.option.device), config.option.seconds, compiles)
     medians = [f"{contender} {1e3 * statistics.median(timing.seconds):.3g}" for contender, timing in found.timings.items()]
     tell(f"{', '.join(medians)} ms")
     return case, found, threads if len(thread_counts(config.option)) > 1 else None

@@ -39,8 +39,9 @@ class Measured(NamedTuple):
     least_bytes: int | None  # that the case has to read and write
 
 
-def measure(case: Case, device: torch.device, seconds: float) -> Measured:
-    """Time all contenders on a case, for about so many seconds. They must agree first."""
+def measure(case: Case, device: torch.device, seconds: float, compiles: bool = True) -> Measured:
+    """Time all contenders on a case, those that have to be compiled only if asked for, for about so many seconds. They must
+    agree first."""
     torch.compiler.reset()  # or the limit of recompilations would turn compiled contenders into eager ones
     settle(device)
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
@@ -48,6 +49,8 @@ def measure(case: Case, device: torch.device, seconds: float) -> Measured:
     contenders, missing, expected = {}, {}, None
     for name in CONTENDERS:
         compiled, function = name.endswith("compiled"), subject.fused if name.startswith("fastelbo") else subject.naive
+        if compiled and not compiles:
+            continue
         calls = subject.bind(torch.compile(function, fullgraph=True, dynamic=False) if compiled else function)
         try:
             found = subject.results(calls[0])

@@ -328,20 +328,19 @@ def _rows_of(theta: Tensor, x: Tensor, rows: slice) -> Tensor:
     return theta[rows] if theta.dim() == x.dim() and theta.shape[0] == x.shape[0] else theta
 
 
-def _counts_in_one_pass(mean, theta, count, wants_value, to_mean, to_theta, spare) -> tuple[Tensor | None, Tensor | None]:
+def _counts_in_one_pass(mean, theta, count, wants_value, to_mean, to_theta, spare) -> tuple[Tensor, Tensor | None]:
     """`_zeros_in_one_pass` of counts of any size, which lies where that does; its values only if they are wanted."""
-    values = _room(spare[1], mean) if wants_value else None
+    values = _room(spare[1], mean)
     by_theta = to_theta if to_theta is None or to_theta.shape == mean.shape else _room(spare[0], mean)
     for rows in _chunks(mean):
         m, n, a = mean[rows], count[rows], _rows_of(theta, mean, rows)
         top, rest, slope = log_gamma_ratio_in_parts(a, n)
         above, positive = a + EPS, m + EPS
         total = m + above
-        # -log p(0) is theta times that.
-        zeros = torch.div(m, above, out=None if values is None else values[rows]).log1p_()
+        zeros = torch.div(m, above, out=values[rows]).log1p_()  # and -log p(0) is theta times that
         if by_theta is not None:
             torch.sub(zeros, slope, out=by_theta[rows]).addcdiv_(torch.sub(n, m, out=slope), total)
-        if values is not None:
+        if wants_value:
             # log1p(theta / mean) is the logarithm of total / mean, and `top` goes into the same one.
             logs = torch.div(total, top.mul_(positive), out=top).log_().add_(ONE)
             torch.addcmul(log_factorial(n).sub_(rest).addcmul_(logs, n), zeros, a, out=zeros)
