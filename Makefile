@@ -96,8 +96,8 @@ release-check:
 # cost is measured by `python -m bench.samples --write`; what calls cost on the host is counted by `python -m bench.host`.
 bench: $(READY)
 	$(RUN) -m bench
-	$(RUN) -m bench.likelihoods --write
-	$(RUN) -m bench.sparse --write
+	$(RUN) -m bench.likelihoods --seconds 0.3 --write
+	$(RUN) -m bench.sparse --seconds 0.3 --write
 
 # What the compiled kernels cost, and that each of them keeps the budget; to be run whenever they change.
 budget: $(READY)

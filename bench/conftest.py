@@ -99,10 +99,8 @@ def measure_with(config, number: str, case: Case, threads: int, name: str):
 
 
 def pytest_report_teststatus(report):
-    """No dot a test: the fixture has said more."""
-    if report.when == "call" and report.passed:
-        return "passed", "", ""
-    return None
+    """No letter a test: the fixture has said more."""
+    return (report.outcome, "", "") if report.when == "call" and not report.failed else None
 
 
 def pytest_benchmark_generate_commit_info(config):

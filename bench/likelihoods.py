@@ -439,7 +439,17 @@ def ratio(subject: Subject, seconds: float) -> tuple[float, float]:
     return 1e6 * statistics.median(a for a, _ in pairs), statistics.median(a / b for a, b in pairs)
 
 
-def measure(names, threads: int, seconds: float) -> dict[str, tuple[float, float]]:
+def compiled(subject: Subject) -> Subject:
+    """Both under torch.compile."""
+    torch.compiler.reset()  # or its limit of recompilations would turn them into eager ones
+    found = subject._replace(naive=torch.compile(subject.naive), fused=torch.compile(subject.fused))
+    if subject.naive() == subject.naive():  # the compiler draws other numbers
+        check(found)
+    return found
+
+
+def measure(names, threads: int, seconds: float, compiles: bool = False) -> dict[str, tuple[float, ...]]:
+    """Of each name what `ratio` returns, and how many times as fast fastelbo is with both compiled, if that is asked for."""
     torch.set_num_threads(threads)
     settle(torch.device("cpu"))
     found = {}
@@ -448,19 +458,24 @@ def measure(names, threads: int, seconds: float) -> dict[str, tuple[float, float
         made = SUBJECTS[name]()
         check(made)
         found[name] = ratio(made, seconds)
+        if compiles:
+            found[name] += ratio(compiled(made), seconds)[1:]
     return found
 
 
-def medians(runs: list[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+def medians(runs: list[dict[str, tuple[float, ...]]]) -> dict[str, tuple[float, ...]]:
     return {name: tuple(map(statistics.median, zip(*(run[name] for run in runs), strict=True))) for name in runs[0]}
 
 
-def table(found: dict[int, dict[str, tuple[float, float]]]) -> str:
+def table(found: dict[int, dict[str, tuple[float, ...]]]) -> str:
     """Markdown: how many times as fast as the naive code, by threads, and how long that takes."""
-    header = ["", *(f"{n} thread{'s' * (n > 1)}" for n in found), "naive, ms"]
+    titles = [f"{n} thread{'s' * (n > 1)}" for n in found]
+    width = min(len(numbers) for by_name in found.values() for numbers in by_name.values())
+    header = ["", *titles, *(f"{title}, both compiled" for title in titles if width > 2), "naive, ms"]
     rows = [header, ["---"] * len(header)]
     for name in next(iter(found.values())):
-        cells = [f"{by_name[name][1]:.2f}" + " ▼" * (by_name[name][1] < 0.995) for by_name in found.values()]
+        numbers = [by_name[name][i] for i in range(1, width) for by_name in found.values()]
+        cells = [f"{number:.2f}" + " ▼" * (number < 0.995) for number in numbers]
         rows.append([name, *cells, " / ".join(f"{by_name[name][0] / 1000:.3g}" for by_name in found.values())])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -482,9 +497,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--seconds", type=float, default=1.0, help="of each row, and more where five pairs take longer")
     parser.add_argument("--runs", type=int, default=1, help="of the whole, of which medians are taken")
+    parser.add_argument("--compiled", action="store_true", help="both under torch.compile, too: some minutes more")
+    parser.add_argument("--match", default="", help="only rows with this in their name")
     parser.add_argument("--write", action="store_true", help=f"to bench/results/{KEPT.name}")
     given = parser.parse_args()
-    runs = [{n: measure(SUBJECTS, n, given.seconds) for n in given.threads} for _ in range(given.runs)]
+    names = [name for name in SUBJECTS if given.match in name]
+    runs = [{n: measure(names, n, given.seconds, given.compiled) for n in given.threads} for _ in range(given.runs)]
     text = f"""# Every likelihood on a CPU
 
 How many times as fast as the eager formula that its users write, forward and backward in float32, with the KL of 20 latents in
