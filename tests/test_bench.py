@@ -161,9 +161,10 @@ def test_numbers_of_threads(monkeypatch):
 
 
 def test_a_case_has_its_number_of_threads(monkeypatch, capsys):
+    """Of the usual cases, those with the first are compiled."""
     before, seen = torch.get_num_threads(), []
     measured = SimpleNamespace(timings={"eager": SimpleNamespace(seconds=[2e-3])})
-    monkeypatch.setattr(suite, "measure", lambda *_: seen.append(torch.get_num_threads()) or measured)
+    monkeypatch.setattr(suite, "measure", lambda *given: seen.append((torch.get_num_threads(), given[-1])) or measured)
     plugin = SimpleNamespace(global_and_fixture_disabled=contextlib.nullcontext)
     manager = SimpleNamespace(getplugin=lambda _: plugin)
     config = SimpleNamespace(option=options_of_the_suite("--threads", "1", "2"), pluginmanager=manager)
@@ -173,7 +174,7 @@ def test_a_case_has_its_number_of_threads(monkeypatch, capsys):
             assert suite.measure_with(config, f"{threads}/2", case, threads, f"with {threads}") == (case, measured, threads)
     finally:
         torch.set_num_threads(before)
-    assert seen == [1, 2]
+    assert seen == [(1, True), (2, False)]
     assert capsys.readouterr().out == "[1/2] with 1: eager 2 ms\n[2/2] with 2: eager 2 ms\n"
 
 
@@ -391,6 +392,20 @@ def test_medians_of_runs():
 
 
 def test_table_of_likelihoods():
-    found = {1: {"a": (1500.0, 2.0), "b": (20.0, 0.9)}, 2: {"a": (750.0, 0.996), "b": (21.0, 1.25)}}
-    rows = likelihoods.table(found).splitlines()[2:]
-    assert rows == ["| a | 2.00 | 1.00 | 1.5 / 0.75 |", "| b | 0.90 ▼ | 1.25 | 0.02 / 0.021 |"]
+    eager = {"1 thread": {"a": (1500.0, 2.0), "b": (20.0, 0.9)}, "2 threads": {"a": (750.0, 0.996), "b": (21.0, 1.25)}}
+    rows = likelihoods.table(eager, {}).splitlines()
+    assert rows[0] == "|  | 1 thread | 2 threads | naive, ms |"
+    assert rows[2:] == ["| a | 2.00 | 1.00 | 1.5 / 0.75 |", "| b | 0.90 ▼ | 1.25 | 0.02 / 0.021 |"]
+    rows = likelihoods.table(eager, {"compiled": {"a": (700.0, 0.9), "b": (9.0, 1.1)}}).splitlines()
+    assert rows[0] == "|  | 1 thread | 2 threads | compiled | naive, ms |"
+    assert rows[2:] == ["| a | 2.00 | 1.00 | 0.90 ▼ | 1.5 / 0.75 |", "| b | 0.90 ▼ | 1.25 | 1.10 | 0.02 / 0.021 |"]
+
+
+def test_compiled_likelihoods_agree(monkeypatch):
+    """Or it is said; what draws numbers is let be."""
+    monkeypatch.setattr(torch, "compile", lambda function: lambda: 1.01 * function() if function is naive else function())
+    for name, disagrees in (("`mse`, 1x784", True), ("`sample_kl` + `loss`, `bernoulli_logits`, 1x784", False)):
+        subject = likelihoods.SUBJECTS[name]()
+        naive = subject.naive
+        with pytest.raises(AssertionError) if disagrees else contextlib.nullcontext():
+            likelihoods.compiled(subject)

@@ -110,7 +110,7 @@ class ZeroInflatedNegativeBinomial(Linked):
         (mean, theta, logits), (to_mean, to_theta, to_logits) = parameters, out
         if logits.shape != x.shape or not logits.is_contiguous():
             return None
-        index, count, values = *_above_zero(x, 1.0), None
+        index, count = _above_zero(x, 1.0)
         if not _is_common(mean, theta, count, EPS):
             return None
         of_all = index is None or index.numel() > MANY * x.numel()
