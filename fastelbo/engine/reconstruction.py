@@ -101,8 +101,12 @@ def _block(plan, parameters, x, weight, by, out, wants_sum, per_sample):
         if weight is not None:
             gradient.mul_(weight if weight.dim() == gradient.dim() else weight.unsqueeze(likelihood.dim))
         factor = by if slope == 1 else by * slope
-        if isinstance(factor, Tensor) or factor != 1:
-            gradient.mul_(factor if isinstance(factor, Tensor) else as_tensor(factor))
+        if isinstance(factor, Tensor):
+            gradient.mul_(factor)
+        elif factor == -1:
+            gradient.neg_()
+        elif factor != 1:
+            gradient.mul_(as_tensor(factor))
         # A derivative may have overflown where a weight is 0.
         if weight is not None and not math.isfinite(gradient.sum().item()):
             return _by_formula(plan, given, x, weight, by, own, wants_sum, per_sample)
