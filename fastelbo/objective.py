@@ -88,7 +88,8 @@ def loss(
             KL itself.
         weight: weights of the elements of `x`, such as a mask: of any real dtype and a shape that broadcasts to that of `x`,
             with one element along a dimension of classes, or of a mixture's channels. What has the weight 0 does not count,
-            even if it is NaN. A mean divides by the sum of the weights, and is NaN where that is 0.
+            even if it is NaN. A mean divides by the sum of the weights, each for every element that it stands for, and is NaN
+            where that is 0.
         recon_weight: weight of the whole reconstruction in the loss, a number or a 0-d tensor: `recon` is without it.
         kl_weight: weights of the elements of `mu`, batch included, such as a mask of padded time steps `[B, T, 1]` or a weight
             for each sample `[B, 1]`: of any real dtype and a shape that broadcasts to that of `mu`. `kl` has them in it. What
