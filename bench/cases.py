@@ -83,10 +83,8 @@ ON_CPU = ("1x784", "128x784", "64x3x64x64", "4096x4000", "1x2", "128x20", "64x51
 
 
 def usual(case: Case, cuda: bool) -> bool:
-    """Whether `make bench` runs a case: every size once, every option at a small and a large one.
-
-    On a CPU there are fewer, so that ten minutes are enough, with all that has to be compiled.
-    """
+    """Whether `make bench` runs a case: every size once, every option at a small and a large one. On a CPU the sizes are fewer,
+    and the options at one of them, so that ten minutes are enough, with all that has to be compiled."""
     small_and_large = case.shape in ("128x784", "4096x4000" if cuda else "64x3x64x64")
     if case.subject == "step":
         return True

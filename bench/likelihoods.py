@@ -5,6 +5,7 @@ import argparse
 import math
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -467,12 +468,12 @@ def medians(runs: list[dict[str, tuple[float, float]]]) -> dict[str, tuple[float
 Found = dict[str, dict[str, tuple[float, float]]]  # title of a column -> name of a row -> what `ratio` returns
 
 
-def table(eager: Found, compiled: Found) -> str:
+def table(eager: Found, both: Found) -> str:
     """Markdown: how many times as fast as the naive code, eager and with both compiled, and how long that takes, eager."""
-    header = ["", *eager, *compiled, "naive, ms"]
+    header = ["", *eager, *both, "naive, ms"]
     rows = [header, ["---"] * len(header)]
     for name in next(iter(eager.values())):
-        ratios = [by_name[name][1] for by_name in (eager | compiled).values()]
+        ratios = [by_name[name][1] for by_name in (eager | both).values()]
         cells = [f"{ratio:.2f}" + " ▼" * (ratio < 0.995) for ratio in ratios]
         rows.append([name, *cells, " / ".join(f"{by_name[name][0] / 1000:.3g}" for by_name in eager.values())])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -487,7 +488,7 @@ def commit() -> str:
 def stand(module: str) -> str:
     """Where and of what a table is."""
     processor = cpuinfo.get_cpu_info()["brand_raw"]
-    return f"{processor}, torch {torch.__version__}, commit {commit()}. `python -m {module} --write`"
+    return f"{processor}, torch {torch.__version__}, commit {commit()}. `{' '.join(['python -m', module, *sys.argv[1:]])}`"
 
 
 def main() -> None:
@@ -501,20 +502,22 @@ def main() -> None:
     parser.add_argument("--match", default="", help="only rows with this in their name")
     parser.add_argument("--write", action="store_true", help=f"to bench/results/{KEPT.name}")
     given = parser.parse_args()
+    if given.match and given.write:
+        parser.error("--write keeps all rows, without --match")
     names = [name for name in SUBJECTS if given.match in name]
     titles = {n: f"{n} thread{'s' * (n > 1)}" for n in given.threads}
     runs = [{n: measure(names, n, given.seconds) for n in given.threads} for _ in range(given.runs)]
     eager = {title: medians([run[n] for run in runs]) for n, title in titles.items()}
     first = given.threads[: given.compiled]
-    compiled = {f"{titles[n]}, both compiled": measure(names, n, given.seconds, compiles=True) for n in first}
+    both = {f"{titles[n]}, both compiled": measure(names, n, given.seconds, compiles=True) for n in first}
+    times = f"{len(runs)} run{'s' * (len(runs) > 1)}{', of one if compiled' * bool(both)}"
     text = f"""# Every likelihood on a CPU
 
 How many times as fast as the eager formula that its users write, forward and backward in float32, with the KL of 20 latents in
-both; medians of pairs in turns, and of {len(runs)} run{"s" * (len(runs) > 1)}, of one where both are compiled. ▼ marks where
-fastelbo loses.
+both; medians of pairs in turns, and of {times}. ▼ marks where fastelbo loses.
 {stand("bench.likelihoods")}
 
-{table(eager, compiled)}
+{table(eager, both)}
 """
     print(text)
     if given.write:

@@ -172,6 +172,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="keep the tables there")
     parser.add_argument("--write", action="store_true", help="keep the tables in bench/results/sparse.md")
     args = parser.parse_args()
+    if args.match and args.write:
+        parser.error("--write keeps all rows, without --match")
     device, start = torch.device(args.device), time.monotonic()
     settle(device)
     page = f"{HEAD}{stand('bench.sparse')}\n"

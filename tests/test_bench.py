@@ -20,7 +20,7 @@ if BACKEND != "torch":
     pytest.skip("the same for both backends", allow_module_level=True)
 
 from bench import conftest as suite
-from bench import gpu, likelihoods, measure, report
+from bench import gpu, likelihoods, measure, report, sparse
 from bench.cases import Case, select
 from bench.conftest import pytest_benchmark_generate_commit_info
 from bench.measure import _check_agreement, count_kernels, device_events, interleaved, peak_bytes
@@ -384,6 +384,20 @@ def test_no_more_memory_than_the_naive_code(name):
         return measure.peak_bytes(step, torch.device("cpu"))
 
     assert peak(subject.fused) <= 1.01 * peak(subject.naive) + 2**16
+
+
+@pytest.mark.parametrize("module", (likelihoods, sparse), ids=("likelihoods", "sparse"))
+def test_a_part_of_a_table_is_not_kept(module, monkeypatch, capsys):
+    """In the place of the whole."""
+    monkeypatch.setattr(sys, "argv", ["", "--match", "poisson", "--write"])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "--write keeps all rows" in capsys.readouterr().err
+
+
+def test_a_table_says_how_it_was_made(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/where/likelihoods.py", "--runs", "3", "--write"])
+    assert likelihoods.stand("bench.likelihoods").endswith(". `python -m bench.likelihoods --runs 3 --write`")
 
 
 def test_medians_of_runs():

@@ -531,3 +531,24 @@ def test_errors(tensors, words):
     x = torch.ones_like(tensors[0])
     with pytest.raises(ValueError, match=words):
         fastelbo.nll(tensors, x, likelihood=NegativeBinomial("softmax"))
+
+
+@pytest.mark.parametrize(
+    "likelihood", (NegativeBinomial("log", "log"), ZeroInflatedNegativeBinomial("softplus", "log")), ids=str
+)
+def test_a_dispersion_of_a_column(likelihood, monkeypatch):
+    """As one of each batch of cells is; also in a block of one row, whose shape it has."""
+    monkeypatch.setattr("fastelbo.engine.blocks.BLOCK", 40)
+    monkeypatch.setattr("fastelbo.engine.blocks.THREAD", 1)
+    table, x = torch.randn(20, 3, device=DEVICE, requires_grad=True), torch.poisson(torch.rand(5, 20, device=DEVICE))
+    own = [torch.randn(5, 20, device=DEVICE, requires_grad=True) for _ in likelihood.parameters[1:]]
+    leaves = table, *own
+
+    def of(rows, column, more):
+        return fastelbo.nll((rows, column, *more), x, likelihood=likelihood)
+
+    found = gradients(of(own[0], table[:, 1], own[1:]), *leaves)
+    expected = gradients(of(own[0], table[:, 1].contiguous(), own[1:]), *leaves)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert found[0][:, 1].abs().min() > 0

@@ -152,6 +152,23 @@ def test_a_dispersion_that_counts_share(name, shape, share, reduction, monkeypat
 
 
 @pytest.mark.parametrize("name", ("negative_binomial", "zero_inflated_negative_binomial"))
+@pytest.mark.parametrize("share", (0.1, 0.9))
+def test_zeros_of_a_small_dispersion(name, share):
+    """scvi-tools' 1e-8 beside it counts in each derivative, whatever the other counts are."""
+    x, shape = mostly_zero(share, 64, 8), (64, 8)
+    x[:, :2] = 0
+    parameters = [torch.rand(shape).add(0.1).requires_grad_(), torch.full((8,), 1e-5, requires_grad=True)]
+    if name.startswith("zero"):
+        parameters.append(torch.full(shape, -20.0, requires_grad=True))
+    expected, wide = truth(parameters, x, name, "sum", None)
+    found, right = (
+        gradients(total, *leaves)[1]
+        for total, leaves in ((loss(parameters, x, name, "sum", None), parameters), (expected, wide))
+    )
+    torch.testing.assert_close(found[:2].double(), right[:2], rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ("negative_binomial", "zero_inflated_negative_binomial"))
 @pytest.mark.parametrize("kind", ("zeros where one looks", "zeros where none looks", "one zero", "nothing"))
 def test_counts_that_are_not_spread(name, kind, monkeypatch):
     """A share that is guessed from few of them decides how, not what, nor how much memory that takes."""
@@ -173,6 +190,13 @@ def test_counts_that_are_not_spread(name, kind, monkeypatch):
     expected, wide = truth(parameters, x, name, "sum", None)
     same(loss(parameters, x, name, "sum", None), expected, parameters, wide, 1)
     assert max(taken) <= x.numel() // 4
+
+
+def test_spare_buffers_end():
+    """Of a large tensor, too, for which each is made when it is asked for."""
+    for numel in (1, blocks.SMALL + 1):
+        buffers = list(blocks.spare(torch.empty(numel), torch.float32))
+        assert len(buffers) == blocks.SPARES and (numel == 1 or all(b.shape == (numel,) for b in buffers))
 
 
 def test_zeros_that_are_almost_impossible():

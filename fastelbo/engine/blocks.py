@@ -65,6 +65,8 @@ class _Spare:
         self.like, self.dtype = like, dtype
 
     def __getitem__(self, i: int) -> Tensor:
+        if not 0 <= i < SPARES:
+            raise IndexError(i)  # which ends a loop
         return scratch(i, self.like, self.dtype)
 
 

@@ -62,7 +62,7 @@ class NegativeBinomial(Linked):
                 values = values.sum().view(1, 1)
             _add_beyond_zero(mean, theta, count, index, values if wants_value else None, to_mean, by_theta)
         _put_sums(by_theta, to_theta)
-        return OnePass(values, slopes=(1.0, 1.0))
+        return OnePass(values if wants_value else None, slopes=(1.0, 1.0))
 
     def one_pass_at_zero(self, parameters, wants_value, out, spare):
         (mean, theta), (to_mean, to_theta) = parameters, out
@@ -125,7 +125,7 @@ class ZeroInflatedNegativeBinomial(Linked):
             elif wants_value:
                 values.add_(softplus(logits))
             _put_sums(by_theta, to_theta)
-            return OnePass(values, slopes=(1.0, 1.0, 1.0))
+            return OnePass(values if wants_value else None, slopes=(1.0, 1.0, 1.0))
         parts = _inflated_zeros_in_one_pass(values, logits, to_logits, spare)
         if parts is None:
             return None
@@ -329,7 +329,7 @@ def _rows_of(theta: Tensor, x: Tensor, rows: slice) -> Tensor:
 
 
 def _counts_in_one_pass(mean, theta, count, wants_value, to_mean, to_theta, spare) -> tuple[Tensor, Tensor | None]:
-    """`_zeros_in_one_pass` of counts of any size, which lies where that does; its values only if they are wanted."""
+    """`_zeros_in_one_pass` of counts of any size, which lies where that does; the values, if they are wanted."""
     values = _room(spare[1], mean)
     by_theta = to_theta if to_theta is None or to_theta.shape == mean.shape else _room(spare[0], mean)
     for rows in _chunks(mean):
@@ -339,7 +339,8 @@ def _counts_in_one_pass(mean, theta, count, wants_value, to_mean, to_theta, spar
         total = m + above
         zeros = torch.div(m, above, out=values[rows]).log1p_()  # and -log p(0) is theta times that
         if by_theta is not None:
-            torch.sub(zeros, slope, out=by_theta[rows]).addcdiv_(torch.sub(n, m, out=slope), total)
+            torch.sub(zeros, slope, out=by_theta[rows])
+            by_theta[rows].addcdiv_(torch.addcmul(n, m, a / above, value=-1, out=slope), total)
         if wants_value:
             # log1p(theta / mean) is the logarithm of total / mean, and `top` goes into the same one.
             logs = torch.div(total, top.mul_(positive), out=top).log_().add_(ONE)

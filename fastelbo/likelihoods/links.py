@@ -63,7 +63,7 @@ def link_block(
     for i, (link, given) in enumerate(zip(links, parameters, strict=False)):
         if link == "identity":
             continue
-        own = memory(f"linked {i}", given) if given.shape == first.shape else torch.empty_like(given)
+        own = memory(f"linked {i}", first) if given.shape == first.shape else torch.empty_like(given)  # with its own strides
         if link == "log":
             found[i] = torch.exp(given, out=own)
         elif link == "softplus":
