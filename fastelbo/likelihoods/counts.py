@@ -249,7 +249,7 @@ def _above_zero(x: Tensor, share: float = MANY) -> tuple[Tensor | None, Tensor]:
     if not is_seen(x) or not x.is_contiguous():
         return None, x
     flat, n = x.view(-1), x.numel()
-    some = flat.unfold(0, max(1, n // 64), max(1, n // 4))  # of four places
+    some = flat.unfold(0, max(1, n // 256), max(1, n // 4))  # of four places
     if torch.count_nonzero(some).item() >= share * some.numel() and (share < 1 or flat.min() > 0):
         return None, x
     index = flat.bool().nonzero().squeeze(1)  # comparing floats takes more time than making bools of them
