@@ -20,6 +20,7 @@ from fastelbo import Weighting
 from fastelbo.likelihoods import BernoulliLogits, Categorical, DiscretizedLogisticMixture, Gaussian, Laplace, StudentT
 
 from .measure import interleaved, settle
+from .report import in_words
 
 KEPT = Path(__file__).parent / "results" / "likelihoods.md"
 EPS = 1e-8  # by which scvi-tools keeps its logarithms from 0
@@ -505,11 +506,10 @@ def main() -> None:
     if given.match and given.write:
         parser.error("--write keeps all rows, without --match")
     names = [name for name in SUBJECTS if given.match in name]
-    titles = {n: f"{n} thread{'s' * (n > 1)}" for n in given.threads}
     runs = [{n: measure(names, n, given.seconds) for n in given.threads} for _ in range(given.runs)]
-    eager = {title: medians([run[n] for run in runs]) for n, title in titles.items()}
+    eager = {in_words(n): medians([run[n] for run in runs]) for n in given.threads}
     first = given.threads[: given.compiled]
-    both = {f"{titles[n]}, both compiled": measure(names, n, given.seconds, compiles=True) for n in first}
+    both = {f"{in_words(n)}, both compiled": measure(names, n, given.seconds, compiles=True) for n in first}
     times = f"{len(runs)} run{'s' * (len(runs) > 1)}{', of one if compiled' * bool(both)}"
     text = f"""# Every likelihood on a CPU
 

@@ -22,6 +22,7 @@ from fastelbo.likelihoods import Likelihood, Multinomial, NegativeBinomial, Pois
 
 from .likelihoods import counts, scvi_log_prob, scvi_zero_inflated, stand
 from .measure import in_turn, interleaved, peak_bytes, settle
+from .report import in_words
 
 CPU = torch.device("cpu")
 KEPT = Path(__file__).parent / "results" / "sparse.md"
@@ -177,7 +178,7 @@ def main() -> None:
     device, start = torch.device(args.device), time.monotonic()
     settle(device)
     page = f"{HEAD}{stand('bench.sparse')}\n"
-    runs = {f"{threads} thread{'s' * (threads > 1)}": threads for threads in args.threads}
+    runs = {in_words(threads): threads for threads in args.threads}
     if device.type == "cuda":
         runs = {torch.cuda.get_device_name(): torch.get_num_threads()}
     for title, threads in runs.items():

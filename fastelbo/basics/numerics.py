@@ -230,13 +230,17 @@ def bin_in_one_pass(
     width = torch.mul(inverse, 2 * half, out=fitting(buffers[2], inverse))
     mass = torch.neg(width, out=fitting(buffers[3], inverse)).expm1_().neg_().log_()
     below, above = torch.neg(upper, out=buffers[4]), torch.sigmoid(lower, out=buffers[5])
-    room = torch.empty_like(below) if buffers[6] is None else buffers[6]
-    values = torch.ops.aten.softplus.out(below, 1, SOFTPLUS_IS_LINEAR, out=room)
+    values = torch.ops.aten.softplus.out(below, 1, SOFTPLUS_IS_LINEAR, out=room(buffers[6], below))
     below.sigmoid_()
     by_scale = upper.mul_(below).addcmul_(above, lower, value=-1)
     by_scale.addcmul_(between, width.div_(torch.expm1(width)))
     values.add_(torch.ops.aten.softplus.out(lower, 1, SOFTPLUS_IS_LINEAR, out=lower)).addcmul_(between, mass, value=-1)
     return values, below.sub_(above), by_scale
+
+
+def room(buffer: Tensor | None, like: Tensor) -> Tensor:
+    """A buffer, or new memory where there is none."""
+    return torch.empty_like(like) if buffer is None else buffer
 
 
 def fitting(buffer: Tensor | None, like: Tensor) -> Tensor | None:

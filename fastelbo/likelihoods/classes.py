@@ -62,10 +62,11 @@ class Classes(Likelihood):
             return None
         values = logits.new_empty(logits.shape[:dim] + logits.shape[dim:][1:])
         height = whole_chunks(PART * torch.get_num_threads() // max(1, logits[0].numel()))
+        buffer = spare[0]
         for i in range(0, len(logits), height):
             rows = slice(i, i + height)
             t, g = x[rows], None if gradient is None else gradient[rows]
-            log_p = torch.log_softmax(logits[rows], dim, out=None if spare[0] is None else spare[0][: len(t)])
+            log_p = torch.log_softmax(logits[rows], dim, out=None if buffer is None else buffer[: len(t)])
             # The product lies where the gradient will, so that less has to stay in cache.
             product = torch.mul(log_p, t, out=g)
             torch.sum(product, dim, out=values[rows])

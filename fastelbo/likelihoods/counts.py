@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..basics.gamma import log_factorial, log_gamma_ratio, log_gamma_ratio_in_parts
-from ..basics.numerics import fitting, softplus, softplus_in_parts, sum_of_logs, sum_of_softplus
+from ..basics.numerics import fitting, room, softplus, softplus_in_parts, sum_of_logs, sum_of_softplus
 from ..basics.records import record
 from ..basics.scalars import ONE
 from ..basics.tracing import is_seen
@@ -330,8 +330,8 @@ def _rows_of(theta: Tensor, x: Tensor, rows: slice) -> Tensor:
 
 def _counts_in_one_pass(mean, theta, count, wants_value, to_mean, to_theta, spare) -> tuple[Tensor, Tensor | None]:
     """`_zeros_in_one_pass` of counts of any size, which lies where that does; the values, if they are wanted."""
-    values = _room(spare[1], mean)
-    by_theta = to_theta if to_theta is None or to_theta.shape == mean.shape else _room(spare[0], mean)
+    values = room(spare[1], mean)
+    by_theta = to_theta if to_theta is None or to_theta.shape == mean.shape else room(spare[0], mean)
     for rows in _chunks(mean):
         m, n, a = mean[rows], count[rows], _rows_of(theta, mean, rows)
         top, rest, slope = log_gamma_ratio_in_parts(a, n)
@@ -349,10 +349,6 @@ def _counts_in_one_pass(mean, theta, count, wants_value, to_mean, to_theta, spar
             share = torch.div(a, total, out=to_mean[rows])
             share.addcmul_(share, torch.div(n, positive, out=positive), value=-1)
     return values, by_theta
-
-
-def _room(buffer: Tensor | None, like: Tensor) -> Tensor:
-    return torch.empty_like(like) if buffer is None else buffer
 
 
 def _add_beyond_zero(mean, theta, count, index, values, to_mean, to_theta, of=None) -> None:

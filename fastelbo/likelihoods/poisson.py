@@ -89,7 +89,7 @@ class Poisson(Linked):
         if not is_seen(rate) or not rate.min() >= 0:
             return None
         if wants_value:
-            values = rate.clone() if spare[0] is None else spare[0].copy_(rate)
+            values = rate.clone() if (own := spare[0]) is None else own.copy_(rate)
         if gradient is not None:
             gradient.fill_(1)
         return OnePass(values)
@@ -126,7 +126,7 @@ class PoissonLog(Likelihood):
         rate = torch.exp(log_rate, out=spare[0] if gradient is None else gradient)
         if gradient is None or not wants_value:
             return OnePass(rate)
-        return OnePass(rate.clone() if spare[0] is None else spare[0].copy_(rate))
+        return OnePass(rate.clone() if (own := spare[0]) is None else own.copy_(rate))
 
 
 def _poisson_nll(rate: Tensor, log_rate: Tensor, x: Tensor) -> Tensor:
